@@ -11,7 +11,7 @@ from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 SOURCES = ["csrc/neon_ext.cpp", "csrc/extrapolate.cpp", "csrc/mlp_ddim.cpp", "csrc/frechet.cpp"]
-CUDA_SOURCES = ["csrc/extrapolate.cu", "csrc/mlp_ddim.cu"]
+CUDA_SOURCES = ["csrc/extrapolate_cuda.cu", "csrc/mlp_ddim_cuda.cu"]
 COMMON_ARCHES = "8.0;8.6;8.9;9.0+PTX"  # A100, RTX 30, RTX 40 / L4, H100; newer ones through PTX
 
 
@@ -31,7 +31,7 @@ def wants_cuda() -> bool:
 
 
 def extension(cuda: bool):
-    flags = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    flags = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
     if not cuda:
         return CppExtension("neon_ext", SOURCES, extra_compile_args={"cxx": flags})
     if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():

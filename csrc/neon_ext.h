@@ -20,7 +20,7 @@
 
 namespace neon {
 
-// ---------------------------------------------------------------- extrapolation (extrapolate.cpp, extrapolate.cu)
+// ---------------------------------------------------------------- extrapolation (extrapolate.cpp, extrapolate_cuda.cu)
 
 // One flat run of elements: out[i] = r[i] - w * (s[i] - r[i]), or out[i] = r[i] when `copy` (integers, w = 0).
 struct Run {
@@ -46,7 +46,7 @@ std::vector<at::Tensor> extrapolate_outputs(at::TensorList theta_r, std::optiona
 void check_extrapolate_grid(const at::Tensor& theta_r, const at::Tensor& theta_s, at::IntArrayRef block_offsets,
                             const at::Tensor& w);
 
-// ---------------------------------------------------------------- toy sampler (mlp_ddim.cpp, mlp_ddim.cu)
+// ---------------------------------------------------------------- toy sampler (mlp_ddim.cpp, mlp_ddim_cuda.cu)
 
 constexpr int kWidth = 32;                                    // hidden width of the toy's network
 constexpr int64_t kHidden = kWidth * kWidth + kWidth;         // parameters of one hidden block
