@@ -10,7 +10,7 @@ import torch
 from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-SOURCES = ["csrc/neon_ext.cpp", "csrc/extrapolate.cpp", "csrc/mlp_ddim.cpp", "csrc/frechet.cpp"]
+SOURCES = ["csrc/neon_ext.cpp", "csrc/extrapolate.cpp", "csrc/mlp_ddim.cpp", "csrc/frechet.cpp", "csrc/moments.cpp"]
 CUDA_SOURCES = ["csrc/extrapolate_cuda.cu", "csrc/mlp_ddim_cuda.cu"]
 COMMON_ARCHES = "8.0;8.6;8.9;9.0+PTX"  # A100, RTX 30, RTX 40 / L4, H100; newer ones through PTX
 

@@ -1,7 +1,9 @@
-// Block-wise extrapolation on CUDA: one launch for up to kMaxRuns tensors, 16-byte accesses, no temporary memory.
-// Bytes moved: theta_r and theta_s once, out once, which is the least there is; the kernel is bound by them.
+// Block-wise extrapolation on CUDA: one launch for up to kMaxRuns tensors, 16-byte accesses, no temporary
+// memory. Bytes moved: theta_r and theta_s once, out once, which is the least there is; the kernel is bound
+// by them.
 #include "neon_ext.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -13,9 +15,10 @@ namespace neon {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;      // 16-byte loads of theta_r and theta_s in flight per thread
-constexpr int kChunk = 8192;    // elements per thread block
-constexpr int kMaxRuns = 640;   // 40 bytes each: fits the 32,764 bytes of kernel parameters (CUDA 12.1, sm_70 and up)
+constexpr int kUnroll = 4;    // 16-byte loads of theta_r and theta_s in flight per thread
+constexpr int kChunk = 8192;  // elements per thread block
+constexpr int kMaxRuns =
+    640;  // 40 bytes each: fits the 32,764 bytes of kernel parameters (CUDA 12.1, sm_70 and up)
 
 struct Entry {
   const void* r;
@@ -56,11 +59,13 @@ __global__ void __launch_bounds__(kThreads) extrapolate_kernel(const __grid_cons
   const int64_t begin = static_cast<int64_t>(static_cast<int>(blockIdx.x) - e.first_chunk) * kChunk;
   const int count = static_cast<int>(min(static_cast<int64_t>(kChunk), e.numel - begin));
   const In* r = static_cast<const In*>(e.r) + begin;
-  const In* s = e.w == 0 ? r : static_cast<const In*>(e.s) + begin;  // w = 0 must not read theta_s: 0 * inf is NaN
+  const In* s =
+      e.w == 0 ? r : static_cast<const In*>(e.s) + begin;  // w = 0 must not read theta_s: 0 * inf is NaN
   Out* out = static_cast<Out*>(e.out) + begin;
 
   const auto address = reinterpret_cast<uintptr_t>(r) | reinterpret_cast<uintptr_t>(s);
-  const bool aligned = address % sizeof(Vec<In, N>) == 0 && reinterpret_cast<uintptr_t>(out) % alignof(Vec<Out, N>) == 0;
+  const bool aligned =
+      address % sizeof(Vec<In, N>) == 0 && reinterpret_cast<uintptr_t>(out) % alignof(Vec<Out, N>) == 0;
   const int vectors = aligned ? count / N : 0;
   for (int i = threadIdx.x; i < vectors; i += kThreads * kUnroll) {
     Vec<In, N> a[kUnroll], b[kUnroll];
@@ -82,27 +87,14 @@ __global__ void __launch_bounds__(kThreads) extrapolate_kernel(const __grid_cons
   for (int i = vectors * N + threadIdx.x; i < count; i += kThreads) out[i] = moved<In, Out>(r[i], s[i], e.w);
 }
 
-template <typename In, typename Out>
-void launch(const Table& table, int chunks) {
-  extrapolate_kernel<In, Out><<<chunks, kThreads, 0, at::cuda::getCurrentCUDAStream()>>>(table);
+void launch(at::ScalarType in, at::ScalarType to, const Table& table, int chunks) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, in, "extrapolate", [&] {
+    using in_t = scalar_t;
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, to, "extrapolate", [&] {
+      extrapolate_kernel<in_t, scalar_t><<<chunks, kThreads, 0, at::cuda::getCurrentCUDAStream()>>>(table);
+    });
+  });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
-template <typename In>
-void launch_in(at::ScalarType out, const Table& table, int chunks) {
-  switch (out) {
-    case at::kFloat: return launch<In, float>(table, chunks);
-    case at::kDouble: return launch<In, double>(table, chunks);
-    case at::kHalf: return launch<In, c10::Half>(table, chunks);
-    default: return launch<In, c10::BFloat16>(table, chunks);
-  }
-}
-void launch_any(at::ScalarType in, at::ScalarType out, const Table& table, int chunks) {
-  switch (in) {
-    case at::kFloat: return launch_in<float>(out, table, chunks);
-    case at::kDouble: return launch_in<double>(out, table, chunks);
-    case at::kHalf: return launch_in<c10::Half>(out, table, chunks);
-    default: return launch_in<c10::BFloat16>(out, table, chunks);
-  }
 }
 
 // Runs of one (input, output) dtype pair, split into launches of at most kMaxRuns tensors and 2^31 chunks.
@@ -110,15 +102,15 @@ void launch_runs(const std::vector<Run>& runs) {
   Table table{};
   int64_t chunks = 0;
   const auto flush = [&] {
-    if (table.entries > 0) launch_any(runs[0].in_type, runs[0].out_type, table, static_cast<int>(chunks));
+    if (table.entries > 0) launch(runs[0].in_type, runs[0].out_type, table, static_cast<int>(chunks));
     table.entries = 0;
     chunks = 0;
   };
   for (const Run& run : runs) {
     const int64_t need = (run.numel + kChunk - 1) / kChunk;
     if (table.entries == kMaxRuns || chunks + need > INT32_MAX) flush();
-    table.entry[table.entries++] = {run.r, run.s, run.out, run.numel, static_cast<float>(run.w),
-                                    static_cast<int>(chunks)};
+    table.entry[table.entries++] = {
+        run.r, run.s, run.out, run.numel, static_cast<float>(run.w), static_cast<int>(chunks)};
     chunks += need;
   }
   flush();
@@ -130,18 +122,18 @@ void extrapolate_out_cuda(at::TensorList theta_r, at::TensorList theta_s, at::In
   const c10::cuda::CUDAGuard guard(theta_r[0].device());
   Plan plan = plan_extrapolate(theta_r, theta_s, block, w, out);
   auto& runs = plan.runs;
-  runs.erase(std::remove_if(runs.begin(), runs.end(), [](const Run& run) { return run.numel == 0; }), runs.end());
+  runs.erase(std::remove_if(runs.begin(), runs.end(), [](const Run& run) { return run.numel == 0; }),
+             runs.end());
   while (!runs.empty()) {
     const auto in = runs[0].in_type, to = runs[0].out_type;
-    const auto rest = std::stable_partition(runs.begin(), runs.end(), [&](const Run& run) {
-      return run.in_type == in && run.out_type == to;
-    });
+    const auto rest = std::stable_partition(
+        runs.begin(), runs.end(), [&](const Run& run) { return run.in_type == in && run.out_type == to; });
     const std::vector<Run> same(runs.begin(), rest);
     runs.erase(runs.begin(), rest);
     if (at::isIntegralType(in, true)) {
       for (const Run& run : same)
-        C10_CUDA_CHECK(cudaMemcpyAsync(run.out, run.r, run.numel * at::elementSize(in), cudaMemcpyDeviceToDevice,
-                                       at::cuda::getCurrentCUDAStream()));
+        C10_CUDA_CHECK(cudaMemcpyAsync(run.out, run.r, run.numel * at::elementSize(in),
+                                       cudaMemcpyDeviceToDevice, at::cuda::getCurrentCUDAStream()));
     } else {
       launch_runs(same);
     }
@@ -149,41 +141,11 @@ void extrapolate_out_cuda(at::TensorList theta_r, at::TensorList theta_s, at::In
   for (auto& [from, to] : plan.write_back) to.copy_(from);
 }
 
-std::vector<at::Tensor> extrapolate_cuda(at::TensorList theta_r, at::TensorList theta_s, at::IntArrayRef block,
-                                         at::ArrayRef<double> w, std::optional<at::ScalarType> dtype) {
+std::vector<at::Tensor> extrapolate_cuda(at::TensorList theta_r, at::TensorList theta_s,
+                                         at::IntArrayRef block, at::ArrayRef<double> w,
+                                         std::optional<at::ScalarType> dtype) {
   auto out = extrapolate_outputs(theta_r, dtype);
   extrapolate_out_cuda(theta_r, theta_s, block, w, out);
-  return out;
-}
-
-__global__ void __launch_bounds__(kThreads)
-    grid_kernel(const float* r, const float* s, const int64_t* offsets, const float* w, float* out, int64_t params,
-                int64_t blocks, int64_t configurations) {
-  const int64_t p = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (p >= params) return;
-  int64_t b = 0;
-  while (offsets[b + 1] <= p) ++b;
-  for (int64_t g = blockIdx.y; g < configurations; g += gridDim.y) {
-    const float step = w[g * blocks + b];
-    out[g * params + p] = step == 0 ? r[p] : moved<float, float>(r[p], s[p], step);
-  }
-}
-
-at::Tensor extrapolate_grid_cuda(const at::Tensor& theta_r, const at::Tensor& theta_s, at::IntArrayRef block_offsets,
-                                 const at::Tensor& w) {
-  check_extrapolate_grid(theta_r, theta_s, block_offsets, w);
-  const c10::cuda::CUDAGuard guard(theta_r.device());
-  const int64_t configurations = w.size(0), params = theta_r.numel();
-  auto out = at::empty({configurations, params}, theta_r.options());
-  if (out.numel() == 0) return out;
-  const auto r = theta_r.contiguous(), s = theta_s.contiguous(), weights = w.to(at::kFloat).contiguous();
-  const auto offsets = at::tensor(block_offsets, at::kLong).to(theta_r.device());
-  const dim3 grid(static_cast<unsigned>((params + kThreads - 1) / kThreads),
-                  static_cast<unsigned>(std::min<int64_t>(configurations, 65535)));
-  grid_kernel<<<grid, kThreads, 0, at::cuda::getCurrentCUDAStream()>>>(
-      r.const_data_ptr<float>(), s.const_data_ptr<float>(), offsets.const_data_ptr<int64_t>(),
-      weights.const_data_ptr<float>(), out.mutable_data_ptr<float>(), params, w.size(1), configurations);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
 
@@ -192,7 +154,6 @@ at::Tensor extrapolate_grid_cuda(const at::Tensor& theta_r, const at::Tensor& th
 TORCH_LIBRARY_IMPL(neon_ext, CUDA, m) {
   m.impl("extrapolate", extrapolate_cuda);
   m.impl("extrapolate_out", extrapolate_out_cuda);
-  m.impl("extrapolate_grid", extrapolate_grid_cuda);
 }
 
 }  // namespace neon

@@ -1,8 +1,10 @@
-// The toy's network (input 3 -> 32, hidden blocks 32 -> 32 with ReLU, output 32 -> 2) through a whole DDIM trajectory,
-// for G sets of weights and N starting points in one call. CPU kernel and the checks shared with CUDA.
+// The toy's network (input 3 -> 32, hidden blocks 32 -> 32 with ReLU, output 32 -> 2) through a whole DDIM
+// trajectory, for G sets of weights and N starting points in one call. CPU kernel and the checks shared with
+// CUDA.
 //
-// Samples fill the vector lanes, so a weight is one broadcast for 16 * V samples and activations never leave L1.
-// Float32 arithmetic; the moments are summed in float64 over fixed chunks, so they do not depend on the thread count.
+// Samples fill the vector lanes, so a weight is one broadcast for 16 * V samples and activations never leave
+// L1. Float32 arithmetic; the moments are summed in float64 over fixed chunks, so they do not depend on the
+// thread count.
 #include "neon_ext.h"
 
 #include <ATen/Parallel.h>
@@ -13,10 +15,11 @@
 namespace neon {
 namespace {
 
-typedef float vf __attribute__((vector_size(64)));  // 16 samples: one AVX-512, two AVX2 or four NEON registers
+typedef float vf
+    __attribute__((vector_size(64)));  // 16 samples: one AVX-512, two AVX2 or four NEON registers
 constexpr int kLanes = 16;
-constexpr int kRows = 4;        // output neurons computed at once: kRows * V accumulators hide the FMA latency
-constexpr int kChunk = 1024;    // samples per task
+constexpr int kRows = 4;      // output neurons computed at once: kRows * V accumulators hide the FMA latency
+constexpr int kChunk = 1024;  // samples per task
 
 // One network, transposed so that the weights of kRows neighbouring neurons lie side by side.
 struct Network {
@@ -25,8 +28,8 @@ struct Network {
   float w_out[kWidth * 2], b_out[2];
   int64_t blocks;
 
-  Network(const float* p, int64_t n_blocks) : w_hidden(n_blocks * kWidth * kWidth), b_hidden(n_blocks * kWidth),
-                                              blocks(n_blocks) {
+  Network(const float* p, int64_t n_blocks)
+      : w_hidden(n_blocks * kWidth * kWidth), b_hidden(n_blocks * kWidth), blocks(n_blocks) {
     p = take(p, w_in, b_in, 3, kWidth);
     for (int64_t l = 0; l < blocks; ++l)
       p = take(p, &w_hidden[l * kWidth * kWidth], &b_hidden[l * kWidth], kWidth, kWidth);
@@ -85,8 +88,8 @@ NEON_INLINE void ddim_step(const Network& net, const DdimStep& step, vf x[2][V])
 
 // z [n, 2] -> x [n, 2]; the last tile is padded with zeros.
 template <int V>
-NEON_INLINE void trajectories(const Network& net, const std::vector<DdimStep>& steps, const float* z, float* x,
-                              int64_t n) {
+NEON_INLINE void trajectories(const Network& net, const std::vector<DdimStep>& steps, const float* z,
+                              float* x, int64_t n) {
   constexpr int kTile = V * kLanes;
   for (int64_t begin = 0; begin < n; begin += kTile) {
     const int count = static_cast<int>(std::min<int64_t>(kTile, n - begin));
@@ -115,12 +118,14 @@ void trajectories_default(const Network& net, const std::vector<DdimStep>& steps
   trajectories<1>(net, steps, z, x, n);
 }
 #if NEON_X86
-NEON_TARGET("avx2,fma") void trajectories_avx2(const Network& net, const std::vector<DdimStep>& steps, const float* z,
-                                               float* x, int64_t n) {
+NEON_TARGET("avx2,fma")
+void trajectories_avx2(const Network& net, const std::vector<DdimStep>& steps, const float* z, float* x,
+                       int64_t n) {
   trajectories<1>(net, steps, z, x, n);
 }
-NEON_TARGET("avx512f,fma") void trajectories_avx512(const Network& net, const std::vector<DdimStep>& steps,
-                                                    const float* z, float* x, int64_t n) {
+NEON_TARGET("avx512f,fma")
+void trajectories_avx512(const Network& net, const std::vector<DdimStep>& steps, const float* z, float* x,
+                         int64_t n) {
   trajectories<4>(net, steps, z, x, n);
 }
 #endif
@@ -145,8 +150,8 @@ void add_moments(const float* x, int64_t n, double* sum) {
 
 // Runs every (network, chunk of samples) and hands the finished samples to `sink(g, first sample, count, x)`.
 template <typename Sink>
-void run_grid(const at::Tensor& theta, const at::Tensor& z, const std::vector<DdimStep>& steps, int64_t blocks,
-              const Sink& sink) {
+void run_grid(const at::Tensor& theta, const at::Tensor& z, const std::vector<DdimStep>& steps,
+              int64_t blocks, const Sink& sink) {
   static const trajectories_fn run = pick_trajectories();
   const auto weights = theta.contiguous(), start = z.contiguous();
   const int64_t n = z.size(0), chunks = (n + kChunk - 1) / kChunk;
@@ -168,20 +173,23 @@ at::Tensor mlp_ddim_cpu(const at::Tensor& theta, const at::Tensor& z, const at::
   const int64_t blocks = check_mlp_ddim(theta, z, abar), n = z.size(0);
   auto out = at::empty({theta.size(0), n, 2}, z.options());
   float* p = out.mutable_data_ptr<float>();
-  run_grid(theta, z, ddim_steps(abar, zeta), blocks, [&](int64_t g, int64_t first, int64_t count, const float* x) {
-    std::memcpy(p + 2 * (g * n + first), x, 2 * count * sizeof(float));
-  });
+  run_grid(theta, z, ddim_steps(abar, zeta), blocks,
+           [&](int64_t g, int64_t first, int64_t count, const float* x) {
+             std::memcpy(p + 2 * (g * n + first), x, 2 * count * sizeof(float));
+           });
   return out;
 }
 
 std::tuple<at::Tensor, at::Tensor> mlp_ddim_moments_cpu(const at::Tensor& theta, const at::Tensor& z,
-                                                        const at::Tensor& abar, double zeta, int64_t correction) {
+                                                        const at::Tensor& abar, double zeta,
+                                                        int64_t correction) {
   const int64_t blocks = check_mlp_ddim(theta, z, abar), n = z.size(0), chunks = (n + kChunk - 1) / kChunk;
   auto sums = at::zeros({theta.size(0), chunks, 5}, z.options().dtype(at::kDouble));
   double* p = sums.mutable_data_ptr<double>();
-  run_grid(theta, z, ddim_steps(abar, zeta), blocks, [&](int64_t g, int64_t first, int64_t count, const float* x) {
-    add_moments(x, count, p + 5 * (g * chunks + first / kChunk));
-  });
+  run_grid(theta, z, ddim_steps(abar, zeta), blocks,
+           [&](int64_t g, int64_t first, int64_t count, const float* x) {
+             add_moments(x, count, p + 5 * (g * chunks + first / kChunk));
+           });
   return finish_moments(sums, n, correction);
 }
 
@@ -191,21 +199,24 @@ at::Tensor mlp_ddim_meta(const at::Tensor& theta, const at::Tensor& z, const at:
 std::tuple<at::Tensor, at::Tensor> mlp_ddim_moments_meta(const at::Tensor& theta, const at::Tensor& z,
                                                          const at::Tensor&, double, int64_t) {
   const auto options = z.options().dtype(at::kDouble);
-  return {at::empty_symint({theta.sym_size(0), 2}, options), at::empty_symint({theta.sym_size(0), 2, 2}, options)};
+  return {at::empty_symint({theta.sym_size(0), 2}, options),
+          at::empty_symint({theta.sym_size(0), 2, 2}, options)};
 }
 
 }  // namespace
 
 int64_t check_mlp_ddim(const at::Tensor& theta, const at::Tensor& z, const at::Tensor& abar) {
-  TORCH_CHECK_VALUE(theta.dim() == 2 && theta.scalar_type() == at::kFloat, "mlp_ddim: theta must be [G, P] float32, got ",
-                    theta.sizes(), " ", theta.scalar_type());
+  TORCH_CHECK_VALUE(theta.dim() == 2 && theta.scalar_type() == at::kFloat,
+                    "mlp_ddim: theta must be [G, P] float32, got ", theta.sizes(), " ", theta.scalar_type());
   TORCH_CHECK_VALUE(z.dim() == 2 && z.size(1) == 2 && z.scalar_type() == at::kFloat,
                     "mlp_ddim: z must be [N, 2] float32, got ", z.sizes(), " ", z.scalar_type());
-  TORCH_CHECK_VALUE(theta.device() == z.device(), "mlp_ddim: theta is on ", theta.device(), ", z on ", z.device());
-  TORCH_CHECK_VALUE(abar.dim() == 1 && abar.numel() > 0, "mlp_ddim: abar must be [T] with T >= 1, got ", abar.sizes());
+  TORCH_CHECK_VALUE(theta.device() == z.device(), "mlp_ddim: theta is on ", theta.device(), ", z on ",
+                    z.device());
+  TORCH_CHECK_VALUE(abar.dim() == 1 && abar.numel() > 0, "mlp_ddim: abar must be [T] with T >= 1, got ",
+                    abar.sizes());
   const int64_t hidden = theta.size(1) - kOuter;
-  TORCH_CHECK_VALUE(hidden >= 0 && hidden % kHidden == 0, "mlp_ddim: P = ", theta.size(1), " is not ", kOuter, " + ",
-                    kHidden, " * blocks (the toy has 4 blocks, P = ", kOuter + 4 * kHidden, ")");
+  TORCH_CHECK_VALUE(hidden >= 0 && hidden % kHidden == 0, "mlp_ddim: P = ", theta.size(1), " is not ", kOuter,
+                    " + ", kHidden, " * blocks (the toy has 4 blocks, P = ", kOuter + 4 * kHidden, ")");
   return hidden / kHidden;
 }
 
@@ -230,8 +241,9 @@ std::tuple<at::Tensor, at::Tensor> finish_moments(const at::Tensor& sums, int64_
                     " samples are too few for a covariance with correction ", correction);
   const auto total = sums.sum(1);  // [G, 5]
   const auto mean = total.slice(1, 0, 2) / n;
-  const auto second = at::stack({total.select(1, 2), total.select(1, 3), total.select(1, 3), total.select(1, 4)}, 1)
-                          .view({-1, 2, 2});
+  const auto second =
+      at::stack({total.select(1, 2), total.select(1, 3), total.select(1, 3), total.select(1, 4)}, 1)
+          .view({-1, 2, 2});
   return {mean, (second - n * mean.unsqueeze(2) * mean.unsqueeze(1)) / static_cast<double>(n - correction)};
 }
 

@@ -1,7 +1,7 @@
-// The toy's network through a whole DDIM trajectory on CUDA. Weights lie in shared memory and are read as broadcasts;
-// each thread carries kSamples trajectories with all activations in registers, so that one 16-byte weight load feeds
-// 4 * kSamples multiply-adds. Float32 arithmetic, float64 moments reduced in a fixed order.
-// Work per sample and network call: 8,512 floating-point operations, no device-memory traffic.
+// The toy's network through a whole DDIM trajectory on CUDA. Weights lie in shared memory and are read as
+// broadcasts; each thread carries kSamples trajectories with all activations in registers, so that one
+// 16-byte weight load feeds 4 * kSamples multiply-adds. Float32 arithmetic, float64 moments reduced in a
+// fixed order. Work per sample and network call: 8,512 floating-point operations, no device-memory traffic.
 #include "neon_ext.h"
 
 #include <ATen/cuda/CUDAContext.h>
@@ -13,8 +13,8 @@ namespace neon {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kSamples = 2;       // trajectories per thread: 2 x 2 x 32 activations fit the 255 registers
-constexpr int kMaxSteps = 1024;   // 12 bytes each, in the kernel's parameters
+constexpr int kSamples = 2;      // trajectories per thread: 2 x 2 x 32 activations fit the 255 registers
+constexpr int kMaxSteps = 1024;  // 12 bytes each, in the kernel's parameters
 constexpr int kTile = kThreads * kSamples;
 
 struct Steps {
@@ -65,7 +65,8 @@ __device__ __forceinline__ void hidden_layer(const float* w, float (&h)[kSamples
     for (int o = 0; o < kWidth; ++o) h[n][o] = y[n][o] < 0 ? 0.0f : y[n][o];  // NaN passes through
 }
 
-__device__ __forceinline__ void ddim_step(const float* net, int blocks, const DdimStep& step, float (&x)[kSamples][2]) {
+__device__ __forceinline__ void ddim_step(const float* net, int blocks, const DdimStep& step,
+                                          float (&x)[kSamples][2]) {
   if (step.b == 0) {  // abar = 1: the network's output has no weight
 #pragma unroll
     for (int n = 0; n < kSamples; ++n) x[n][0] *= step.a, x[n][1] *= step.a;
@@ -156,7 +157,8 @@ __global__ void __launch_bounds__(kThreads)
 void launch(const at::Tensor& theta, const at::Tensor& z, const at::Tensor& abar, double zeta, int64_t blocks,
             const at::Tensor& out, const at::Tensor& sums, int64_t tiles) {
   const auto list = ddim_steps(abar, zeta);
-  TORCH_CHECK_VALUE(list.size() <= kMaxSteps, "mlp_ddim: on CUDA at most ", kMaxSteps, " steps, got ", list.size());
+  TORCH_CHECK_VALUE(list.size() <= kMaxSteps, "mlp_ddim: on CUDA at most ", kMaxSteps, " steps, got ",
+                    list.size());
   auto steps = std::make_unique<Steps>();
   std::copy(list.begin(), list.end(), steps->step);
   steps->count = static_cast<int>(list.size());
@@ -169,7 +171,8 @@ void launch(const at::Tensor& theta, const at::Tensor& z, const at::Tensor& abar
   // float2 loads want 8-byte alignment, which a sliced z may lack
   auto start = z.contiguous();
   if (reinterpret_cast<uintptr_t>(start.const_data_ptr()) % sizeof(float2) != 0) start = start.clone();
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(std::min<int64_t>(theta.size(0), 65535)));
+  const dim3 grid(static_cast<unsigned>(tiles),
+                  static_cast<unsigned>(std::min<int64_t>(theta.size(0), 65535)));
   ddim_kernel<<<grid, kThreads, shared, at::cuda::getCurrentCUDAStream()>>>(
       weights.const_data_ptr<float>(), reinterpret_cast<const float2*>(start.const_data_ptr<float>()),
       out.defined() ? reinterpret_cast<float2*>(out.mutable_data_ptr<float>()) : nullptr,
@@ -178,7 +181,8 @@ void launch(const at::Tensor& theta, const at::Tensor& z, const at::Tensor& abar
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// Enough tiles per network to fill the GPU when G is small, few when it is large: loading the weights has a cost.
+// Enough tiles per network to fill the GPU when G is small, few when it is large: loading the weights has a
+// cost.
 int64_t tiles_for(int64_t networks, int64_t n) {
   const int64_t all = std::max<int64_t>(1, (n + kTile - 1) / kTile);
   const int64_t wanted = 16L * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
@@ -194,7 +198,8 @@ at::Tensor mlp_ddim_cuda(const at::Tensor& theta, const at::Tensor& z, const at:
 }
 
 std::tuple<at::Tensor, at::Tensor> mlp_ddim_moments_cuda(const at::Tensor& theta, const at::Tensor& z,
-                                                         const at::Tensor& abar, double zeta, int64_t correction) {
+                                                         const at::Tensor& abar, double zeta,
+                                                         int64_t correction) {
   const int64_t blocks = check_mlp_ddim(theta, z, abar);
   const c10::cuda::CUDAGuard guard(theta.device());
   const int64_t tiles = tiles_for(theta.size(0), z.size(0));
