@@ -38,6 +38,7 @@ TensorVector extrapolate(const TensorVector& theta_r, const TensorVector& theta_
                          const std::vector<int64_t>& block, const std::vector<double>& w,
                          std::optional<TensorVector> out, std::optional<at::ScalarType> dtype) {
   at::NoGradGuard no_grad;  // repairs weights in place of training them: parameters may require grad
+  if (theta_r.empty() && theta_s.empty() && block.empty()) return {};  // no tensor to dispatch on
   if (!out)
     return call<TensorVector(at::TensorList, at::TensorList, at::IntArrayRef, at::ArrayRef<double>,
                              std::optional<at::ScalarType>)>("neon_ext::extrapolate", theta_r, theta_s, block,

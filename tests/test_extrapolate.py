@@ -1,0 +1,203 @@
+"""Block-wise extrapolation: exact properties, every dtype, awkward shapes and layouts, bad input."""
+import pytest
+import torch
+from torch.library import opcheck
+
+import neon_ext
+import reference
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SHAPES = [(), (0,), (1,), (7,), (3, 0, 2), (17, 33), (2, 3, 5, 7), (70001,)]
+
+
+def pair(shape, dtype=torch.float32, device="cpu", seed=0):
+    g = torch.Generator().manual_seed(seed)
+    r = torch.randn(shape, generator=g, dtype=torch.float64)
+    s = r + 0.1 * torch.randn(shape, generator=g, dtype=torch.float64)
+    return r.to(dtype).to(device), s.to(dtype).to(device)
+
+
+def assert_rounds_like_reference(got, want, dtype, accumulation=None):
+    # The kernel may fuse a - w (b - a) into one rounding, so it can differ from the reference by the rounding of
+    # w (b - a) and of the output: two units in the last place of the largest value there is.
+    ulp = max(torch.finfo(dtype).eps, torch.finfo(accumulation or dtype).eps)
+    scale = max(1.0, float(want.double().abs().max())) if want.numel() else 1.0
+    assert got.dtype == dtype and got.shape == want.shape
+    torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=2 * ulp * scale)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_formula(device, dtype, shape):
+    r, s = pair(shape, dtype, device)
+    got, = neon_ext.extrapolate([r], [s], [0], [1.25])
+    assert_rounds_like_reference(got, reference.extrapolate([r], [s], [0], [1.25])[0], dtype)
+
+
+@pytest.mark.parametrize("out_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("in_dtype", FLOATS, ids=str)
+def test_output_dtypes(device, in_dtype, out_dtype):
+    r, s = pair((1031,), in_dtype, device)
+    acc = torch.float64 if in_dtype == torch.float64 else torch.float32
+    want, = reference.extrapolate([r], [s], [0], [-0.75], dtype=out_dtype)
+    assert_rounds_like_reference(neon_ext.extrapolate([r], [s], [0], [-0.75], dtype=out_dtype)[0], want, out_dtype, acc)
+    out = torch.empty_like(r, dtype=out_dtype)
+    assert neon_ext.extrapolate([r], [s], [0], [-0.75], out=[out])[0].data_ptr() == out.data_ptr()
+    assert_rounds_like_reference(out, want, out_dtype, acc)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounds_to_nearest_even(device, out_dtype):
+    # Every exponent, ties and non-finite values, with the same rounding as torch's own conversion.
+    bits = torch.arange(-2**31, 2**31, 65521 // 3, dtype=torch.int64).to(torch.int32)
+    values = torch.cat([bits.view(torch.float32), torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 65520.0])])
+    values = values.to(device)
+    got, = neon_ext.extrapolate([values], [values + 1], [0], [0.0], dtype=out_dtype)
+    torch.testing.assert_close(got, values.to(out_dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_zero_step_and_zero_drift_are_bit_exact(device, dtype):
+    r, s = pair((4099,), dtype, device)
+    r[0], r[1], s[2] = -0.0, float("nan"), float("inf")
+    same_bits = lambda a, b: torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    assert same_bits(neon_ext.extrapolate([r], [s], [0], [0.0])[0], r)
+    clean = r.nan_to_num(1.0)
+    clean[3] = float("inf")  # inf - inf would be NaN
+    assert same_bits(neon_ext.extrapolate([clean], [clean.clone()], [0], [3.7])[0], clean)
+
+
+def test_collapse_point_and_sign(device):
+    r, s = torch.tensor([1.0, 2.0], device=device), torch.tensor([2.0, 1.0], device=device)
+    assert neon_ext.extrapolate([r], [s], [0], [-1.0])[0].tolist() == [2.0, 1.0]  # w = -1 is theta_s
+    assert neon_ext.extrapolate([r], [s], [0], [1.0])[0].tolist() == [0.0, 3.0]  # w > 0 away from it
+
+
+def test_many_tensors_and_blocks(device, generator):
+    shapes = [(i % 5, 1 + i * 37 % 211) for i in range(600)]
+    theta_r, theta_s = zip(*(pair(shape, device=device, seed=i) for i, shape in enumerate(shapes)))
+    block, w = [i % 7 for i in range(600)], [0.0, 1.0, -1.0, 0.5, 2.0, -0.3, 1e-3]
+    for got, want in zip(neon_ext.extrapolate(theta_r, theta_s, block, w),
+                         reference.extrapolate(theta_r, theta_s, block, w)):
+        assert_rounds_like_reference(got, want, torch.float32)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_unaligned_views(device, offset):
+    r, s = pair((1037,), torch.bfloat16, device)
+    out = torch.zeros(1040, dtype=torch.float16, device=device)
+    neon_ext.extrapolate([r[offset:]], [s[offset:]], [0], [1.0], out=[out[offset:1037]])
+    want, = reference.extrapolate([r[offset:]], [s[offset:]], [0], [1.0], dtype=torch.float16)
+    assert_rounds_like_reference(out[offset:1037], want, torch.float16)
+    assert not out[:offset].any() and not out[1037:].any()  # nothing beyond its own elements is touched
+
+
+def test_memory_layouts(device):
+    r, s = pair((4, 6, 5, 3), device=device)
+    want, = reference.extrapolate([r], [s], [0], [0.8])
+    layouts = {"transposed": lambda t: t.transpose(0, 2).contiguous().transpose(0, 2), "contiguous": lambda t: t,
+               "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+               "strided": lambda t: torch.stack([t, t], -1)[..., 0]}
+    for a in layouts.values():
+        for b in layouts.values():
+            out = b(torch.empty_like(r))
+            assert_rounds_like_reference(neon_ext.extrapolate([a(r)], [b(s)], [0], [0.8])[0], want, torch.float32)
+            neon_ext.extrapolate([a(r)], [b(s)], [0], [0.8], out=[out])
+            assert_rounds_like_reference(out, want, torch.float32)
+
+
+def test_output_may_be_an_input(device):
+    r, s = pair((4097,), device=device)
+    want, = reference.extrapolate([r], [s], [0], [1.5])
+    for target in ("r", "s"):
+        a, b = r.clone(), s.clone()
+        out = a if target == "r" else b
+        neon_ext.extrapolate([a], [b], [0], [1.5], out=[out])
+        assert_rounds_like_reference(out, want, torch.float32)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        neon_ext.extrapolate([r[:-1]], [s[:-1]], [0], [1.5], out=[r[1:]])
+
+
+def test_integers_and_bools_are_copied_from_theta_r(device):
+    r = [torch.tensor([5, -3], device=device), torch.tensor([True, False], device=device)]
+    s = [torch.tensor([9, 9], device=device), torch.tensor([False, False], device=device)]
+    got = neon_ext.extrapolate(r, s, [0, 0], [2.0], dtype=torch.bfloat16)
+    assert [t.tolist() for t in got] == [[5, -3], [True, False]] and [t.dtype for t in got] == [t.dtype for t in r]
+
+
+def test_parameters_that_require_grad():
+    r, s = (t.requires_grad_() for t in pair((8,)))
+    out, = neon_ext.extrapolate([r], [s], [0], [1.0])
+    assert not out.requires_grad
+    version = r._version
+    neon_ext.extrapolate([r], [s], [0], [1.0], out=[r])
+    assert r._version > version  # autograd must notice that a saved tensor changed
+
+
+def test_empty_list():
+    assert neon_ext.extrapolate([], [], [], []) == []
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(theta_s=lambda t: t[:-1]), "theta_s 3"),
+    (dict(theta_s=lambda t: t[:3] + [t[3][:-1]]), r"theta_s\[3\].*same architecture"),
+    (dict(theta_s=lambda t: t[:3] + [t[3].double()]), r"theta_s\[3\] is Double"),
+    (dict(theta_r=lambda t: t[:2] + [t[2].to(torch.complex64), t[3]]), r"theta_r\[2\] is ComplexFloat"),
+    (dict(block=lambda b: [0, 0, 0, 2]), r"block\[3\] = 2, but w has 2 entries"),
+    (dict(block=lambda b: [0, -1, 0, 0]), r"block\[1\] = -1"),
+    (dict(w=lambda w: [1.0, float("nan")]), r"w\[1\] = nan is not finite"),
+    (dict(out=lambda o: [torch.empty(5)] * 3 + [torch.empty(4)]), r"out\[3\] is Float \[4\]"),
+    (dict(out=lambda o: [torch.empty(5, dtype=torch.int64)] * 4), r"out\[0\] is Long"),
+], ids=lambda p: p if isinstance(p, str) else "")
+def test_errors_name_the_tensor_and_leave_outputs_alone(change, message):
+    r, s = pair((4, 5))
+    args = dict(theta_r=list(r), theta_s=list(s), block=[0, 1, 0, 1], w=[1.0, 2.0])
+    before = r.clone()
+    for key, edit in change.items():
+        args[key] = edit(args.get(key))
+    with pytest.raises(ValueError, match=message):
+        neon_ext.extrapolate(**args)
+    assert torch.equal(r, before)
+
+
+def test_out_and_dtype_together_are_refused():
+    r, s = pair((3,))
+    with pytest.raises(ValueError, match="not both"):
+        neon_ext.extrapolate([r], [s], [0], [1.0], out=[r.clone()], dtype=torch.float16)
+
+
+# ---------------------------------------------------------------- grid over one small network
+@pytest.mark.parametrize("grid", [0, 1, 729])
+def test_grid_matches_formula(device, grid, generator):
+    r, s = pair((101,), device=device)
+    offsets = [0, 7, 7, 100, 101]  # one block is empty
+    W = torch.randn(grid, 4, generator=generator, dtype=torch.float64).to(device)
+    got = neon_ext.extrapolate_grid(r, s, offsets, W)
+    want = reference.extrapolate_grid(r, s, offsets, W)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)  # a few float32 roundings of values below 4
+    zero = neon_ext.extrapolate_grid(r, s, offsets, torch.zeros(1, 4, device=device))
+    assert torch.equal(zero[0], r)
+
+
+@pytest.mark.parametrize("offsets, W, message", [
+    ([0, 5], torch.zeros(2, 2), "W must be"), ([0, 3, 2, 10], torch.zeros(1, 3), "ascend"),
+    ([0, 9], torch.zeros(1, 1), "from 0 to 10"), ([0, 10], torch.full((1, 1), float("inf")), "finite")])
+def test_grid_bad_input(offsets, W, message):
+    r, s = pair((10,))
+    with pytest.raises(ValueError, match=message):
+        neon_ext.extrapolate_grid(r, s, offsets, W)
+
+
+# ---------------------------------------------------------------- operator registration
+def test_opcheck(device):
+    r, s = pair((3, 5), device=device)
+    ops = torch.ops.neon_ext
+    opcheck(ops.extrapolate.default, ([r, r[0]], [s, s[0]], [0, 1], [1.0, 0.5]), {"dtype": torch.bfloat16})
+    opcheck(ops.extrapolate_out.default, ([r], [s], [0], [1.0], [torch.empty_like(r)]))
+    opcheck(ops.extrapolate_grid.default, (r[0], s[0], [0, 2, 5], torch.ones(4, 2, device=device)))
+
+
+def test_build_config():
+    config = neon_ext.build_config()
+    assert config["torch_version"].split("+")[0] == torch.__version__.split("+")[0]
+    assert isinstance(config["cuda"], bool) and config["cpu_kernels"] in ("avx512", "avx2", "sse2", "generic")
