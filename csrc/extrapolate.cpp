@@ -5,7 +5,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/MemoryOverlap.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -95,7 +94,7 @@ void extrapolate_out_cpu(at::TensorList theta_r, at::TensorList theta_s, at::Int
   Plan plan = plan_extrapolate(theta_r, theta_s, block, w, out);
   std::vector<int64_t> start{0};
   for (const Run& run : plan.runs) start.push_back(start.back() + run.numel);
-  at::parallel_for(0, start.back(), 1 << 16, [&](int64_t begin, int64_t end) {
+  parallel(start.back(), 1 << 16, [&](int64_t begin, int64_t end) {
     size_t i = std::upper_bound(start.begin(), start.end(), begin) - start.begin() - 1;
     for (; begin < end; begin = start[++i])
       run_cpu(plan.runs[i], begin - start[i], std::min(end, start[i + 1]) - start[i]);

@@ -7,7 +7,6 @@
 // thread count.
 #include "neon_ext.h"
 
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -155,7 +154,7 @@ void run_grid(const at::Tensor& theta, const at::Tensor& z, const std::vector<Dd
   static const trajectories_fn run = pick_trajectories();
   const auto weights = theta.contiguous(), start = z.contiguous();
   const int64_t n = z.size(0), chunks = (n + kChunk - 1) / kChunk;
-  at::parallel_for(0, theta.size(0) * chunks, 1, [&](int64_t begin, int64_t end) {
+  parallel(theta.size(0) * chunks, 1, [&](int64_t begin, int64_t end) {
     alignas(64) float x[2 * kChunk];
     for (int64_t task = begin; task < end;) {
       const int64_t g = task / chunks;

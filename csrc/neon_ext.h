@@ -2,11 +2,13 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include <cmath>
 #include <map>
 #include <optional>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -22,6 +24,18 @@
 #define NEON_INLINE inline __attribute__((always_inline))
 
 namespace neon {
+
+// body(begin, end) over [0, n) in at most torch.get_num_threads() threads, at least `grain` items each; body must not
+// throw. at::parallel_for would be serial here without OpenMP, and a second OpenMP runtime ignores torch's setting.
+template <typename Body>
+void parallel(int64_t n, int64_t grain, const Body& body) {
+  const int64_t most = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t threads = std::max<int64_t>(1, std::min(most, (n + grain - 1) / grain));
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < threads; ++i) others.emplace_back(body, n * i / threads, n * (i + 1) / threads);
+  body(0, n / threads);
+  for (auto& thread : others) thread.join();
+}
 
 // ---------------------------------------------------------------- extrapolation (extrapolate.cpp,
 // extrapolate_cuda.cu)
