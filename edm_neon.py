@@ -1,0 +1,710 @@
+"""Adaptive NEON on EDM: repair a diffusion model that was trained on its own samples, block by block.
+
+    theta = theta_r - w_block * (theta_s - theta_r)      w > 0 away from collapse, w < 0 towards it, w = -1 is theta_s
+
+theta_r: the base network (EDM, arXiv 2206.00364); theta_s: its EMA after self-training on its own samples (NEON, arXiv
+2510.03597); blocks: encoder, middle, decoder of the U-Net (Adaptive NEON, section 4.2). All configurations of a grid see
+the same starting noise and labels; selection and final comparison use disjoint seeds.
+
+    python edm_neon.py --preset digits --snapshot 5 --grid 0.5,1.0,1.5     laptop, nothing to download, minutes
+    python edm_neon.py --snapshot 1551 --grid 0.75,1.0,1.25                CIFAR-10: a GPU and a connection
+    torchrun --nproc_per_node=8 edm_neon.py --snapshot 1551 --grid 0.75,1.0,1.25
+
+Recorded figures and their commands: results/edm and the README. CIFAR-10 has not been run on a GPU yet.
+"""
+import argparse
+import copy
+import dataclasses
+import fnmatch
+import hashlib
+import io
+import itertools
+import json
+import os
+import pickle
+import pickletools
+import platform
+import sys
+import time
+import urllib.request
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import safetensors.torch
+import scipy.optimize
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import nn
+from tqdm import tqdm
+
+try:
+    import neon_ext
+except ImportError:  # reported in main(), in one line
+    neon_ext = None
+
+EDM = "https://nvlabs-fi-cdn.nvidia.com/edm"
+BASES = {"cond": f"{EDM}/pretrained/edm-cifar10-32x32-cond-vp.pkl",
+         "uncond": f"{EDM}/pretrained/edm-cifar10-32x32-uncond-vp.pkl"}
+REFERENCE = f"{EDM}/fid-refs/cifar10-32x32.npz"
+INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+             "pt_inception-2015-12-05-6726825d.pth")
+FOLDS = 20  # of the moments: jackknife intervals need no new samples
+
+
+class UserError(Exception):
+    """Something the user can mend: printed as one line, exit code 2."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings of one experiment; the defaults are NEON's for CIFAR-10 at the paper's batch of 64. kimg: 1000 images."""
+    name: str = "cifar10"
+    model: dict = dataclasses.field(default_factory=lambda: dict(
+        img_resolution=32, img_channels=3, label_dim=10, augment_dim=9, model_channels=128, channel_mult=[2, 2, 2],
+        num_blocks=4, attn_resolutions=[16], dropout=0.13))
+    train_kimg: float = 200_000
+    base_lr: float = 1e-3
+    synthetic: int = 6000
+    steps: int = 18
+    batch: int = 64
+    self_lr: float = 1e-4
+    ramp_kimg: float = 10_000      # learning rate grows linearly over this many
+    ema_kimg: float = 500          # half-life
+    augment: float = 0.12
+    select_images: int = 10_000
+    final_images: int = 50_000
+    final_seed: int = 50_000
+    score: str = "FID"
+    sample_batch: int = 256
+
+
+PRESETS = {
+    "cifar10": Preset(),
+    "digits": Preset(name="digits", model=dict(
+        img_resolution=8, img_channels=1, label_dim=10, augment_dim=0, model_channels=16, channel_mult=[1, 2],
+        num_blocks=2, attn_resolutions=[4], dropout=0.05), train_kimg=100, base_lr=3e-3, synthetic=1000, steps=10,
+        self_lr=1e-3, ramp_kimg=0, ema_kimg=0.5, augment=0, select_images=1000, final_images=1500, final_seed=50_000,
+        score="FD (digits CNN, 64-d)", sample_batch=250)}
+
+
+# ---------------------------------------------------------------- network: EDM's DDPM++ and NCSN++, names as in EDM
+class Conv(nn.Module):
+    """2-D convolution with optional resampling by a small filter before it (fused: after it, NCSN++'s residual path)."""
+
+    def __init__(self, into, out, kernel, up=False, down=False, resample_filter=(1, 1), fused=False, gain=1.0):
+        super().__init__()
+        self.up, self.down, self.fused, self.simple = up, down, fused, list(resample_filter) == [1, 1]
+        bound = gain * (6 / ((into + out) * kernel**2)) ** 0.5  # xavier_uniform
+        self.weight = nn.Parameter((torch.rand(out, into, kernel, kernel) * 2 - 1) * bound)
+        self.bias = nn.Parameter(torch.zeros(out))
+        f = torch.as_tensor(resample_filter, dtype=torch.float32)
+        self.register_buffer("resample_filter", (f[:, None] * f / f.sum() ** 2)[None, None] if up or down else None)
+
+    def forward(self, x):
+        pad, f = self.weight.shape[-1] // 2, self.resample_filter
+        if f is None:
+            return F.conv2d(x, self.weight, self.bias, padding=pad)
+        f_pad = (f.shape[-1] - 1) // 2
+        depthwise = lambda channels: f.to(x.dtype).expand(channels, 1, -1, -1)
+        if self.fused:
+            x = F.conv2d(x, self.weight, padding=pad + f_pad)
+            return F.conv2d(x, depthwise(x.shape[1]), self.bias, stride=2, groups=x.shape[1]) if False else (
+                F.conv2d(x, depthwise(x.shape[1]), stride=2, groups=x.shape[1]) + self.bias[:, None, None])
+        if self.simple:
+            x = F.interpolate(x, scale_factor=2) if self.up else F.avg_pool2d(x, 2)
+        elif self.up:
+            x = F.conv_transpose2d(x, depthwise(x.shape[1]) * 4, stride=2, padding=f_pad, groups=x.shape[1])
+        else:
+            x = F.conv2d(x, depthwise(x.shape[1]), stride=2, padding=f_pad, groups=x.shape[1])
+        return F.conv2d(x, self.weight, self.bias, padding=pad)
+
+
+def linear(into, out, bias=True):
+    layer = nn.Linear(into, out, bias)
+    nn.init.xavier_uniform_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def group_norm(channels):
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+class UNetBlock(nn.Module):
+    """Residual block with noise embedding, optional resampling and single-head self-attention."""
+
+    def __init__(self, into, out, emb, dropout, up=False, down=False, attention=False, resample_filter=(1, 1)):
+        super().__init__()
+        self.dropout, resample = dropout, dict(up=up, down=down, resample_filter=resample_filter)
+        self.norm0, self.conv0 = group_norm(into), Conv(into, out, 3, **resample)
+        self.affine, self.norm1, self.conv1 = linear(emb, out), group_norm(out), Conv(out, out, 3, gain=1e-5)
+        self.skip = Conv(into, out, 1, **resample) if into != out or up or down else None
+        self.norm2 = group_norm(out) if attention else None
+        if attention:
+            self.qkv, self.proj = Conv(out, 3 * out, 1, gain=0.2 ** 0.5), Conv(out, out, 1, gain=1e-5)
+
+    def forward(self, x, emb):
+        h = self.conv0(F.silu(self.norm0(x))) + self.affine(emb)[:, :, None, None]
+        h = self.conv1(F.dropout(F.silu(self.norm1(h)), self.dropout, self.training))
+        x = (h + (x if self.skip is None else self.skip(x))) * 0.5 ** 0.5
+        if self.norm2 is not None:
+            n, c, height, width = x.shape
+            qkv = self.qkv(self.norm2(x)).reshape(n, 1, c, 3, height * width)  # q, k, v interleaved along channels
+            q, k, v = (t.transpose(-1, -2) for t in qkv.unbind(3))  # [N, 1, HW, C]
+            a = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(x.shape)
+            x = (self.proj(a) + x) * 0.5 ** 0.5
+        return x
+
+
+class SongUNet(nn.Module):
+    """DDPM++ (positional embedding, standard encoder) and NCSN++ (Fourier embedding, residual encoder)."""
+
+    def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, model_channels=128,
+                 channel_mult=(1, 2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.10,
+                 label_dropout=0, embedding_type="positional", channel_mult_noise=1, encoder_type="standard",
+                 decoder_type="standard", resample_filter=(1, 1)):
+        super().__init__()
+        if encoder_type not in ("standard", "residual") or decoder_type != "standard":
+            raise UserError(f"encoder {encoder_type!r} with decoder {decoder_type!r} is not supported (no published network)")
+        noise, emb = model_channels * channel_mult_noise, model_channels * channel_mult_emb
+        self.label_dropout, self.noise = label_dropout, noise
+        if embedding_type == "fourier":
+            self.map_noise = nn.Module()
+            self.map_noise.register_buffer("freqs", torch.randn(noise // 2) * 16)
+        else:
+            self.map_noise = None
+        self.map_label = linear(label_dim, noise) if label_dim else None
+        self.map_augment = linear(augment_dim, noise, bias=False) if augment_dim else None
+        self.map_layer0, self.map_layer1 = linear(noise, emb), linear(emb, emb)
+        block = lambda into, out, **kwargs: UNetBlock(into, out, emb, dropout, resample_filter=resample_filter, **kwargs)
+        self.enc, self.dec, skips, c = nn.ModuleDict(), nn.ModuleDict(), [], in_channels
+        for level, mult in enumerate(channel_mult):
+            r = img_resolution >> level
+            if level == 0:
+                c = model_channels
+                self.enc[f"{r}x{r}_conv"] = Conv(in_channels, c, 3)
+            else:
+                self.enc[f"{r}x{r}_down"] = block(c, c, down=True)
+                if encoder_type == "residual":
+                    aux = in_channels if level == 1 else aux_out
+                    self.enc[f"{r}x{r}_aux_residual"] = Conv(aux, c, 3, down=True, resample_filter=resample_filter, fused=True)
+                    aux_out = c
+            skips.append(c)
+            for i in range(num_blocks):
+                self.enc[f"{r}x{r}_block{i}"] = block(c, model_channels * mult, attention=r in attn_resolutions)
+                c = model_channels * mult
+                skips.append(c)
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            r = img_resolution >> level
+            if level == len(channel_mult) - 1:
+                self.dec[f"{r}x{r}_in0"], self.dec[f"{r}x{r}_in1"] = block(c, c, attention=True), block(c, c)
+            else:
+                self.dec[f"{r}x{r}_up"] = block(c, c, up=True)
+            for i in range(num_blocks + 1):
+                attention = i == num_blocks and r in attn_resolutions
+                self.dec[f"{r}x{r}_block{i}"] = block(c + skips.pop(), model_channels * mult, attention=attention)
+                c = model_channels * mult
+        self.dec[f"{img_resolution}x{img_resolution}_aux_norm"] = group_norm(c)
+        self.dec[f"{img_resolution}x{img_resolution}_aux_conv"] = Conv(c, out_channels, 3, gain=1e-5)
+
+    def embed(self, c_noise, labels, augment_labels):
+        if self.map_noise is None:
+            half = self.noise // 2
+            frequency = (1 / 10000) ** (torch.arange(half, dtype=torch.float32, device=c_noise.device) / (half - 1))
+        else:
+            frequency = 2 * np.pi * self.map_noise.freqs
+        t = c_noise.outer(frequency.to(c_noise.dtype))
+        e = torch.cat([t.sin(), t.cos()], 1).to(self.map_layer0.weight.dtype)
+        if self.map_label is not None:
+            if self.training and self.label_dropout:
+                labels = labels * (torch.rand(len(labels), 1, device=labels.device) >= self.label_dropout)
+            e = e + self.map_label(labels * labels.shape[1] ** 0.5)
+        if self.map_augment is not None and augment_labels is not None:
+            e = e + self.map_augment(augment_labels)
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(e))))
+
+    def forward(self, x, c_noise, labels, augment_labels=None):
+        emb, aux, skips = self.embed(c_noise, labels, augment_labels), x, []
+        for name, layer in self.enc.items():
+            if name.endswith("aux_residual"):
+                x = skips[-1] = aux = (x + layer(aux)) / 2 ** 0.5
+                continue
+            x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
+            skips.append(x)
+        for name, layer in self.dec.items():
+            if "_aux_" in name:
+                x = F.silu(layer(x)) if name.endswith("norm") else layer(x)
+            else:
+                x = layer(torch.cat([x, skips.pop()], 1) if "_block" in name else x, emb)
+        return x
+
+
+class EDMPrecond(nn.Module):
+    """D(x; sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4): the denoised image (EDM, table 1). x [N, C, H, W] float32."""
+
+    def __init__(self, img_resolution, img_channels, label_dim=0, sigma_min=0, sigma_max=float("inf"), sigma_data=0.5,
+                 **model):
+        super().__init__()
+        self.config = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, **model)
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+        self.model = SongUNet(img_resolution, img_channels, img_channels, label_dim=label_dim, **model)
+        self.precision = "fp32"  # fp16 and bf16: the U-Net under autocast; input and output stay float32
+
+    def forward(self, x, sigma, class_labels=None, augment_labels=None):
+        x, sigma = x.float(), torch.as_tensor(sigma, device=x.device).float().reshape(-1, 1, 1, 1)
+        if self.label_dim and class_labels is None:
+            class_labels = torch.zeros(1, self.label_dim, device=x.device)
+        labels = class_labels.float().reshape(-1, self.label_dim) if self.label_dim else None
+        total = sigma.square() + self.sigma_data**2
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision)
+        with torch.autocast(x.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            out = self.model(x / total.sqrt(), sigma.flatten().log() / 4, labels, augment_labels)
+        return self.sigma_data**2 / total * x + sigma * self.sigma_data / total.sqrt() * out.float()
+
+    def round_sigma(self, sigma):
+        return torch.as_tensor(sigma)
+
+
+# ---------------------------------------------------------------- reading networks: pickles are parsed, never run
+class Inert:
+    """An object of the pickle as plain data: EDM's persistent objects and torch's containers."""
+
+    def __init__(self, meta=None):
+        self.class_name, self.state = (meta or {}).get("class_name"), (meta or {}).get("state", {})
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class InertDtype:
+    def __init__(self, name, *_):
+        self.name = name
+
+    def __setstate__(self, state):
+        pass
+
+
+def inert_scalar(dtype, data):
+    if dtype.name not in ("f4", "f8", "i4", "i8"):
+        raise pickle.UnpicklingError(f"numpy dtype {dtype.name!r}")
+    return np.frombuffer(data, dtype.name)[0].item()
+
+
+def inert_tensor(storage, offset, size, stride, *_):
+    if min([offset, *size, *stride]) < 0 or len(size) != len(stride) or (
+            0 not in size and offset + sum((n - 1) * s for n, s in zip(size, stride)) >= storage.numel()):
+        raise pickle.UnpicklingError(f"a tensor {tuple(size)} outside its storage of {storage.numel()} elements")
+    return storage.as_strided(tuple(size), tuple(stride), offset)
+
+
+STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "DoubleStorage": torch.float64,
+            "LongStorage": torch.int64, "IntStorage": torch.int32, "BoolStorage": torch.bool, "ByteStorage": torch.uint8}
+
+
+def inert_storage(blob):
+    """torch's legacy serialisation of one storage: five pickles, an element count, the raw elements."""
+    file = io.BytesIO(blob)
+    magic, protocol, _, (_, dtype, _, _, count, _), _ = (SafeUnpickler(file).load() for _ in range(5))
+    rest = memoryview(blob)[file.tell() + 8:]
+    if magic != 0x1950a86a20f9469cfc6c or protocol != 1001 or len(rest) != count * dtype.itemsize:
+        raise pickle.UnpicklingError(f"a damaged tensor storage ({len(rest)} bytes for {count} elements)")
+    return torch.frombuffer(bytearray(rest), dtype=dtype) if count else torch.empty(0, dtype=dtype)
+
+
+class SafeUnpickler(pickle.Unpickler):
+    ALLOWED = {("torch_utils.persistence", "_reconstruct_persistent_obj"): Inert,
+               ("collections", "OrderedDict"): OrderedDict, ("dnnlib.util", "EasyDict"): OrderedDict,
+               ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+               ("torch._utils", "_rebuild_tensor_v2"): inert_tensor, ("torch.storage", "_load_from_bytes"): inert_storage,
+               ("numpy", "dtype"): InertDtype, ("numpy.core.multiarray", "scalar"): inert_scalar,
+               ("numpy._core.multiarray", "scalar"): inert_scalar,
+               **{("torch.nn.modules.container", name): Inert for name in ("ModuleDict", "ModuleList", "Sequential")},
+               **{("torch", name): dtype for name, dtype in STORAGES.items()}}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it wants to call {module}.{name}")
+        return self.ALLOWED[module, name]
+
+    def persistent_load(self, pid):
+        if not (isinstance(pid, tuple) and len(pid) == 6 and pid[0] == "storage" and isinstance(pid[1], torch.dtype)):
+            raise pickle.UnpicklingError("a persistent id that is no tensor storage")
+        return pid
+
+
+def read_pickle(path):
+    """EDM's network-snapshot as inert data: the dict of the file, with Inert objects in place of modules."""
+    data = Path(path).read_bytes()
+    try:
+        for opcode, arg, _ in pickletools.genops(io.BytesIO(data)):  # refuse what could allocate beyond the file's size
+            if opcode.name == "BYTEARRAY8" or opcode.name.startswith("EXT") or (
+                    opcode.name.endswith("PUT") and int(arg) > len(data)):
+                raise pickle.UnpicklingError(f"opcode {opcode.name}")
+        return SafeUnpickler(io.BytesIO(data)).load()
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is refused, nothing in it was run: {error}") from None
+    except Exception as error:
+        raise UserError(f"{path} is not a readable network pickle ({type(error).__name__}): is it truncated?") from None
+
+
+def inert_tensors(module, prefix=""):
+    """(name, tensor) of an inert module tree, in state-dict order."""
+    for group in ("_parameters", "_buffers"):
+        for name, tensor in (module.state.get(group) or {}).items():
+            if tensor is not None:
+                yield prefix + name, tensor
+    for name, child in (module.state.get("_modules") or {}).items():
+        if child is not None:
+            yield from inert_tensors(child, f"{prefix}{name}.")
+
+
+def network_from_pickle(path):
+    content = read_pickle(path)
+    ema = content.get("ema") if isinstance(content, dict) else None
+    if not isinstance(ema, Inert) or "_init_kwargs" not in ema.state:
+        raise UserError(f"{path} holds no EDM network under 'ema'")
+    kwargs = dict(ema.state["_init_kwargs"])
+    inner = (ema.state.get("_modules") or {}).get("model")
+    if ema.class_name != "EDMPrecond" or kwargs.pop("model_type", "DhariwalUNet") != "SongUNet" or inner is None:
+        raise UserError(f"{path}: {ema.class_name} around {getattr(inner, 'class_name', None)} is not supported; "
+                        "EDMPrecond around SongUNet (DDPM++, NCSN++) is")
+    kwargs.pop("use_fp16", None)
+    try:
+        net = EDMPrecond(**kwargs)
+    except TypeError as error:
+        raise UserError(f"{path}: unknown network option ({error})") from None
+    return load_tensors(net, OrderedDict(inert_tensors(ema)), path)
+
+
+def load_tensors(net, tensors, path):
+    own = net.state_dict()
+    for name in [*own, *tensors]:
+        theirs = tuple(tensors[name].shape) if name in tensors else None
+        ours = tuple(own[name].shape) if name in own else None
+        if ours != theirs:
+            raise UserError(f"{path}: {name} has shape {theirs}, the network expects {ours}")
+        if not tensors[name].isfinite().all():
+            raise UserError(f"{path}: {name} has weights that are not finite")
+    net.load_state_dict(tensors)
+    return net.eval().requires_grad_(False)
+
+
+def load_network(path):
+    """EDM .pkl (parsed, never run) or our .safetensors -> EDMPrecond in eval mode on the CPU, float32."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"network {path} does not exist")
+    if path.suffix != ".safetensors":
+        return network_from_pickle(path)
+    try:
+        with safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {})["config"])
+        tensors = safetensors.torch.load_file(path)
+    except Exception as error:
+        raise UserError(f"{path} is not a network of this program ({type(error).__name__}: {error})") from None
+    return load_tensors(EDMPrecond(**config), tensors, path)
+
+
+def save_network(net, path, recipe):
+    metadata = {"config": json.dumps(net.config), "recipe": json.dumps(recipe)}
+    tensors = {name: tensor.float().contiguous() for name, tensor in net.state_dict().items()}
+    write_atomically(path, lambda p: safetensors.torch.save_file(tensors, p, metadata))
+
+
+# ---------------------------------------------------------------- files and downloads
+def write_atomically(path, write):
+    """write(temporary path), then rename: an interrupted run leaves the old file or the new one."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def key_of(*parts):
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def file_hash(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(source, what, sha256_start=""):
+    """A path as it is; a URL through the cache (NEON_CACHE), resumed where it stopped and checked."""
+    if not str(source).startswith(("http://", "https://")):
+        if not Path(source).exists():
+            raise UserError(f"{what} {source} does not exist")
+        return Path(source)
+    cache = Path(os.environ.get("NEON_CACHE", Path.home() / ".cache/adaptive-neon"))
+    target = cache / str(source).rsplit("/", 1)[1]
+    if target.exists():
+        return target
+    part = target.with_name(target.name + ".part")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        have = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(source, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=30) as answer, \
+                open(part, "ab" if answer.status == 206 else "wb") as file:
+            size = int(answer.headers.get("Content-Length", 0))
+            with tqdm(total=size, unit="B", unit_scale=True, desc=target.name) as bar:
+                while chunk := answer.read(1 << 20):
+                    bar.update(file.write(chunk))
+    except OSError as error:
+        raise UserError(f"cannot download {what} from {source} ({error}): put the file at {target}; --preset digits "
+                        "needs no download") from None
+    if not file_hash(part).startswith(sha256_start):
+        part.unlink()
+        raise UserError(f"{what} from {source} is damaged (its SHA-256 does not begin with {sha256_start}): run again")
+    os.replace(part, target)
+    return target
+
+
+# ---------------------------------------------------------------- image data
+def digits_data():
+    """scikit-learn's 1797 digits: uint8 [N, 1, 8, 8], int64 labels."""
+    from sklearn.datasets import load_digits
+    digits = load_digits()
+    images = torch.from_numpy(np.rint(digits.images * 255 / 16).astype(np.uint8))[:, None]
+    return images, torch.from_numpy(digits.target.astype(np.int64))
+
+
+def read_dataset(path):
+    """EDM dataset (zip or folder of PNGs with dataset.json) -> uint8 [N, C, H, W], int64 labels [N] or None."""
+    path = Path(path)
+    try:
+        archive = zipfile.ZipFile(path) if path.is_file() else None
+        names = archive.namelist() if archive else [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()]
+        read = archive.read if archive else lambda name: (path / name).read_bytes()
+        names = sorted(n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg")))
+        arrays = [np.asarray(PIL.Image.open(io.BytesIO(read(name)))) for name in names]
+        labels = json.loads(read("dataset.json"))["labels"] if archive is None and (path / "dataset.json").exists() or (
+            archive and "dataset.json" in archive.namelist()) else None
+        images = torch.from_numpy(np.stack([a if a.ndim == 3 else a[:, :, None] for a in arrays])).permute(0, 3, 1, 2)
+        table = {name.replace("\\", "/"): label for name, label in labels or []}
+        return images.contiguous(), torch.tensor([table[name] for name in names]) if labels else None
+    except (OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise UserError(f"dataset {path} cannot be read ({type(error).__name__}: {error})") from None
+
+
+def write_dataset(path, images, labels):
+    """uint8 [N, C, H, W] and labels -> EDM dataset zip, stored uncompressed."""
+    def write(temporary):
+        with zipfile.ZipFile(temporary, "w") as archive:
+            index = []
+            for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+                buffer, name = io.BytesIO(), f"{i // 1000:05d}/img{i:08d}.png"
+                PIL.Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(buffer, "png", compress_level=0)
+                archive.writestr(zipfile.ZipInfo(name), buffer.getvalue())
+                index.append([name, int(labels[i])])
+            archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": index if len(labels) else None}))
+    write_atomically(path, write)
+
+
+# ---------------------------------------------------------------- sampling
+def sigma_steps(net, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """EDM's time steps [num_steps + 1] float64, ending in 0 (equation 5)."""
+    low, high = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
+    ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
+    steps = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    return torch.cat([net.round_sigma(steps), torch.zeros(1, dtype=torch.float64)])
+
+
+@torch.no_grad()
+def edm_sampler(net, latents, class_labels=None, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0, S_churn=0.0,
+                S_min=0.0, S_max=float("inf"), S_noise=1.0, randn=torch.randn_like):
+    """Heun's second-order sampler (EDM, algorithm 2). latents [N, C, H, W] -> images in [-1, 1], float64."""
+    t = sigma_steps(net, num_steps, sigma_min, sigma_max, rho).to(latents.device)
+    denoise = lambda x, sigma: net(x.float(), sigma, class_labels).double()
+    x = latents.double() * t[0]
+    for i in range(num_steps):
+        gamma = min(S_churn / num_steps, 2 ** 0.5 - 1) if S_min <= t[i] <= S_max else 0.0
+        t_hat = t[i] * (1 + gamma)
+        if gamma > 0:
+            x = x + (t_hat**2 - t[i]**2).sqrt() * S_noise * randn(x)
+        d = (x - denoise(x, t_hat)) / t_hat
+        ahead = x + (t[i + 1] - t_hat) * d
+        if i < num_steps - 1:
+            d = (d + (ahead - denoise(ahead, t[i + 1])) / t[i + 1]) / 2
+        x = x + (t[i + 1] - t_hat) * d
+    return x
+
+
+def draw_latents(net, seeds, device):
+    """One generator per seed, as EDM: latents [N, C, H, W] float32 and one-hot labels [N, label_dim] (or None)."""
+    latents, labels = [], []
+    for seed in seeds:
+        generator = torch.Generator(device).manual_seed(int(seed) % 2**32)
+        latents.append(torch.randn(net.img_channels, net.img_resolution, net.img_resolution, generator=generator,
+                                   device=device))
+        if net.label_dim:
+            labels.append(torch.randint(net.label_dim, [], generator=generator, device=device))
+    if not net.label_dim:
+        return torch.stack(latents), None
+    return torch.stack(latents), F.one_hot(torch.stack(labels), net.label_dim).float()
+
+
+def to_uint8(images):
+    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)  # truncates, as EDM
+
+
+def sample_batches(net, seeds, settings, desc=None):
+    """uint8 images and labels, batch by batch; this rank's share of the seeds."""
+    mine = [s for s in np.array_split(np.asarray(seeds), max(1, -(-len(seeds) // settings.batch)))][settings.rank::settings.world]
+    for part in tqdm(mine, desc=desc, leave=False, disable=desc is None or settings.rank > 0):
+        latents, labels = draw_latents(net, part, settings.device)
+        images = edm_sampler(settings.call(net), latents, labels, settings.steps)
+        if not images.isfinite().all():
+            raise UserError("the sampler gave images that are not finite: are the weights sound?")
+        yield part, to_uint8(images), labels
+
+
+# ---------------------------------------------------------------- augmentation (EDM, appendix F.2): nine labels
+SYM6 = [0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
+        0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
+        0.0017677118642428036, -0.007800708325034148]
+
+
+def matrix(rows, n, device):
+    """3 x 3 matrices [N, 3, 3] from numbers and [N] tensors."""
+    return torch.stack([torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).expand(n) for v in row], -1)
+                        for row in rows], -2)
+
+
+def draw_affine(n, p, height, width, device):
+    """Random inverse maps G [N, 3, 3] (output to input, pixels) and their seven labels [N, 7]."""
+    scale2 = lambda x, y: matrix([[x, 0, 0], [0, y, 0], [0, 0, 1]], n, device)
+    rotate = lambda a: matrix([[a.cos(), -a.sin(), 0], [a.sin(), a.cos(), 0], [0, 0, 1]], n, device)
+    gate = lambda value, chance: torch.where(torch.rand(n, device=device) < chance, value, 0.0)
+    angle = lambda: (torch.rand(n, device=device) * 2 - 1) * np.pi
+    w = gate(torch.randn(n, device=device), p)
+    s = torch.exp2(0.2 * w)
+    G, labels = scale2(1 / s, 1 / s), [w]
+    w = gate(angle(), p)
+    G, labels = G @ rotate(w), labels + [w.cos() - 1, w.sin()]
+    w, r = torch.randn(n, device=device), angle()
+    w, r = gate(w, p), gate(r, 0.5)
+    s = torch.exp2(0.2 * w)
+    G, labels = G @ rotate(-r) @ scale2(1 / s, s) @ rotate(r), labels + [w * r.cos(), w * r.sin()]
+    w = torch.randn(2, n, device=device)
+    w = torch.where(torch.rand(1, n, device=device) < p, w, 0.0)
+    G = G @ matrix([[1, 0, -w[0] * width / 8], [0, 1, -w[1] * height / 8], [0, 0, 1]], n, device)
+    return G, torch.stack([*labels, w[0], w[1]], 1)
+
+
+def warp(images, G):
+    """images [N, C, H, W] resampled through G, band-limited by sym6 wavelet filters at twice the resolution."""
+    n, c, height, width = images.shape
+    device, f = images.device, torch.tensor(SYM6, device=images.device)
+    shift = lambda x, y: torch.tensor([[1, 0, x], [0, 1, y], [0, 0, 1]], dtype=torch.float32, device=device)
+    scale = lambda x, y: torch.tensor([[x, 0, 0], [0, y, 0], [0, 0, 1]], dtype=torch.float32, device=device)
+    cx, cy = (width - 1) / 2, (height - 1) / 2
+    corners = torch.tensor([[-cx, -cy, 1], [cx, -cy, 1], [cx, cy, 1], [-cx, cy, 1]], device=device).T
+    q = (G @ corners)[:, :2]  # [N, 2, 4]
+    far = torch.cat([(-q).amax((0, 2)), q.amax((0, 2))]) + torch.tensor([6 - cx, 6 - cy] * 2, device=device)
+    limit = torch.tensor([width - 1, height - 1] * 2, device=device)
+    x0, y0, x1, y1 = (int(v) for v in torch.minimum(far.clamp_min(0), limit).ceil())
+    images = F.pad(images, [x0, x1, y0, y1], mode="reflect")
+    G = shift((x0 - x1) / 2, (y0 - y1) / 2) @ G
+
+    def filtered(x, kernel, along_x, **kwargs):
+        weight = kernel.view(1, 1, 1, -1) if along_x else kernel.view(1, 1, -1, 1)
+        return F.conv2d(x, weight.expand(c, 1, -1, -1), groups=c, **kwargs)
+
+    up = images.new_zeros(n, c, images.shape[2] * 2 - 1, images.shape[3] * 2 - 1)
+    up[:, :, ::2, ::2] = images * 4 / 4
+    up = filtered(filtered(up, f.flip(0), True, padding=(0, 6)), f.flip(0), False, padding=(6, 0))
+    G = shift(-0.5, -0.5) @ scale(2, 2) @ G @ scale(0.5, 0.5) @ shift(0.5, 0.5)
+    out_h, out_w = (height + 6) * 2, (width + 6) * 2
+    G = scale(2 / up.shape[3], 2 / up.shape[2]) @ G @ scale(out_w / 2, out_h / 2)
+    grid = F.affine_grid(G[:, :2], [n, c, out_h, out_w], align_corners=False)
+    x = F.grid_sample(up, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    x = filtered(x, f, True, stride=(1, 2), padding=(0, 5))[:, :, :, 3:-3]
+    return filtered(x, f, False, stride=(2, 1), padding=(5, 0))[:, :, 3:-3]
+
+
+def augment(images, p):
+    """images [N, C, H, W] in [-1, 1] -> augmented images and labels [N, 9]; flips always drawn for x, with p for y."""
+    n, device, labels = len(images), images.device, []
+    for axis, chance in ((3, p * 1e8), (2, p)):
+        w = torch.randint(2, [n, 1, 1, 1], device=device)
+        w = torch.where(torch.rand(n, 1, 1, 1, device=device) < chance, w, 0)
+        images = torch.where(w == 1, images.flip(axis), images)
+        labels.append(w.view(n, 1).float())
+    G, rest = draw_affine(n, p, images.shape[2], images.shape[3], device)
+    return warp(images, G), torch.cat([*labels, rest], 1)
+
+
+# ---------------------------------------------------------------- training
+def edm_loss(net, images, labels, augment_p, P_mean=-1.2, P_std=1.2):
+    """EDM's loss per element [N, C, H, W]: lambda(sigma) |D(y + n; sigma) - y|^2, ln sigma ~ N(P_mean, P_std^2)."""
+    sigma = (torch.randn(len(images), 1, 1, 1, device=images.device) * P_std + P_mean).exp()
+    images, augment_labels = augment(images, augment_p) if augment_p else (images, None)
+    noise, data = torch.randn_like(images) * sigma, 0.5
+    weight = (sigma**2 + data**2) / (sigma * data) ** 2
+    return weight * (net(images + noise, sigma, labels, augment_labels) - images).square()
+
+
+def ema_beta(batch, half_life, seen=None, ramp_ratio=None):
+    """Share the average keeps at a step of `batch` images; half_life in images, optionally at most seen * ramp_ratio."""
+    if ramp_ratio is not None:
+        half_life = min(half_life, seen * ramp_ratio)
+    return 0.5 ** (batch / max(half_life, 1e-8))
+
+
+def train(net, images, labels, plan, settings, state_path, snapshots, save):
+    """Adam on EDM's loss. plan: lr, ramp_kimg, ema_kimg, augment, batch, seed, ramp_ratio. Every step draws from its own
+    seed, so a resumed run repeats an uninterrupted one. save(ema, kimg) is called at each of `snapshots` (kimg)."""
+    device, rank, world, batch = settings.device, settings.rank, settings.world, plan["batch"]
+    net, ema = net.to(device).train().requires_grad_(True), copy.deepcopy(net).to(device).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(net.parameters(), lr=plan["lr"], fused=True)
+    seen = 0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True, map_location=device)
+        net.load_state_dict(state["net"]), ema.load_state_dict(state["ema"]), optimizer.load_state_dict(state["optimizer"])
+        seen = state["seen"]
+    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    pairs = list(zip(ema.parameters(), net.parameters()))
+    total, tick, last_saved = max(snapshots) * 1000, max(batch, min(50_000, int(max(snapshots) * 250))), seen
+    bar = tqdm(total=total, initial=seen, unit="img", unit_scale=True, desc=plan["name"], leave=False, disable=rank > 0)
+    while seen < total:
+        epoch_images = torch.arange(seen, seen + batch)[rank::world]
+        index = shuffled(epoch_images, len(images), plan["seed"])
+        torch.manual_seed(((plan["seed"] * 2**20 + seen // batch) * 64 + rank) % 2**63)
+        x = images[index].to(device).float() / 127.5 - 1
+        y = None if labels is None or not net.label_dim else F.one_hot(labels[index], net.label_dim).float().to(device)
+        optimizer.param_groups[0]["lr"] = plan["lr"] * min(seen / max(plan["ramp_kimg"] * 1000, 1e-8), 1)
+        optimizer.zero_grad(set_to_none=True)
+        (edm_loss(model, x, y, plan["augment"]).sum() * (world / batch)).backward()
+        for p in net.parameters():
+            p.grad.nan_to_num_(0.0, 1e5, -1e5) if p.grad is not None else None
+        optimizer.step()
+        beta = ema_beta(batch, plan["ema_kimg"] * 1000, seen, plan.get("ramp_ratio"))
+        torch._foreach_lerp_([e for e, _ in pairs], [p.detach() for _, p in pairs], 1 - beta)
+        before, seen = seen, seen + batch
+        bar.update(batch)
+        due = [k for k in snapshots if before < k * 1000 <= seen]
+        if rank == 0 and (due or seen - last_saved >= tick or seen >= total):
+            state = {"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "seen": seen}
+            for kimg in due:
+                save(ema, kimg)
+            write_atomically(state_path, lambda path: torch.save(state, path))
+            last_saved = seen
+    bar.close()
+
+
+def shuffled(positions, n, seed):
+    """Indices at these positions of an endless sequence of permutations of range(n)."""
+    epochs = {int(e): torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + int(e)))
+              for e in (positions // n).unique()}
+    return torch.stack([epochs[int(p) // n][int(p) % n] for p in positions])
