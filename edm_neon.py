@@ -114,8 +114,7 @@ class Conv(nn.Module):
         depthwise = lambda channels: f.to(x.dtype).expand(channels, 1, -1, -1)
         if self.fused:
             x = F.conv2d(x, self.weight, padding=pad + f_pad)
-            return F.conv2d(x, depthwise(x.shape[1]), self.bias, stride=2, groups=x.shape[1]) if False else (
-                F.conv2d(x, depthwise(x.shape[1]), stride=2, groups=x.shape[1]) + self.bias[:, None, None])
+            return F.conv2d(x, depthwise(x.shape[1]), self.bias, stride=2, groups=x.shape[1])
         if self.simple:
             x = F.interpolate(x, scale_factor=2) if self.up else F.avg_pool2d(x, 2)
         elif self.up:
@@ -622,7 +621,7 @@ def warp(images, G):
         return F.conv2d(x, weight.expand(c, 1, -1, -1), groups=c, **kwargs)
 
     up = images.new_zeros(n, c, images.shape[2] * 2 - 1, images.shape[3] * 2 - 1)
-    up[:, :, ::2, ::2] = images * 4 / 4
+    up[:, :, ::2, ::2] = images
     up = filtered(filtered(up, f.flip(0), True, padding=(0, 6)), f.flip(0), False, padding=(6, 0))
     G = shift(-0.5, -0.5) @ scale(2, 2) @ G @ scale(0.5, 0.5) @ shift(0.5, 0.5)
     out_h, out_w = (height + 6) * 2, (width + 6) * 2
@@ -708,3 +707,413 @@ def shuffled(positions, n, seed):
     epochs = {int(e): torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + int(e)))
               for e in (positions // n).unique()}
     return torch.stack([epochs[int(p) // n][int(p) % n] for p in positions])
+
+
+# ---------------------------------------------------------------- features and reference statistics
+class BasicConv(nn.Module):
+    def __init__(self, into, out, kernel, stride, padding):
+        super().__init__()
+        self.conv = nn.Conv2d(into, out, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(out, eps=1e-3)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+def conv_of(into, text):
+    """'64:3', '192:1x7', '384:3/2' -> convolution with that many outputs; stride 1 keeps the size, stride 2 is unpadded."""
+    out, kernel = text.split(":")
+    kernel, stride = (kernel.split("/") + ["1"])[:2]
+    kernel = tuple(int(k) for k in (kernel.split("x") * 2)[:2])
+    padding = 0 if stride == "2" else (kernel[0] // 2, kernel[1] // 2)
+    return BasicConv(into, int(out), kernel, int(stride), padding), int(out)
+
+
+class Mixed(nn.Module):
+    """Inception block: chains of convolutions side by side (`a|b`: the chain ends in two), then a pooled branch."""
+
+    def __init__(self, into, chains, pool, pool_out=0):
+        super().__init__()
+        self.pool, self.chains = pool, []
+        for prefix, chain in chains.items():
+            channels, names, parts = into, [], chain.split()
+            for i, part in enumerate(parts, 1):
+                ends = [("", part)] if "|" not in part else list(zip("ab", part.split("|")))
+                names.append([])
+                for letter, text in ends:
+                    name = prefix if len(parts) == 1 else f"{prefix}_{i}{letter}"
+                    module, out = conv_of(channels, text)
+                    self.add_module(name, module)
+                    names[-1].append(name)
+                channels = out
+            self.chains.append(names)
+        self.branch_pool = conv_of(into, f"{pool_out}:1")[0] if pool_out else None
+
+    def forward(self, x):
+        outs = []
+        for chain in self.chains:
+            h = [x]
+            for names in chain:
+                h = [getattr(self, name)(h[0]) for name in names]
+            outs += h
+        pooled = {"avg": lambda: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+                  "max": lambda: F.max_pool2d(x, 3, 1, 1), "max2": lambda: F.max_pool2d(x, 3, 2)}[self.pool]()
+        return torch.cat([*outs, self.branch_pool(pooled) if self.branch_pool is not None else pooled], 1)
+
+
+class InceptionFeatures(nn.Module):
+    """Inception-v3 of the FID graph: uint8 [N, 3, H, W] -> [N, 2048] float32 (2048-d pool). path: the public PyTorch port
+    of its weights (pt_inception-2015-12-05). TF1-style resize to 299, (v - 128) / 128: comparable with EDM's FID."""
+    dim = 2048
+
+    def __init__(self, path):
+        super().__init__()
+        for name, into, text in (("1a_3x3", 3, "32:3/2"), ("2a_3x3", 32, "32:3"), ("2b_3x3", 32, "64:3"),
+                                 ("3b_1x1", 64, "80:1"), ("4a_3x3", 80, "192:3")):
+            module, _ = conv_of(into, text)
+            module.conv.padding = (1, 1) if name == "2b_3x3" else (0, 0)
+            self.add_module(f"Conv2d_{name}", module)
+        a = {"branch1x1": "64:1", "branch5x5": "48:1 64:5", "branch3x3dbl": "64:1 96:3 96:3"}
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = (Mixed(c, a, "avg", p) for c, p in ((192, 32), (256, 64), (288, 64)))
+        self.Mixed_6a = Mixed(288, {"branch3x3": "384:3/2", "branch3x3dbl": "64:1 96:3 96:3/2"}, "max2")
+        for letter, c in zip("bcde", (128, 160, 160, 192)):
+            self.add_module(f"Mixed_6{letter}", Mixed(768, {
+                "branch1x1": "192:1", "branch7x7": f"{c}:1 {c}:1x7 192:7x1",
+                "branch7x7dbl": f"{c}:1 {c}:7x1 {c}:1x7 {c}:7x1 192:1x7"}, "avg", 192))
+        self.Mixed_7a = Mixed(768, {"branch3x3": "192:1 320:3/2", "branch7x7x3": "192:1 192:1x7 192:7x1 192:3/2"}, "max2")
+        e = {"branch1x1": "320:1", "branch3x3": "384:1 384:1x3|384:3x1", "branch3x3dbl": "448:1 384:3 384:1x3|384:3x1"}
+        self.Mixed_7b, self.Mixed_7c = Mixed(1280, e, "avg", 192), Mixed(2048, e, "max", 192)
+        try:
+            weights = torch.load(path, weights_only=True, map_location="cpu")
+            weights = {k: v for k, v in weights.items() if not k.startswith("fc.")}
+            missing = [k for k in self.state_dict() if k not in weights and not k.endswith("num_batches_tracked")]
+            if missing:
+                raise KeyError(missing[0])
+            self.load_state_dict(weights, strict=False)
+        except Exception as error:
+            raise UserError(f"{path} is not the PyTorch port of the FID Inception ({type(error).__name__}: {error})") from None
+        self.name = f"inception-{file_hash(path)[:8]}-tf1"
+        self.eval().requires_grad_(False)
+
+    @staticmethod
+    def resize(x, size=299):
+        """TensorFlow 1's bilinear: source coordinate j * W / 299 without half-pixel shift; x first, then y; float32."""
+        for axis in (3, 2):
+            n = x.shape[axis]
+            at = torch.arange(size, dtype=torch.float32, device=x.device) * (n / size)
+            low = at.floor().long().clamp_max(n - 1)
+            part = (at - low).view([size if a == axis else 1 for a in range(4)])
+            first = x.index_select(axis, low)
+            x = first + (x.index_select(axis, (low + 1).clamp_max(n - 1)) - first) * part
+        return x
+
+    def forward(self, images):
+        x = (self.resize(images.float()) - 128) / 128
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2))), 3, 2)
+        for name, module in self.named_children():
+            if name.startswith("Mixed"):
+                x = module(x)
+        return x.mean((2, 3))
+
+
+class DigitsFeatures(nn.Module):
+    """A small classifier of scikit-learn's digits, trained on the spot (seeded, seconds): uint8 [N, 1, 8, 8] -> [N, 64]."""
+    dim, name = 64, "digits-cnn-64"
+
+    def __init__(self, path, epochs=40):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1),
+                                  nn.ReLU(), nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
+                                  nn.Linear(256, 64), nn.ReLU())
+        self.head = nn.Linear(64, 10)
+        if path.exists():
+            self.load_state_dict(torch.load(path, weights_only=True))
+        else:
+            self.fit(epochs)
+            write_atomically(path, lambda p: torch.save(self.state_dict(), p))
+        self.eval().requires_grad_(False)
+
+    def fit(self, epochs):
+        images, labels = digits_data()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for module in [*self.body, self.head]:
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+            optimizer = torch.optim.Adam(self.parameters(), lr=2e-3)
+            for _ in range(epochs):
+                for index in torch.randperm(len(images)).split(128):
+                    optimizer.zero_grad()
+                    F.cross_entropy(self.head(self(images[index])), labels[index]).backward()
+                    optimizer.step()
+
+    def forward(self, images):
+        return self.body(images.float() / 127.5 - 1)
+
+
+@torch.no_grad()
+def features_of(images, features, device, batch=256):
+    return torch.cat([features(part.to(device)) for part in images.split(batch)])
+
+
+def load_reference(args, preset, features, device):
+    """(FrechetReference, real features for precision and recall or None, facts for the report)."""
+    if preset.name == "digits" or args.data:
+        images = digits_data()[0] if preset.name == "digits" else read_dataset(args.data)[0]
+        real = features_of(images, features, device)
+        mu, cov = neon_ext.feature_moments(real)
+        half = torch.randperm(len(real), generator=torch.Generator().manual_seed(0)).to(device)
+        a, b = real[half[::2]], real[half[1::2]]
+        floor = float(neon_ext.frechet_distance(*neon_ext.feature_moments(a), *neon_ext.feature_moments(b)))
+        facts = {"features": features.name, "images": len(real), "floor": {"images": len(b), "fd": floor}}
+        return neon_ext.FrechetReference(mu, cov, len(real)), real, facts
+    path = fetch(args.ref, "the reference statistics")
+    try:
+        with np.load(path) as stored:
+            mu, cov = (torch.from_numpy(np.asarray(stored[key], dtype=np.float64)).to(device) for key in ("mu", "sigma"))
+            kind = str(stored["features"]) if "features" in stored else "inception"
+    except Exception as error:
+        raise UserError(f"reference {path} has no mu and sigma ({type(error).__name__})") from None
+    if mu.shape != (features.dim,) or not features.name.startswith(kind.split("-")[0]):
+        raise UserError(f"reference {path} has {tuple(mu.shape)} statistics of {kind!r}; the features are {features.name} "
+                        f"({features.dim}-d): use statistics of the same features")
+    return neon_ext.FrechetReference(mu, cov, 50_000), None, {"features": features.name, "file": str(args.ref)}
+
+
+@torch.no_grad()
+def precision_recall(real, fake, k=5, most=10_000):
+    """Improved precision and recall (arXiv 1904.06991) with k nearest neighbours, on at most 10,000 of each."""
+    real, fake = real[:most].double(), fake[:most].double()
+
+    def inside(points, manifold):
+        radius = torch.cat([torch.cdist(part, manifold).kthvalue(k + 1).values for part in manifold.split(1000)])
+        return float(torch.cat([(torch.cdist(part, manifold) <= radius).any(1) for part in points.split(1000)]).double().mean())
+    return inside(fake, real), inside(real, fake)
+
+
+# ---------------------------------------------------------------- blocks
+def block_of(name, net, partition="paper"):
+    """The block that owns parameter `name`: enc, mid or dec; for `layers` one per residual block; or by a JSON file's
+    globs. paper: lowest resolution and mapping are mid. structural: the decoder's blocks after the bottleneck are dec."""
+    low = min(int(key.split("x")[0]) for key in net.model.enc)
+    parts = name.split(".")
+    if isinstance(partition, dict):
+        block = next((block for pattern, block in partition.items() if fnmatch.fnmatchcase(name, pattern)), None)
+        if block is None:
+            raise UserError(f"--partition: no pattern owns {name}; end the file with \"*\": \"rest\"")
+        return block
+    if partition == "layers":
+        return "map" if parts[1].startswith("map") else ".".join(parts[1:3])
+    level = parts[2].startswith(f"{low}x{low}_") if len(parts) > 2 else False
+    if parts[1] not in ("enc", "dec") or (level and not (
+            partition == "structural" and parts[1] == "dec" and "_block" in parts[2])):
+        return "mid"
+    return parts[1]
+
+
+class Configurations:
+    """All extrapolations between two networks: one resident network whose weights are rewritten in one fused pass."""
+
+    def __init__(self, base, aux, partition, device):
+        ours, theirs = base.state_dict(), aux.state_dict()
+        for name in ours:
+            if name not in theirs or ours[name].shape != theirs[name].shape:
+                raise UserError(f"base and self-trained network differ in architecture, first at {name}: "
+                                f"{tuple(ours[name].shape)} and {tuple(theirs[name].shape) if name in theirs else 'absent'}")
+        self.net = copy.deepcopy(base).to(device).eval().requires_grad_(False)
+        self.names = list(ours)
+        self.theta_r, self.theta_s = ([t[n].float().to(device) for n in self.names] for t in (ours, theirs))
+        owners = [block_of(name, base, partition) for name in self.names]
+        self.blocks = [b for b in ("enc", "mid", "dec") if b in owners] or list(dict.fromkeys(owners))
+        self.blocks += [b for b in dict.fromkeys(owners) if b not in self.blocks]
+        self.index = [self.blocks.index(owner) for owner in owners]
+
+    def set(self, w):
+        """w: {block: weight} -> the network with those weights."""
+        out = list(self.net.state_dict().values())
+        neon_ext.extrapolate(self.theta_r, self.theta_s, self.index, [float(w[b]) for b in self.blocks], out=out)
+        return self.net
+
+    def table(self):
+        """Per block: tensors, parameters, relative drift ||theta_s - theta_r|| / ||theta_r||."""
+        rows = {}
+        for i, block in enumerate(self.blocks):
+            mine = [(r, s) for r, s, b in zip(self.theta_r, self.theta_s, self.index) if b == i]
+            drift, size = (sum(float(t.double().square().sum()) for t in ts) ** 0.5
+                           for ts in ([s - r for r, s in mine], [r for r, _ in mine]))
+            rows[block] = {"tensors": len(mine), "parameters": sum(r.numel() for r, _ in mine), "drift": drift / size}
+        return rows
+
+
+# ---------------------------------------------------------------- scoring
+@dataclass
+class Settings:
+    """How this process samples: device, images per batch, sampler steps, precision, its rank among `world`."""
+    device: str
+    batch: int
+    steps: int
+    precision: str = "fp32"
+    rank: int = 0
+    world: int = 1
+    compiled: dict = dataclasses.field(default_factory=dict)
+
+    def call(self, net):
+        net.precision = self.precision
+        if self.device == "cpu":
+            return net
+        if id(net) not in self.compiled:  # weights are rewritten in place: one compilation serves every configuration
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
+            net.to(memory_format=torch.channels_last)
+            fast = torch.compile(net, mode="max-autotune-no-cudagraphs", dynamic=False)
+            fast.__dict__.update(round_sigma=net.round_sigma)
+            self.compiled[id(net)] = fast
+        return self.compiled[id(net)]
+
+
+class Scorer:
+    """Fréchet distances of configurations on common random numbers; finished ones are read back from grid.jsonl."""
+
+    def __init__(self, configurations, features, reference, settings, path, key, kimg):
+        self.configurations, self.features, self.reference = configurations, features, reference
+        self.settings, self.path, self.key, self.kimg, self.done = settings, path, key, kimg, {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                row = json.loads(line)
+                if row["key"] == key and row["snapshot"] == kimg:
+                    self.done[self.name_of(row["w"], row["images"], row["first_seed"])] = row
+
+    @staticmethod
+    def name_of(w, images, first_seed):
+        return json.dumps([{b: round(float(v), 6) for b, v in sorted(w.items())}, images, first_seed])
+
+    @torch.no_grad()
+    def moments(self, w, seeds, desc=None, keep=False):
+        """Moments in FOLDS contiguous seed folds; all ranks' sums merged. keep: also return the features [N, D]."""
+        settings, kept = self.settings, []
+        net = self.configurations.set(w)
+        total = neon_ext.Moments(self.features.dim, FOLDS, settings.device)
+        for part, images, _ in sample_batches(net, seeds, settings, desc):
+            found = self.features(images)
+            fold = torch.as_tensor((part - seeds[0]) * FOLDS // len(seeds))
+            for k in fold.unique().tolist():
+                total.update(found[(fold == k).to(found.device)], k)
+            kept += [found.cpu()] if keep else []
+        if settings.world > 1:
+            states = [None] * settings.world
+            dist.all_gather_object(states, ({k: v.cpu() for k, v in total.state_dict().items()}, kept))
+            total, kept = neon_ext.Moments(self.features.dim, FOLDS, settings.device), []
+            for state, features in states:
+                other = neon_ext.Moments(self.features.dim, FOLDS)
+                other.load_state_dict(state)
+                total.merge(other)
+                kept += features
+        return (total, torch.cat(kept)) if keep else total
+
+    def score(self, w, seeds, desc=None):
+        """{snapshot, w, images, fd, seconds}; appended to grid.jsonl in one write, never computed twice."""
+        name = self.name_of(w, len(seeds), int(seeds[0]))
+        if name not in self.done:
+            begin = time.perf_counter()
+            m = self.moments(w, seeds, desc)
+            fd = float(self.reference.distance(m.mean(), m.cov()))
+            row = {"snapshot": self.kimg, "w": w, "images": len(seeds), "first_seed": int(seeds[0]), "fd": fd,
+                   "seconds": round(time.perf_counter() - begin, 3), "key": self.key}
+            if self.settings.rank == 0:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            self.done[name] = row
+        return self.done[name]
+
+
+def jackknife(reference, first, second):
+    """Paired difference distance(first) - distance(second) with its 95% interval: delete-one-fold jackknife."""
+    def distance(m, folds=None):
+        return float(reference.distance(m.mean(folds), m.cov(folds)))
+    used = [k for k in range(FOLDS) if first.count([k]) and second.count([k])]
+    left_out = [[j for j in used if j != k] for k in used]
+    d = np.array([distance(first, f) - distance(second, f) for f in left_out])
+    n = len(used)
+    error = ((n - 1) / n * ((d - d.mean()) ** 2).sum()) ** 0.5
+    half = float(scipy.stats.t.ppf(0.975, n - 1) * error)
+    full = distance(first) - distance(second)
+    verdict = "no significant difference" if abs(full) <= half else "better" if full < 0 else "worse"
+    return {"difference": full, "low": full - half, "high": full + half, "verdict": verdict}
+
+
+def search_cobyqa(scorer, seeds, start, bounds, evaluations):
+    """Derivative-free trust-region search (scipy's COBYQA) over the block weights from the best global weight."""
+    blocks = scorer.configurations.blocks
+
+    def value(x):
+        return scorer.score({b: round(float(v), 6) for b, v in zip(blocks, x)}, seeds)["fd"]
+    scipy.optimize.minimize(value, np.full(len(blocks), start), method="COBYQA", bounds=[bounds] * len(blocks),
+                            options={"maxfev": evaluations, "initial_tr_radius": 0.5, "final_tr_radius": 0.01})
+
+
+# ---------------------------------------------------------------- one snapshot: grid, final comparison
+def grid_weights(args, blocks):
+    lists = [args.grid_of.get(block) or args.grid for block in blocks]
+    return [dict(zip(blocks, values)) for values in itertools.product(*lists)]
+
+
+def study(args, preset, scorer, ledger, real):
+    """All scores of one snapshot -> its entry in summary.json, and the weights of the winners."""
+    blocks, seeds = scorer.configurations.blocks, ledger["selection"]
+    uniform = lambda v: dict.fromkeys(blocks, float(v))
+    grid = grid_weights(args, blocks)
+    diagonal = [uniform(v) for v in sorted({*args.grid, *args.sweep})]
+    everything = [uniform(0), uniform(-1), *diagonal, *grid]
+    bar = tqdm(everything, desc=f"snapshot {scorer.kimg}: grid", disable=scorer.settings.rank > 0, leave=False)
+    rows = [scorer.score(w, seeds) for w in bar]
+    best_of = lambda candidates: min(candidates, key=lambda w: scorer.score(w, seeds)["fd"])
+    winners = {"base": uniform(0), "collapsed": uniform(-1), "global": best_of([uniform(0), *diagonal]),
+               "blockwise": best_of(grid)}
+    if args.search:
+        search_cobyqa(scorer, seeds, next(iter(winners["global"].values())), args.bounds, args.evaluations)
+        winners["searched"] = min((row for row in scorer.done.values() if row["images"] == len(seeds)
+                                   and row["first_seed"] == int(seeds[0])), key=lambda row: row["fd"])["w"]
+    entry = {"kimg": scorer.kimg, "blocks": scorer.configurations.table(), "evaluations": len(rows),
+             "base": {"fd": rows[0]["fd"]}, "collapsed": {"fd": rows[1]["fd"]},
+             "global": {"w": next(iter(winners["global"].values())), "fd": scorer.score(winners["global"], seeds)["fd"]},
+             "blockwise": {"w": winners["blockwise"], "fd": scorer.score(winners["blockwise"], seeds)["fd"]},
+             "sweep": [{"w": next(iter(w.values())), "fd": scorer.score(w, seeds)["fd"]}
+                       for w in sorted([uniform(-1), uniform(0), *diagonal], key=lambda w: next(iter(w.values())))]}
+    if "searched" in winners:
+        entry["searched"] = {"w": winners["searched"], "fd": scorer.score(winners["searched"], seeds)["fd"]}
+    entry["final"] = final_comparison(scorer, winners, ledger["final"], real)
+    entry["warnings"] = warnings_of(entry, args, scorer, len(seeds))
+    return entry, winners
+
+
+def final_comparison(scorer, winners, seeds, real):
+    """Winners re-scored on unseen seeds with precision, recall and paired jackknife intervals against base and global."""
+    results, sums = {}, {}
+    for name, w in winners.items():
+        sums[name], features = scorer.moments(w, seeds, f"final: {name}", keep=True)
+        fd = float(scorer.reference.distance(sums[name].mean(), sums[name].cov()))
+        results[name] = {"w": w, "fd": fd, "images": len(seeds)}
+        if real is not None:
+            results[name]["precision"], results[name]["recall"] = precision_recall(real.cpu(), features)
+    for name in winners:
+        for other in ("base", "global"):
+            if name != other and (name, other) != ("base", "global"):
+                results[name][f"against_{other}"] = jackknife(scorer.reference, sums[name], sums[other])
+    return results
+
+
+def warnings_of(entry, args, scorer, images):
+    """What a careful reader would want to know."""
+    notes = []
+    values = [v for v in entry["blockwise"]["w"].values()]
+    if any(v in (min(args.grid), max(args.grid)) for v in values) and len(args.grid) > 1:
+        notes.append("the block-wise optimum lies on the edge of the grid")
+    if images <= scorer.features.dim:
+        notes.append(f"{images} selection images for {scorer.features.dim} features: the covariance is singular")
+    final = entry["final"]
+    if final["blockwise"]["fd"] > final["global"]["fd"] and entry["blockwise"]["fd"] < entry["global"]["fd"]:
+        notes.append("block-wise wins on the selection seeds but not on the final ones: selection noise")
+    if "precision" in final["base"] and final["blockwise"]["precision"] < final["base"]["precision"] - 0.01 and (
+            final["blockwise"]["fd"] < final["base"]["fd"]):
+        notes.append("precision falls while the distance falls")
+    return notes
