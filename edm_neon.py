@@ -36,6 +36,7 @@ import numpy as np
 import PIL.Image
 import safetensors.torch
 import scipy.optimize
+import scipy.stats
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -965,9 +966,7 @@ class Settings:
         if id(net) not in self.compiled:  # weights are rewritten in place: one compilation serves every configuration
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
             net.to(memory_format=torch.channels_last)
-            fast = torch.compile(net, mode="max-autotune-no-cudagraphs", dynamic=False)
-            fast.__dict__.update(round_sigma=net.round_sigma)
-            self.compiled[id(net)] = fast
+            self.compiled[id(net)] = torch.compile(net, mode="max-autotune-no-cudagraphs", dynamic=False)
         return self.compiled[id(net)]
 
 
@@ -1117,3 +1116,388 @@ def warnings_of(entry, args, scorer, images):
             final["blockwise"]["fd"] < final["base"]["fd"]):
         notes.append("precision falls while the distance falls")
     return notes
+
+
+# ---------------------------------------------------------------- stages: base, synthetic set, self-training
+def on_rank_zero(settings, work):
+    """work() on the first rank while the others wait; a failure there stops all."""
+    if settings.rank == 0:
+        work()
+    if settings.world > 1:
+        dist.barrier()
+
+
+def get_base(args, preset, settings, out):
+    """The base network: given, downloaded, or trained from scratch; and its hash."""
+    if args.train_base is None and preset.name != "digits" or args.base:
+        path = fetch(BASES.get(args.base or "cond", args.base), "the base network")
+        return load_network(path), file_hash(path)[:16]
+    if preset.name == "digits":
+        images, labels = digits_data()
+    elif not args.data:
+        raise UserError("--train-base needs --data ZIP or folder of images")
+    else:
+        images, labels = read_dataset(args.data)
+    kimg = args.train_base or preset.train_kimg
+    model = dict(preset.model, img_resolution=images.shape[-1], img_channels=images.shape[1])
+    if labels is None and model["label_dim"]:
+        raise UserError(f"{args.data} has no labels, but the {preset.name} network is conditional: add dataset.json")
+    key = key_of("base", model, kimg, preset.base_lr, args.seed, preset.batch, len(images))
+    path = out / f"base-{key}.safetensors"
+    plan = dict(name="base", lr=preset.base_lr, ramp_kimg=kimg / 20, ema_kimg=kimg / 20, augment=preset.augment,
+                batch=preset.batch, seed=args.seed, ramp_ratio=0.05)
+    if not path.exists():
+        torch.manual_seed(args.seed)
+        net = EDMPrecond(**model)
+        train(net, images, labels, plan, settings, out / f"base-{key}.pt", [kimg],
+              lambda ema, k: save_network(ema, path, {"trained": plan, "kimg": k}))
+        on_rank_zero(settings, lambda: (out / f"base-{key}.pt").unlink())
+    return load_network(path), file_hash(path)[:16]
+
+
+def get_synthetic(args, preset, base, base_hash, settings, out):
+    """|S| images of the base at seeds 0, 1, ... with their random classes, as an EDM dataset zip."""
+    key = key_of("synthetic", base_hash, args.synthetic, preset.steps, settings.device != "cpu")
+    path = out / f"synthetic-{key}.zip"
+    if not path.exists():
+        net = copy.deepcopy(base).to(settings.device)
+        parts = [(part[0], images.cpu(), None if labels is None else labels.argmax(1).cpu()) for part, images, labels in
+                 sample_batches(net, np.arange(args.synthetic), settings, "synthetic set")]
+        if settings.world > 1:
+            gathered = [None] * settings.world
+            dist.all_gather_object(gathered, parts)
+            parts = [part for rank in gathered for part in rank]
+        parts.sort(key=lambda part: part[0])
+        labels = torch.cat([p[2] for p in parts]) if base.label_dim else []
+        on_rank_zero(settings, lambda: write_dataset(path, torch.cat([p[1] for p in parts]), labels))
+    return path, key
+
+
+def get_snapshots(args, preset, base, base_hash, settings, out):
+    """{kimg: path} of self-trained networks: existing files (--aux) or trained here to every --snapshot."""
+    if args.aux:
+        given = Path(args.aux)
+        files = sorted([*given.glob("network-snapshot-*.pkl"), *given.glob("network-snapshot-*.safetensors")]) if (
+            given.is_dir()) else [fetch(args.aux, "the self-trained network")]
+        numbered = {int("".join(c for c in f.stem if c.isdigit()) or 0): f for f in files}
+        chosen = {k: f for k, f in numbered.items() if k in args.snapshot} if given.is_dir() else {
+            args.snapshot[0]: files[0]}
+        if not chosen:
+            raise UserError(f"--aux {given} has snapshots {sorted(numbered)}, none of --snapshot {args.snapshot}")
+        return chosen
+    data, data_key = get_synthetic(args, preset, base, base_hash, settings, out)
+    plan = dict(name="self-training", lr=args.lr or preset.self_lr, ramp_kimg=preset.ramp_kimg, augment=preset.augment,
+                ema_kimg=preset.ema_kimg, batch=args.batch or preset.batch, seed=args.seed + 1)
+    folder = out / f"self-{key_of(data_key, plan, preset.model['dropout'])}"
+    paths = {k: folder / f"network-snapshot-{k:06d}.safetensors" for k in args.snapshot}
+    if not all(path.exists() for path in paths.values()):
+        folder.mkdir(exist_ok=True)
+        net = EDMPrecond(**dict(base.config, augment_dim=base.config.get("augment_dim", 0), dropout=preset.model["dropout"]))
+        net.load_state_dict(base.state_dict())
+        images, labels = read_dataset(data)
+        recipe = {"base_sha256": base_hash, "synthetic": data_key, "training": plan}
+        train(net, images, labels, plan, settings, folder / "training-state.pt", sorted(args.snapshot),
+              lambda ema, k: save_network(ema, paths[k], recipe | {"kimg": k}))
+        on_rank_zero(settings, lambda: None)
+        if not all(path.exists() for path in paths.values()):
+            raise UserError(f"the saved training in {folder} is already past one of --snapshot {args.snapshot}: delete "
+                            "its training-state.pt to train again from the base")
+    return paths
+
+
+def seed_ledger(args, preset, images):
+    """Disjoint seeds for synthetic set, selection and final comparison; overlap is refused, the paper's is announced."""
+    first = 0 if args.protocol == "paper" else 10_000
+    select = 2000 if args.protocol == "paper" else images["select"]
+    ledger = {"synthetic": np.arange(args.synthetic), "selection": np.arange(first, first + select),
+              "final": np.arange(preset.final_seed, preset.final_seed + images["final"])}
+    for a, b in itertools.combinations(ledger, 2):
+        if np.intersect1d(ledger[a], ledger[b]).size and args.protocol != "paper":
+            raise UserError(f"seeds of the {a} set ({ledger[a][0]}-{ledger[a][-1]}) and of the {b} set ({ledger[b][0]}-"
+                            f"{ledger[b][-1]}) overlap: fewer --synthetic, --select-images or --final-images")
+    if args.protocol == "paper":
+        print("--protocol paper: selection seeds 0-1999 overlap the synthetic training set, and 2,000 images are fewer "
+              "than 2,048 features: the covariance is singular")
+    return ledger
+
+
+# ---------------------------------------------------------------- report
+def write_report(args, preset, summary, out):
+    """summary.json, table.md, pictures; the terminal gets the table."""
+    lines = [f"| snapshot (kimg) | model | w | selection {preset.score} | final {preset.score} | against base (95%) | verdict "
+             "| precision | recall |", "|" + "---|" * 9]
+    for entry in summary["snapshots"]:
+        for name, final in entry["final"].items():
+            values = final["w"].values()
+            w = f"{next(iter(values)):g}" if len(set(values)) == 1 else ", ".join(f"{b} {v:g}" for b, v in final["w"].items())
+            against = final.get("against_base")
+            interval = f"{against['difference']:+.4f} [{against['low']:+.4f}, {against['high']:+.4f}]" if against else ""
+            extra = [f"{final[k]:.3f}" if k in final else "" for k in ("precision", "recall")]
+            lines.append(f"| {entry['kimg']} | {name} | {w} | {entry[name]['fd']:.4f} | {final['fd']:.4f} | {interval} | "
+                         f"{against['verdict'] if against else ''} | {extra[0]} | {extra[1]} |")
+        if "against_global" in entry["final"]["blockwise"]:
+            d = entry["final"]["blockwise"]["against_global"]
+            lines.append(f"\nSnapshot {entry['kimg']}: block-wise against global {d['difference']:+.4f} "
+                         f"[{d['low']:+.4f}, {d['high']:+.4f}]: {d['verdict']}.\n")
+        lines += [f"Warning, snapshot {entry['kimg']}: {note}.\n" for note in entry["warnings"]]
+    if "floor" in summary["reference"]:
+        floor = summary["reference"]["floor"]
+        lines.append(f"Floor: two disjoint halves of the real data ({floor['images']} images) are {floor['fd']:.4f} apart.\n")
+    text = "\n".join(lines)
+    print("\n" + text)
+    write_atomically(out / "table.md", lambda path: path.write_text(text + "\n"))
+    write_atomically(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1)))
+
+
+def plot_report(preset, summary, samples, out):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def save(figure, name):
+        figure.tight_layout()
+        write_atomically(out / name, lambda path: figure.savefig(path, dpi=80, format="png"))
+        plt.close(figure)
+
+    entries = summary["snapshots"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    for name in ("base", "global", "blockwise", "searched"):
+        if name in entries[0]["final"]:
+            axes[0].plot([e["kimg"] for e in entries], [e["final"][name]["fd"] for e in entries], "o-", label=name)
+    axes[0].set(xlabel="self-training (kimg)", ylabel=f"final {preset.score}", title="score against snapshot")
+    for e in entries:
+        axes[1].plot([p["w"] for p in e["sweep"]], [p["fd"] for p in e["sweep"]], "o-", label=f"{e['kimg']} kimg")
+    axes[1].set(xlabel="w, all blocks", ylabel=f"selection {preset.score}", title="score against global w")
+    for axis in axes:
+        axis.legend()
+    save(figure, "scores.png")
+    for e in entries:
+        grid = e["grid"]
+        blocks = list(grid[0]["w"])
+        if len(blocks) == 3:
+            values = [sorted({row["w"][b] for row in grid}) for b in blocks]
+            figure, axes = plt.subplots(1, len(values[1]), figsize=(4 * len(values[1]), 3.5), squeeze=False)
+            low, high = min(r["fd"] for r in grid), max(r["fd"] for r in grid)
+            for axis, middle in zip(axes[0], values[1]):
+                table = {(r["w"][blocks[0]], r["w"][blocks[2]]): r["fd"] for r in grid if r["w"][blocks[1]] == middle}
+                image = axis.imshow([[table[a, c] for c in values[2]] for a in values[0]], vmin=low, vmax=high)
+                axis.set_xticks(range(len(values[2])), values[2])
+                axis.set_yticks(range(len(values[0])), values[0])
+                axis.set(xlabel=f"w_{blocks[2]}", ylabel=f"w_{blocks[0]}", title=f"w_{blocks[1]} = {middle:g}")
+            figure.colorbar(image, ax=axes[0].tolist())
+            write_atomically(out / f"grid_{e['kimg']:06d}.png", lambda path: figure.savefig(path, dpi=80, format="png"))
+            plt.close(figure)
+    for kimg, pictures in samples.items():
+        figure, axes = plt.subplots(1, len(pictures), figsize=(3 * len(pictures), 3.2))
+        for axis, (name, images) in zip(axes, pictures.items()):
+            n = int(len(images) ** 0.5)
+            tiles = images[:n * n].reshape(n, n, *images.shape[1:]).permute(0, 3, 1, 4, 2)
+            axis.imshow(tiles.reshape(n * images.shape[2], n * images.shape[3], -1).squeeze(-1), cmap="gray")
+            axis.set_title(name)
+            axis.axis("off")
+        save(figure, f"samples_{kimg:06d}.png")
+
+
+# ---------------------------------------------------------------- command line
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def numbers(text, what, kind=float):
+    try:
+        values = [kind(part) for part in text.split(",")]
+        if all(np.isfinite(values)):
+            return values
+    except ValueError:
+        pass
+    raise UserError(f"{what} {text!r}: give numbers separated by commas")
+
+
+def parse(argv):
+    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=list(PRESETS), default="cifar10")
+    add("--snapshot", default="1551", help="self-training lengths in kimg, by commas")
+    add("--grid", default="0.75,1.0,1.25", help="weights of the block-wise grid")
+    for block in ("enc", "mid", "dec"):
+        add(f"--grid-{block}", help=f"other weights for {block}")
+    add("--sweep", default="", help="also these global weights, start:stop:step")
+    add("--base", help="cond, uncond, a path or URL (.pkl of EDM or .safetensors)")
+    add("--aux", help="existing self-trained network, or a folder of network-snapshot-*")
+    add("--data", help="real images: EDM dataset zip or folder")
+    add("--train-base", type=float, metavar="KIMG", help="train the base from scratch on --data")
+    add("--synthetic", type=int, help="images in the synthetic set")
+    add("--lr", type=float, help="self-training learning rate")
+    add("--batch", type=int, help="self-training batch")
+    add("--select-images", type=int)
+    add("--final-images", type=int)
+    add("--partition", default="paper", help="paper, structural, layers, or a JSON file {glob: block}")
+    add("--plan", action="store_true", help="print blocks, drift and a time estimate, then stop")
+    add("--search", choices=["cobyqa"], help="also a derivative-free search of the block weights")
+    add("--bounds", default="-1,4", help="of the search")
+    add("--evaluations", type=int, default=12, help="of the search")
+    add("--protocol", choices=["disjoint", "paper"], default="disjoint")
+    add("--ref", default=REFERENCE, help="npz with mu and sigma of the real features")
+    add("--detector", default=INCEPTION, help="Inception weights (PyTorch port)")
+    add("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32")
+    add("--sample-batch", type=int)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, help="default runs/<preset>")
+    add("--export-pt", action="store_true", help="also the merged weights as a plain state dict in EDM's names")
+    add("--yes", action="store_true", help="run even if it takes very long")
+    return checked(parser.parse_args(argv))
+
+
+def checked(args):
+    preset = PRESETS[args.preset]
+    args.snapshot = sorted(set(numbers(args.snapshot, "--snapshot", int)))
+    args.grid = sorted(set(numbers(args.grid, "--grid")))
+    args.grid_of = {b: numbers(text, f"--grid-{b}") for b in ("enc", "mid", "dec") if (text := getattr(args, f"grid_{b}"))}
+    args.bounds = tuple(numbers(args.bounds, "--bounds"))
+    if args.sweep:
+        parts = numbers(args.sweep.replace(":", ","), "--sweep")
+        if len(parts) != 3 or parts[2] <= 0:
+            raise UserError(f"--sweep {args.sweep!r}: give start:stop:step with a positive step, as -1:2:0.25")
+        args.sweep = np.arange(parts[0], parts[1] + parts[2] / 2, parts[2]).round(6).tolist()
+    args.sweep = args.sweep or []
+    for name in ("synthetic", "select_images", "final_images", "sample_batch"):
+        value = getattr(args, name)
+        setattr(args, name, getattr(preset, name) if value is None else value)
+    smallest = min(args.synthetic, args.select_images, args.final_images)
+    if min(args.snapshot) < 1 or smallest < 2 * FOLDS or args.sample_batch < 1 or args.evaluations < 1:
+        raise UserError(f"--snapshot must be at least 1 kimg, image counts at least {2 * FOLDS}")
+    if len(args.bounds) != 2 or args.bounds[0] >= args.bounds[1]:
+        raise UserError("--bounds: give two numbers, low,high")
+    if args.partition not in ("paper", "structural", "layers"):
+        try:
+            args.partition = json.loads(Path(args.partition).read_text())
+            assert isinstance(args.partition, dict)
+        except (OSError, ValueError, AssertionError):
+            raise UserError(f"--partition {args.partition}: paper, structural, layers or a JSON file of glob -> block") from None
+    if neon_ext is None:
+        raise UserError("the extension neon_ext is not built: run `pip install --no-build-isolation .` here first")
+    if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not (
+            torch.cuda.is_available() and neon_ext.build_config()["cuda"])):
+        raise UserError(f"--device {args.device}: no usable GPU, or neon_ext was built without CUDA; use --device cpu")
+    args.out = args.out or Path("runs") / args.preset
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / ".probe").write_text("")
+        (args.out / ".probe").unlink()
+    except OSError as error:
+        raise UserError(f"--out {args.out} cannot be written ({error.strerror}): choose another folder") from None
+    return args
+
+
+def make_settings(args, preset):
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    return Settings(args.device, args.sample_batch, preset.steps, args.precision, rank, world)
+
+
+def seconds_per_image(net, settings):
+    """Sampling time of one image, from one short batch; on the CPU with the faster of one and all threads."""
+    labels = torch.zeros(32, net.label_dim, device=settings.device) if net.label_dim else None
+    x = torch.randn(32, net.img_channels, net.img_resolution, net.img_resolution, device=settings.device)
+    best = (float("inf"), 1)
+    for threads in sorted({1, torch.get_num_threads()}) if settings.device == "cpu" else [1]:
+        torch.set_num_threads(threads) if settings.device == "cpu" else None
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            with torch.no_grad():
+                float(settings.call(net)(x, torch.ones(1, device=x.device), labels).sum())
+            times.append(time.perf_counter() - begin)
+        best = min(best, (min(times), threads))
+    torch.set_num_threads(best[1]) if settings.device == "cpu" else None
+    return best[0] / 32 * (2 * settings.steps - 1)
+
+
+def describe_plan(args, preset, scorer, seconds):
+    print(f"{'block':<24}{'tensors':>8}{'parameters':>12}  drift ||theta_s - theta_r|| / ||theta_r||")
+    for block, row in scorer.configurations.table().items():
+        print(f"{block:<24}{row['tensors']:>8}{row['parameters']:>12}  {row['drift']:.5f}")
+    count = len({json.dumps(w) for w in grid_weights(args, scorer.configurations.blocks)}) + 2
+    images = count * args.select_images + 4 * args.final_images
+    print(f"about {count} configurations of {args.select_images} images and 4 final ones of {args.final_images}: "
+          f"{images * seconds / 3600:.2f} hours on this {args.device}")
+
+
+def run(argv):
+    begin, args = time.perf_counter(), parse(argv)
+    preset, out = PRESETS[args.preset], args.out
+    blocks_guess = 3 if args.partition in ("paper", "structural") else 1
+    points = np.prod([len(args.grid_of.get(b, args.grid)) for b in ("enc", "mid", "dec")[:blocks_guess]])
+    if points > 10_000 and not args.yes:
+        raise UserError(f"the grid has {points} points: add --yes if you mean it")
+    ledger = seed_ledger(args, preset, {"select": args.select_images, "final": args.final_images})
+    settings = make_settings(args, preset)
+    if preset.name == "digits":
+        torch.set_num_threads(1)  # 8 x 8 images: one thread trains faster than two
+    if args.device == "cpu" and preset.name == "cifar10" and not (args.yes or args.plan):
+        probe = EDMPrecond(**preset.model).eval()
+        hours = seconds_per_image(probe, settings) * (29 * args.select_images + 4 * args.final_images + args.synthetic) / 3600
+        raise UserError(f"without a GPU this takes about {hours:.0f} hours of sampling alone: add --yes to run it all the "
+                        "same, or try --preset digits")
+    base, base_hash = get_base(args, preset, settings, out)
+    snapshots = get_snapshots(args, preset, base, base_hash, settings, out)
+    features = (DigitsFeatures(out / "digits-cnn.pt") if preset.name == "digits" else
+                InceptionFeatures(fetch(args.detector, "the Inception weights", "6726825d" if args.detector == INCEPTION
+                                        else ""))).to(args.device)
+    reference, real, facts = load_reference(args, preset, features, args.device)
+    seconds = seconds_per_image(copy.deepcopy(base).to(args.device), settings)
+    entries, samples = [], {}
+    for kimg, path in sorted(snapshots.items()):
+        configurations = Configurations(base, load_network(path), args.partition, args.device)
+        key = key_of(base_hash, file_hash(path), args.partition, features.name, preset.steps, args.precision, args.device,
+                     facts.get("images", facts.get("file")))
+        scorer = Scorer(configurations, features, reference, settings, out / "grid.jsonl", key, kimg)
+        if args.plan:
+            describe_plan(args, preset, scorer, seconds)
+            continue
+        entry, winners = study(args, preset, scorer, ledger, real)
+        entry["grid"] = [scorer.score(w, ledger["selection"]) for w in grid_weights(args, configurations.blocks)]
+        entries.append(entry)
+        samples[kimg] = {name: next(iter(sample_batches(configurations.set(w), ledger["final"][:36], dataclasses.replace(
+            settings, rank=0, world=1, batch=36))))[1].cpu() for name, w in winners.items()}
+        if settings.rank == 0:
+            merged = configurations.set(winners["blockwise"]).cpu()
+            recipe = {"w": winners["blockwise"], "base_sha256": base_hash, "aux_sha256": file_hash(path)[:16],
+                      "partition": args.partition}
+            save_network(merged, out / f"adaptive-neon-{kimg:06d}.safetensors", recipe)
+            if args.export_pt:
+                write_atomically(out / f"adaptive-neon-{kimg:06d}.pt", lambda p: torch.save(merged.state_dict(), p))
+    if args.plan or settings.rank > 0:
+        return
+    summary = {"command": " ".join(["python edm_neon.py", *argv]), "score": preset.score, "seed": args.seed,
+               "preset": dataclasses.asdict(preset), "reference": facts, "snapshots": entries, "device": args.device,
+               "precision": args.precision, "threads": torch.get_num_threads(), "world": settings.world,
+               "seeds": {name: [int(s[0]), int(s[-1])] for name, s in ledger.items()}, "neon_ext": neon_ext.build_config(),
+               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+               "seconds_per_image": seconds, "seconds_total": time.perf_counter() - begin}
+    write_report(args, preset, summary, out)
+    plot_report(preset, summary, samples, out)
+    print(f"{time.perf_counter() - begin:.1f} s; summary.json, table.md, grid.jsonl, pictures and networks in {out}")
+
+
+def main(argv=None):
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        sys.exit(print(f"edm_neon: {error}", file=sys.stderr) or 2)
+    except OSError as error:
+        sys.exit(print(f"edm_neon: {error}; what was finished stays", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("\nedm_neon: stopped; finished parts are kept, run the same command again", file=sys.stderr) or 130)
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
