@@ -25,10 +25,12 @@ import pickle
 import pickletools
 import platform
 import sys
+import threading
 import time
 import urllib.request
 import zipfile
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,8 +91,8 @@ PRESETS = {
     "cifar10": Preset(),
     "digits": Preset(name="digits", model=dict(
         img_resolution=8, img_channels=1, label_dim=10, augment_dim=0, model_channels=16, channel_mult=[1, 2],
-        num_blocks=2, attn_resolutions=[4], dropout=0.05), train_kimg=100, base_lr=3e-3, synthetic=1000, steps=10,
-        self_lr=1e-3, ramp_kimg=0, ema_kimg=0.5, augment=0, select_images=1000, final_images=1500, final_seed=50_000,
+        num_blocks=2, attn_resolutions=[4], dropout=0.05), train_kimg=100, base_lr=3e-3, synthetic=1000, steps=18,
+        self_lr=5e-4, ramp_kimg=0, ema_kimg=0.5, augment=0, select_images=1000, final_images=1500, final_seed=50_000,
         score="FD (digits CNN, 64-d)", sample_batch=250)}
 
 
@@ -922,7 +924,7 @@ class Configurations:
             if name not in theirs or ours[name].shape != theirs[name].shape:
                 raise UserError(f"base and self-trained network differ in architecture, first at {name}: "
                                 f"{tuple(ours[name].shape)} and {tuple(theirs[name].shape) if name in theirs else 'absent'}")
-        self.net = copy.deepcopy(base).to(device).eval().requires_grad_(False)
+        self.base, self.device, self.local = base, device, threading.local()  # one resident network per thread
         self.names = list(ours)
         self.theta_r, self.theta_s = ([t[n].float().to(device) for n in self.names] for t in (ours, theirs))
         owners = [block_of(name, base, partition) for name in self.names]
@@ -932,9 +934,11 @@ class Configurations:
 
     def set(self, w):
         """w: {block: weight} -> the network with those weights."""
-        out = list(self.net.state_dict().values())
+        if not hasattr(self.local, "net"):
+            self.local.net = copy.deepcopy(self.base).to(self.device).eval().requires_grad_(False)
+        out = list(self.local.net.state_dict().values())
         neon_ext.extrapolate(self.theta_r, self.theta_s, self.index, [float(w[b]) for b in self.blocks], out=out)
-        return self.net
+        return self.local.net
 
     def table(self):
         """Per block: tensors, parameters, relative drift ||theta_s - theta_r|| / ||theta_r||."""
@@ -1056,6 +1060,19 @@ def grid_weights(args, blocks):
     return [dict(zip(blocks, values)) for values in itertools.product(*lists)]
 
 
+def side_by_side(scorer, work, items, desc):
+    """[work(item)]: small networks leave cores idle, so that on a CPU each core takes configurations of its own."""
+    settings = scorer.settings
+    workers = max(1, os.cpu_count() // torch.get_num_threads()) if settings.device == "cpu" and settings.world == 1 else 1
+    with ThreadPoolExecutor(workers) as pool:
+        results = pool.map(work, items) if workers > 1 else map(work, items)
+        try:
+            return list(tqdm(results, total=len(items), desc=desc, disable=settings.rank > 0, leave=False))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def study(args, preset, scorer, ledger, real):
     """All scores of one snapshot -> its entry in summary.json, and the weights of the winners."""
     blocks, seeds = scorer.configurations.blocks, ledger["selection"]
@@ -1063,8 +1080,8 @@ def study(args, preset, scorer, ledger, real):
     grid = grid_weights(args, blocks)
     diagonal = [uniform(v) for v in sorted({*args.grid, *args.sweep})]
     everything = [uniform(0), uniform(-1), *diagonal, *grid]
-    bar = tqdm(everything, desc=f"snapshot {scorer.kimg}: grid", disable=scorer.settings.rank > 0, leave=False)
-    rows = [scorer.score(w, seeds) for w in bar]
+    everything = list({json.dumps(w): w for w in everything}.values())
+    rows = side_by_side(scorer, lambda w: scorer.score(w, seeds), everything, f"snapshot {scorer.kimg}: grid")
     best_of = lambda candidates: min(candidates, key=lambda w: scorer.score(w, seeds)["fd"])
     winners = {"base": uniform(0), "collapsed": uniform(-1), "global": best_of([uniform(0), *diagonal]),
                "blockwise": best_of(grid)}
@@ -1088,8 +1105,9 @@ def study(args, preset, scorer, ledger, real):
 def final_comparison(scorer, winners, seeds, real):
     """Winners re-scored on unseen seeds with precision, recall and paired jackknife intervals against base and global."""
     results, sums = {}, {}
-    for name, w in winners.items():
-        sums[name], features = scorer.moments(w, seeds, f"final: {name}", keep=True)
+    found = side_by_side(scorer, lambda w: scorer.moments(w, seeds, keep=True), list(winners.values()), "final")
+    for (name, w), (moments, features) in zip(winners.items(), found):
+        sums[name] = moments
         fd = float(scorer.reference.distance(sums[name].mean(), sums[name].cov()))
         results[name] = {"w": w, "fd": fd, "images": len(seeds)}
         if real is not None:
@@ -1439,6 +1457,7 @@ def run(argv):
     settings = make_settings(args, preset)
     if preset.name == "digits":
         torch.set_num_threads(1)  # 8 x 8 images: one thread trains faster than two
+        torch.empty(2**22)  # freeing 16 MB raises glibc's mmap threshold: no page faults for every activation
     if args.device == "cpu" and preset.name == "cifar10" and not (args.yes or args.plan):
         probe = EDMPrecond(**preset.model).eval()
         hours = seconds_per_image(probe, settings) * (29 * args.select_images + 4 * args.final_images + args.synthetic) / 3600

@@ -292,10 +292,12 @@ def ddim_plain(theta, z, abar):
 
 def gradient_search(scores, objective, start, evaluations=60, points=2**13):
     """scipy's L-BFGS-B over the six weights with exact gradients through the sampler."""
-    begin, z, trace = time.perf_counter(), sobol_normal(points, 7), []
+    begin, z, trace, best = time.perf_counter(), sobol_normal(points, 7), [], [np.inf, None]
     sizes = torch.tensor(np.diff(OFFSETS))
 
     def value(w):
+        if len(trace) == evaluations:
+            raise StopIteration
         weights = torch.tensor(w, dtype=torch.float32, requires_grad=True)
         theta = scores.theta_r - weights.repeat_interleave(sizes) * (scores.theta_s - scores.theta_r)
         x = ddim_plain(theta, z, scores.abar)
@@ -307,12 +309,16 @@ def gradient_search(scores, objective, start, evaluations=60, points=2**13):
             loss = sliced_w2(x)
         gradient, = torch.autograd.grad(loss, weights)
         trace.append(float(loss.detach()))
+        best[:] = min(best, [trace[-1], w.tolist()])
         return trace[-1], gradient.double().numpy()
 
-    result = scipy.optimize.minimize(value, np.full(6, start), jac=True, method="L-BFGS-B", bounds=[(-6, 6)] * 6,
-                                     options={"maxfun": evaluations, "ftol": 1e-14, "gtol": 1e-9})
+    try:
+        scipy.optimize.minimize(value, np.full(6, start), jac=True, method="L-BFGS-B", bounds=[(-20, 20)] * 6,
+                                options={"ftol": 1e-14, "gtol": 1e-9})
+    except StopIteration:
+        pass
     seconds = time.perf_counter() - begin
-    return {"objective": objective, "start": start, **scores.verified(result.x), "evaluations": len(trace),
+    return {"objective": objective, "start": start, **scores.verified(best[1]), "evaluations": len(trace),
             "seconds": seconds, "trace": np.minimum.accumulate(trace).tolist()}
 
 
