@@ -91,7 +91,7 @@ PRESETS = {
     "cifar10": Preset(),
     "digits": Preset(name="digits", model=dict(
         img_resolution=8, img_channels=1, label_dim=10, augment_dim=0, model_channels=16, channel_mult=[1, 2],
-        num_blocks=2, attn_resolutions=[4], dropout=0.05), train_kimg=100, base_lr=3e-3, synthetic=1000, steps=18,
+        num_blocks=1, attn_resolutions=[4], dropout=0.0), train_kimg=100, base_lr=3e-3, synthetic=1000, steps=18,
         self_lr=5e-4, ramp_kimg=0, ema_kimg=0.5, augment=0, select_images=1000, final_images=1500, final_seed=50_000,
         score="FD (digits CNN, 64-d)", sample_batch=250)}
 
