@@ -72,13 +72,14 @@ class Protocol:
     """Points per evaluation. `refine`: (points, survivors) stages of the 729; `verify`: independent sets of points."""
     name: str
     sweep: int
+    search: int
     refine: tuple
     verify: tuple  # (sets, points in each)
 
 
-PROTOCOLS = {"exact": Protocol("exact", 2**12, ((2**9, 64), (2**12, 4), (2**15, 1)), (8, 2**15)),
-             "paper": Protocol("paper", 1_000_000, ((10_000, 1),), (1, 1_000_000)),
-             "tiny": Protocol("tiny", 2**9, ((2**7, 8), (2**9, 1)), (2, 2**9))}  # for tests
+PROTOCOLS = {"exact": Protocol("exact", 2**12, 2**13, ((2**9, 64), (2**12, 4), (2**15, 1)), (8, 2**15)),
+             "paper": Protocol("paper", 1_000_000, 2**13, ((10_000, 1),), (1, 1_000_000)),
+             "tiny": Protocol("tiny", 2**9, 2**9, ((2**7, 8), (2**9, 1)), (2, 2**9))}  # for tests
 
 
 # ---------------------------------------------------------------- model and training
@@ -290,9 +291,11 @@ def ddim_plain(theta, z, abar):
     return x
 
 
-def gradient_search(scores, objective, start, evaluations=60, points=2**13):
+def gradient_search(scores, objective, start, evaluations=60, points=None):
     """scipy's L-BFGS-B over the six weights with exact gradients through the sampler."""
-    begin, z, trace, best = time.perf_counter(), sobol_normal(points, 7), [], [np.inf, None]
+    begin, trace, best = time.perf_counter(), [], [np.inf, None]
+    points = points or scores.protocol.search
+    z = sobol_normal(points, 7)
     sizes = torch.tensor(np.diff(OFFSETS))
 
     def value(w):
@@ -306,7 +309,7 @@ def gradient_search(scores, objective, start, evaluations=60, points=2**13):
             centred = x.double() - mean
             loss = neon_ext.frechet_distance(mean, centred.T @ centred / points, TARGET_MEAN, TARGET_COV)
         else:
-            loss = sliced_w2(x)
+            loss = sliced_w2(x.double())
         gradient, = torch.autograd.grad(loss, weights)
         trace.append(float(loss.detach()))
         best[:] = min(best, [trace[-1], w.tolist()])
