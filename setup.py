@@ -10,7 +10,7 @@ import torch
 from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-SOURCES = ["csrc/neon_ext.cpp", "csrc/extrapolate.cpp", "csrc/mlp_ddim.cpp", "csrc/frechet.cpp", "csrc/moments.cpp"]
+SOURCES = ["csrc/neon_ext.cpp", "csrc/extrapolate.cpp", "csrc/mlp_ddim.cpp", "csrc/statistics.cpp"]
 CUDA_SOURCES = ["csrc/extrapolate_cuda.cu", "csrc/mlp_ddim_cuda.cu"]
 COMMON_ARCHES = "8.0;8.6;8.9;9.0+PTX"  # A100, RTX 30, RTX 40 / L4, H100; newer ones through PTX
 
@@ -39,8 +39,8 @@ def extension(cuda: bool):
     arches = os.environ.get("TORCH_CUDA_ARCH_LIST", "this machine's GPUs")
     print(f"neon_ext: CUDA {torch.version.cuda}, architectures: {arches}", flush=True)
     return CUDAExtension("neon_ext", SOURCES + CUDA_SOURCES,
-                         extra_compile_args={"cxx": [*flags, "-DNEON_WITH_CUDA"],
-                                             "nvcc": ["-O3", "-lineinfo", "-DNEON_WITH_CUDA"]})
+                         extra_compile_args={"cxx": [*flags, "-DNEON_CUDA=1"],
+                                             "nvcc": ["-O3", "-lineinfo", "-DNEON_CUDA=1"]})
 
 
 setup(ext_modules=[extension(wants_cuda())], py_modules=[],
