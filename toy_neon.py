@@ -1,21 +1,21 @@
-"""Toy experiment of Adaptive NEON: repair a small diffusion model, layer by layer, after it trained on its own samples.
+"""Toy experiment of Adaptive NEON: repair a small diffusion model, layer by layer, after training on itself.
 
-    theta = theta_r - w_layer * (theta_s - theta_r)      w > 0 away from collapse, w < 0 towards it, w = -1 is theta_s
+    theta = theta_r - w_layer * (theta_s - theta_r)    w > 0 away from collapse, w < 0 towards it, -1: theta_s
 
-theta_r: a 6-layer network trained on 1000 points of a 2-D Gaussian; theta_s: the same after 50 or 250 epochs on its own
-samples (NEON, arXiv 2510.03597; Adaptive NEON, section 4.1). A 20-step DDIM is a deterministic map of its starting
-noise, so the Fréchet distance of a configuration is an integral over the plane: `--protocol exact` computes it with
-Sobol points instead of drawing it, and every reported configuration also carries the sliced 2-Wasserstein distance
-(SW2), which no search has seen unless it says so.
+theta_r: six layers trained on 1000 points of a 2-D Gaussian; theta_s: the same after training on its samples
+(arXiv 2510.03597; Adaptive NEON, section 4.1). DDIM is a deterministic map, so the Fréchet distance (FD)
+of a configuration is an integral over its noise, computed with Sobol points (`--protocol exact`). FD sees two
+moments; the sliced 2-Wasserstein distance (SW2) beside it sees the whole distribution.
 
     python toy_neon.py --delta 1.72                  one layer-wise grid of 729 configurations
-    python toy_neon.py --delta all --seeds 5         the recorded run: every delta of the paper, five seeds
-    python toy_neon.py --delta 1.72 --search gradient --alignment
+    python toy_neon.py --delta all --seeds 5 --search gradient --alignment       the recorded run, results/toy
 
-Recorded figures and their commands: results/toy and the README.
+FD at seed 42: base 0.154, best global w = 0.28: 0.0368, delta 0.6: 0.0011 (the best of eight), delta 1.72:
+0.0074, gradient search: 0.000002 in 22 evaluations.
 """
 import argparse
-import csv
+import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -25,135 +25,108 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import scipy.optimize
 import torch
-import torch.nn.functional as F
+from matplotlib.figure import Figure
 from scipy.special import ndtri
 from scipy.stats import qmc
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 try:
     import neon_ext
-except ImportError:  # reported in main(), in one line
+except ImportError:  # reported by parse(), in one line
     neon_ext = None
 
 LAYERS = ("input", "block 0", "block 1", "block 2", "block 3", "output")
-SHAPES = [(32, 3)] + [(32, 32)] * 4 + [(2, 32)]
-OFFSETS = [0, *np.cumsum([out * (into + 1) for out, into in SHAPES]).tolist()]  # first parameter of each layer
-TARGET_MEAN, TARGET_COV = torch.zeros(2, dtype=torch.float64), torch.tensor([[2.0, 1.0], [1.0, 2.0]]).double()
+FAN_IN, SIZES = (3, 32, 32, 32, 32, 32), (128, 1056, 1056, 1056, 1056, 66)  # inputs and parameters by layer
+OFFSETS = [0, *np.cumsum(SIZES).tolist()]
+HIDDEN = [layer for _ in range(4) for layer in (torch.nn.Linear(32, 32), torch.nn.ReLU())]
+NETWORK = torch.nn.Sequential(torch.nn.Linear(3, 32), *HIDDEN, torch.nn.Linear(32, 2))
+TARGET_MEAN, TARGET_COV = torch.zeros(2).double(), torch.tensor([[2.0, 1.0], [1.0, 2.0]]).double()
+TARGET_ROOT = torch.linalg.cholesky(TARGET_COV).float().T  # standard normal z [N, 2] @ TARGET_ROOT: real data
+THREADS = torch.get_num_threads()
+GLOBAL_W = np.linspace(-2, 2, 101).round(4)
 DELTAS = (0.05, 0.1, 0.2, 0.4, 0.6, 1.0, 1.5, 1.72)
-PAPER = {"base": 0.1626, "global": 0.03554, "w": 0.28}
-PAPER_FD = dict(zip(DELTAS, (0.033162, 0.033426, 0.031258, 0.025099, 0.020841, 0.015483, 0.011345, 0.009516)))
+PAPER_FD = {"base": 0.1626, "global": 0.03554, "delta 0.05": 0.033162, "delta 0.1": 0.033426,
+            "delta 0.2": 0.031258, "delta 0.4": 0.025099, "delta 0.6": 0.020841, "delta 1": 0.015483,
+            "delta 1.5": 0.011345, "delta 1.72": 0.009516}
 
 
-class UserError(Exception):
-    """Something the user can mend: printed as one line, exit code 2."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """What determines the models; the cache key is its hash. Paper defaults."""
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What determines every number, beside the deltas asked for. Paper defaults but for the protocol."""
     seed: int = 42
-    points: int = 1000
+    real_points: int = 1000
     base_steps: int = 10_000
     base_lr: float = 1e-4
     self_lr: float = 1e-5
     self_epochs: tuple = (50, 250)
-    train_noise_levels: int = 1000
+    noise_levels: int = 1000
     sample_steps: int = 20
+    protocol: str = "exact"  # Sobol points, or "paper": the authors' random draws
+    points: int = 2**15  # the most that one score takes
+    device: str = "cpu"
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """Points per evaluation. `refine`: (points, survivors) stages of the 729; `verify`: independent sets of points."""
-    name: str
-    sweep: int
-    search: int
-    refine: tuple
-    verify: tuple  # (sets, points in each)
-
-
-PROTOCOLS = {"exact": Protocol("exact", 2**12, 2**13, ((2**9, 64), (2**12, 4), (2**15, 1)), (8, 2**15)),
-             "paper": Protocol("paper", 1_000_000, 2**13, ((10_000, 1),), (1, 1_000_000)),
-             "tiny": Protocol("tiny", 2**9, 2**9, ((2**7, 8), (2**9, 1)), (2, 2**9))}  # for tests
+def fail(message, code=2):
+    """Something the user can mend: one line and the exit code."""
+    print(f"toy_neon: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 # ---------------------------------------------------------------- model and training
 def cosine_schedule(n: int, s: float = 0.008) -> torch.Tensor:
     """Cumulative noise schedule abar [n] float64 (arXiv 2102.09672), abar[0] = 1."""
-    t = torch.arange(n, dtype=torch.float64) / n
-    abar = torch.cos((t + s) / (1 + s) * torch.pi / 2) ** 2
+    abar = torch.cos((torch.arange(n).double() / n + s) / (1 + s) * torch.pi / 2) ** 2
     return abar / abar[0]
 
 
-def unpack(theta):
-    """theta [4418] -> weights and biases of the six layers, as views."""
-    tensors = []
-    for (out, into), begin in zip(SHAPES, OFFSETS):
-        tensors += [theta[begin:begin + out * into].view(out, into), theta[begin + out * into:begin + out * (into + 1)]]
-    return tensors
+def network(theta):
+    """(x, y, time) [N, 3] -> noise [N, 2] with a copy of the parameters theta [4418]."""
+    net = copy.deepcopy(NETWORK)
+    vector_to_parameters(theta.clone(), net.parameters())
+    return net
 
 
-def predict_noise(tensors, x, time_feature):
-    """x [N, 2], time_feature [N, 1] in [0, 1] -> eps [N, 2]."""
-    h = F.linear(torch.cat([x, time_feature], 1), tensors[0], tensors[1])  # no activation after the input layer
-    for weight, bias in zip(tensors[2:-2:2], tensors[3:-2:2]):
-        h = torch.relu(F.linear(h, weight, bias))
-    return F.linear(h, tensors[-2], tensors[-1])
-
-
-def denoising_loss(tensors, data, abar, generator):
-    """Mean squared error of the predicted noise at one random time per point; data [N, 2], abar [T]."""
-    t = torch.randint(len(abar), (len(data), 1), generator=generator)
-    eps = torch.randn(data.shape, generator=generator)
+def denoising_loss(net, data, abar):
+    """Mean squared error of the noise at one random time per point; data [N, 2], abar [T] float32."""
+    eps, t = torch.randn_like(data), torch.randint(len(abar), (len(data), 1))
     noisy = abar[t].sqrt() * data + (1 - abar[t]).sqrt() * eps
-    return F.mse_loss(predict_noise(tensors, noisy, t.float() / (len(abar) - 1)), eps)
+    return (net(torch.cat([noisy, t / (len(abar) - 1)], 1)) - eps).square().mean()
 
 
-def train(theta, data, lr, epochs, config, generator, label):
-    """Full-batch Adam; returns {epoch: theta [4418]}. On the CPU with one thread: the network is too small for more."""
-    tensors = [p.clone().requires_grad_() for p in unpack(theta)]
-    optimizer = torch.optim.Adam(tensors, lr=lr, fused=True)
-    abar, saved = cosine_schedule(config.train_noise_levels).float(), {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.empty(2**22)  # freeing 16 MB raises glibc's mmap threshold: no page faults for every 128 kB activation, 2.5x
-    try:
-        for epoch in tqdm(range(1, max(epochs) + 1), desc=label, leave=False, mininterval=1):
-            optimizer.zero_grad(set_to_none=True)
-            denoising_loss(tensors, data, abar, generator).backward()
-            optimizer.step()
-            if epoch in epochs:
-                saved[epoch] = torch.cat([p.detach().flatten() for p in tensors])
-    finally:
-        torch.set_num_threads(threads)
+def train(theta, data, lr, epochs, config):
+    """Full-batch Adam from theta [4418] on data [N, 2]; {epoch: theta}."""
+    torch.empty(2**22)  # freeing 16 MB raises glibc's mmap threshold: no page faults in every step, 2.5x
+    net = network(theta)
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
+    abar, saved = cosine_schedule(config.noise_levels).float(), {}
+    for epoch in tqdm(range(1, max(epochs) + 1), desc="training", leave=False, mininterval=1):
+        optimizer.zero_grad(set_to_none=True)
+        denoising_loss(net, data, abar).backward()
+        optimizer.step()
+        if epoch in epochs:
+            saved[epoch] = parameters_to_vector(net.parameters()).detach()
     return saved
 
 
-def real_data(config, generator=None):
-    """The 1000 real points: the first draw of the seed's stream."""
-    generator = generator or torch.Generator().manual_seed(config.seed)
-    return torch.randn(config.points, 2, generator=generator) @ torch.linalg.cholesky(TARGET_COV).float().T
-
-
-def train_base(config):
-    generator = torch.Generator().manual_seed(config.seed)
-    data = real_data(config, generator)
-    theta = torch.cat([(torch.rand(out * (into + 1), generator=generator) * 2 - 1) * into ** -0.5
-                       for out, into in SHAPES])  # torch.nn.Linear's initialisation
-    return {"base": train(theta, data, config.base_lr, [config.base_steps], config, generator, "base").popitem()[1]}
-
-
-def self_train(config, theta_r, zeta):
-    generator = torch.Generator().manual_seed(config.seed + 2**20)  # not the real data's noise again
-    z = torch.randn(config.points, 2, generator=generator)
-    synthetic = neon_ext.mlp_ddim(theta_r[None], z, cosine_schedule(config.sample_steps), zeta)[0]
-    saved = train(theta_r, synthetic, config.self_lr, config.self_epochs, config, generator, f"self-training at {zeta}")
-    return {f"epoch{epoch}": theta for epoch, theta in saved.items()}
+def train_models(config):
+    """The real data [N, 2], theta_r [4418] and {setting: theta_s}, trained on samples at score scale zeta."""
+    torch.manual_seed(config.seed)
+    start = torch.cat([(torch.rand(n) * 2 - 1) * k ** -0.5 for n, k in zip(SIZES, FAN_IN)])  # as nn.Linear
+    data, theta_s = torch.randn(config.real_points, 2) @ TARGET_ROOT, {}
+    theta_r = train(start, data, config.base_lr, [config.base_steps], config)[config.base_steps]
+    for zeta in (1.1, 0.9):
+        torch.manual_seed(config.seed + 2**20)  # not the real data's noise again
+        z = torch.randn(config.real_points, 2)
+        synthetic = neon_ext.mlp_ddim(theta_r[None], z, cosine_schedule(config.sample_steps), zeta)[0]
+        for epochs, theta in train(theta_r, synthetic, config.self_lr, config.self_epochs, config).items():
+            theta_s[f"zeta {zeta}, {epochs} epochs"] = theta
+    return {"data": data, "theta_r": theta_r, "theta_s": theta_s}
 
 
 # ---------------------------------------------------------------- files
@@ -167,411 +140,326 @@ def write_atomically(path: Path, write):
         temporary.unlink(missing_ok=True)
 
 
-def cached(path: Path, key: str, make):
-    """The tensors in `path` if it was written under `key`, else those of make(), stored there."""
-    if path.exists():
-        try:
-            stored = torch.load(path, weights_only=True)
-            matches = stored.pop("key") == key
-        except Exception as error:
-            raise UserError(f"the cache {path} is damaged ({type(error).__name__}): delete it and run again") from None
-        if not matches:
-            raise UserError(f"the cache {path} comes from another experiment: delete it or choose another --out")
-        return stored
-    tensors = make()
-    write_atomically(path, lambda p: torch.save({**tensors, "key": key}, p))
-    return tensors
-
-
-def load_models(config, out: Path):
-    """(theta_r, {(zeta, epochs): theta_s}); trained where the cache under out/models lacks them."""
-    key = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()[:12]
-    folder = out / "models"
-    folder.mkdir(exist_ok=True)
-    theta_r = cached(folder / f"base_{key}.pt", key, lambda: train_base(config))["base"]
-    collapsed = {}
-    for zeta in (1.1, 0.9):
-        part = cached(folder / f"self_{zeta}_{key}.pt", key, lambda: self_train(config, theta_r, zeta))
-        collapsed |= {(zeta, epoch): part[f"epoch{epoch}"] for epoch in config.self_epochs}
-    return theta_r, collapsed
+def finished(folder, config, name, make, *inputs):
+    """A part of the experiment: make(*inputs), or what an earlier run of the same code and config stored."""
+    code = Path(__file__).read_text(encoding="utf-8").split("# " + "-" * 64)[1:5]  # model to searches
+    determines = json.dumps([dataclasses.asdict(config), code, torch.__version__])
+    key = hashlib.sha256(determines.encode()).hexdigest()[:12]
+    path = folder / f"{name}_{key}.pt"
+    if not path.exists():
+        # PyTorch's operations are too small for a second thread, and lose 10x waiting when a core is busy.
+        torch.set_num_threads(1 if make in (train_models, gradient_search, gradient_alignment) else THREADS)
+        torch.manual_seed(config.seed + 2**21)  # whatever ran before
+        part = make(*inputs)
+        folder.mkdir(exist_ok=True)
+        write_atomically(path, lambda temporary: torch.save({"key": key, "part": part}, temporary))
+        return part
+    with contextlib.suppress(Exception):  # whatever a damaged file makes of torch.load
+        stored = torch.load(path, weights_only=True)
+        if stored["key"] == key:
+            return stored["part"]
+    fail(f"the cache {path} is damaged or comes from another experiment: delete it and run again")
 
 
 # ---------------------------------------------------------------- scores
 @functools.lru_cache(maxsize=16)
 def sobol_normal(n: int, seed: int) -> torch.Tensor:
     """n = 2^k scrambled Sobol points of N(0, I): [n, 2] float32."""
-    u = qmc.Sobol(2, scramble=True, seed=seed).random_base2(int(np.log2(n)))
+    u = qmc.Sobol(2, scramble=True, seed=seed).random_base2(n.bit_length() - 1)
     return torch.from_numpy(ndtri(np.clip(u, 2.0**-33, 1 - 2.0**-33))).float()
 
 
-class Scores:
-    """Fréchet distance and SW2 to the exact target of extrapolated models; counts evaluations."""
-
-    def __init__(self, theta_r, theta_s, config, protocol, device):
-        self.theta_r, self.theta_s, self.protocol, self.device = theta_r, theta_s, protocol, device
-        self.abar = cosine_schedule(config.sample_steps)
-        self.draws = torch.Generator().manual_seed(config.seed + 2**21)
-        self.evaluations = 0
-
-    def points(self, n, seed):
-        if self.protocol.name == "paper":  # a fresh draw every time, as the authors
-            return torch.randn(n, 2, generator=self.draws)
-        return sobol_normal(n, seed)
-
-    def theta(self, W):
-        """W [G, 6] -> [G, 4418] float32."""
-        W = torch.as_tensor(np.asarray(W, dtype=np.float64)).to(self.device)
-        return neon_ext.extrapolate_grid(self.theta_r.to(self.device), self.theta_s.to(self.device), OFFSETS, W)
-
-    def moments(self, W, n, seed=0):
-        correction = int(self.protocol.name == "paper")
-        mean, cov = zip(*(neon_ext.mlp_ddim_moments(chunk, self.points(n, seed).to(self.device), self.abar,
-                                                    correction=correction)
-                          for chunk in self.theta(W).split(1 if correction else 729)))
-        return torch.cat(mean).cpu(), torch.cat(cov).cpu()
-
-    def fd(self, W, n, seed=0):
-        """[G, 6] -> Fréchet distances [G] from n points each."""
-        self.evaluations += len(W)
-        return neon_ext.frechet_distance(*self.moments(W, n, seed), TARGET_MEAN, TARGET_COV).numpy()
-
-    def samples(self, w, n=2**15, seed=1000):
-        return neon_ext.mlp_ddim(self.theta([w]), sobol_normal(n, seed).to(self.device), self.abar)[0].cpu()
-
-    def verified(self, w):
-        """Score of one configuration on point sets no search uses: fd, its numerical standard error, and SW2."""
-        sets, n = self.protocol.verify
-        mean, cov = zip(*(self.moments([w], n, 1000 + k) for k in range(sets)))
-        mean, cov = torch.cat(mean), torch.cat(cov)  # [sets, 2], [sets, 2, 2]
-        spread = mean - mean.mean(0)
-        pooled = cov.mean(0) + spread.T @ spread / sets
-        each = neon_ext.frechet_distance(mean, cov, TARGET_MEAN, TARGET_COV)
-        fd = neon_ext.frechet_distance(mean.mean(0), pooled, TARGET_MEAN, TARGET_COV)
-        error = float(each.std() / sets ** 0.5) if sets > 1 else None
-        return {"w": [float(v) for v in w], "fd": float(fd), "fd_error": error, "sw2": float(sliced_w2(self.samples(w)))}
+def frechet_to_target(mean, cov):
+    """mean [..., 2], cov [..., 2, 2] float64 -> Fréchet distances to the exact target [...]."""
+    return neon_ext.frechet_distance(mean, cov, TARGET_MEAN, TARGET_COV)
 
 
 def sliced_w2(x, directions=32):
-    """Sliced squared 2-Wasserstein distance of samples x [N, 2] to the target, whose projections are Gaussian."""
-    angle = torch.arange(directions, dtype=torch.float64) * torch.pi / directions
-    direction = torch.stack([angle.cos(), angle.sin()]).to(x.dtype)  # [2, directions]
-    sigma = torch.einsum("id,ij,jd->d", direction, TARGET_COV.to(x.dtype), direction).sqrt()
-    quantile = torch.from_numpy(ndtri((np.arange(len(x)) + 0.5) / len(x))).to(x.dtype)
-    return ((x @ direction).sort(0).values - quantile[:, None] * sigma).square().mean()
+    """Sliced squared 2-Wasserstein distance of x [N, 2] to the target, whose projections are Gaussian."""
+    angle = torch.arange(directions).double() * torch.pi / directions
+    direction = torch.stack([angle.cos(), angle.sin()])  # [2, directions]
+    sigma = (direction * (TARGET_COV @ direction)).sum(0).sqrt()
+    quantile = torch.from_numpy(ndtri((np.arange(len(x)) + 0.5) / len(x)))
+    return ((x.double() @ direction).sort(0).values - quantile[:, None] * sigma).square().mean()
+
+
+class Scores:
+    """Scores of configurations w [6] between theta_r and theta_s [4418]."""
+
+    def __init__(self, theta_r, theta_s, config):
+        self.theta_r, self.theta_s, self.config = theta_r, theta_s, config
+        self.abar, self.exact = cosine_schedule(config.sample_steps), config.protocol == "exact"
+
+    def theta(self, W):
+        """W [G, 6] -> [G, 4418] float32 on the device."""
+        ends = (theta.to(self.config.device) for theta in (self.theta_r, self.theta_s))
+        return neon_ext.extrapolate_grid(*ends, OFFSETS, torch.tensor(np.array(W, dtype=float)))
+
+    def samples(self, w, n):
+        """w [6] -> [n, 2], from the same starting points for every w."""
+        z = sobol_normal(n, 1000).to(self.config.device)
+        return neon_ext.mlp_ddim(self.theta([w]), z, self.abar)[0].cpu()
+
+    def moments(self, W, n, seed=0):
+        """W [G, 6] -> means [G, 2] and covariances [G, 2, 2] of n samples each, float64 on the CPU."""
+        chunks = self.theta(W).split(729 if self.exact else 1)  # the authors draw anew for each configuration
+        moments = []
+        for theta in tqdm(chunks, desc="configurations", leave=False, disable=len(chunks) == 1):
+            z = (sobol_normal(n, seed) if self.exact else torch.randn(n, 2)).to(theta.device)
+            moments.append(neon_ext.mlp_ddim_moments(theta, z, self.abar, correction=int(not self.exact)))
+        return (torch.cat(parts).cpu() for parts in zip(*moments))
+
+    def verified(self, w):
+        """Score of w [6] on point sets no search uses: FD, its standard error over the sets, and SW2."""
+        sets = 8 if self.exact else 1
+        parts = [self.moments([w], self.config.points, 1000 + k) for k in range(sets)]
+        mean, cov = map(torch.cat, zip(*parts))  # [sets, 2], [sets, 2, 2]
+        spread = mean - mean.mean(0)
+        fd = frechet_to_target(mean.mean(0), cov.mean(0) + spread.T @ spread / sets)
+        error = float(frechet_to_target(mean, cov).std() / sets ** 0.5) if sets > 1 else None
+        sw2 = float(sliced_w2(self.samples(w, 2**15)))
+        return {"w": list(w), "fd": float(fd), "fd_error": error, "sw2": sw2}
 
 
 # ---------------------------------------------------------------- searches
-def global_sweep(scores):
-    """w in linspace(-2, 2, 101), one for all layers -> {w, fd} lists and the best w."""
-    w = np.linspace(-2, 2, 101)
-    parts = tqdm(np.array_split(w, 10), desc="global sweep", leave=False)
-    fd = np.concatenate([scores.fd(np.repeat(part[:, None], 6, 1), scores.protocol.sweep) for part in parts])
-    return {"w": w.round(4).tolist(), "fd": fd.tolist(), "best": float(w[fd.argmin()].round(4))}
+def ranking(scores, W, delta=None):
+    """Few points for all of W [G][6], many for the survivors; fd and points [G] are of each last round."""
+    begin, n = time.perf_counter(), scores.config.points
+    rounds = [(n // 64, 64), (n // 8, 4), (n, 1)] if scores.exact else [(n // 100 if delta else n, 1)]
+    W, fd, points = np.array(W), np.full(len(W), np.inf), np.zeros(len(W), dtype=int)
+    alive, evaluations = np.arange(len(W)), 0
+    for n, survivors in rounds:
+        fd[alive], points[alive] = frechet_to_target(*scores.moments(W[alive], n)), n
+        evaluations += len(alive)
+        alive = alive[np.argsort(fd[alive], kind="stable")[:survivors]]
+    took = {"evaluations": evaluations, "seconds": time.perf_counter() - begin}
+    best = ({"delta": delta} if delta else {}) | scores.verified(W[alive[0]].tolist()) | took
+    return {"best": best, "W": W.tolist(), "fd": fd.tolist(), "points": points.tolist()}
 
 
 def layer_grid(scores, w_star, delta):
-    """{w* - delta, w*, w* + delta}^6, few points for all and many for the survivors -> W [729, 6], fd, points used."""
-    W = np.array(list(itertools.product((w_star - delta, w_star, w_star + delta), repeat=6)))
-    fd, used = np.full(len(W), np.inf), np.zeros(len(W), dtype=int)
-    alive = np.arange(len(W))
-    for n, survivors in scores.protocol.refine:
-        fd[alive], used[alive] = scores.fd(W[alive], n), n
-        alive = alive[np.argsort(fd[alive], kind="stable")[:survivors]]
-    return W, fd, used, int(alive[0])
+    """{w* - delta, w*, w* + delta}^6 around the global optimum."""
+    steps = np.round([w_star - delta, w_star, w_star + delta], 9)
+    return ranking(scores, list(itertools.product(steps, repeat=6)), delta)
 
 
-def ddim_plain(theta, z, abar):
-    """The fused sampler's trajectory in plain PyTorch, differentiable in theta; [N, 2]."""
-    tensors, x, a = unpack(theta), z, abar.tolist()
-    for t in reversed(range(len(a))):
-        before = a[t - 1] if t else 1.0
-        eps = predict_noise(tensors, x, torch.full_like(x[:, :1], t / (len(a) - 1)))
+def ddim_plain(net, z, abar):
+    """The fused sampler's trajectory in plain PyTorch, differentiable; z [N, 2] -> [N, 2]."""
+    x, a = z, [1.0, *abar.tolist()]
+    for t in range(len(abar), 0, -1):
+        eps = net(torch.cat([x, torch.full_like(x[:, :1], (t - 1) / (len(abar) - 1))], 1))
         x0 = (x - (1 - a[t]) ** 0.5 * eps) / a[t] ** 0.5
-        x = before ** 0.5 * x0 + (1 - before) ** 0.5 * eps
+        x = a[t - 1] ** 0.5 * x0 + (1 - a[t - 1]) ** 0.5 * eps
     return x
 
 
-def gradient_search(scores, objective, start, evaluations=60, points=None):
-    """scipy's L-BFGS-B over the six weights with exact gradients through the sampler."""
-    begin, trace, best = time.perf_counter(), [], [np.inf, None]
-    points = points or scores.protocol.search
-    z = sobol_normal(points, 7)
-    sizes = torch.tensor(np.diff(OFFSETS))
+def gradient_search(scores, objective, start, evaluations=60):
+    """scipy's L-BFGS-B from start: objective (fd or sw2) and exact gradient on at most 8192 Sobol points."""
+    begin, fds, best = time.perf_counter(), [], (np.inf, None)
+    z = sobol_normal(2 ** min(13, scores.config.points.bit_length() - 3), 7)
 
     def value(w):
-        if len(trace) == evaluations:
+        nonlocal best
+        if len(fds) == evaluations:
             raise StopIteration
-        weights = torch.tensor(w, dtype=torch.float32, requires_grad=True)
-        theta = scores.theta_r - weights.repeat_interleave(sizes) * (scores.theta_s - scores.theta_r)
-        x = ddim_plain(theta, z, scores.abar)
-        if objective == "fd":
-            mean = x.double().mean(0)
-            centred = x.double() - mean
-            loss = neon_ext.frechet_distance(mean, centred.T @ centred / points, TARGET_MEAN, TARGET_COV)
-        else:
-            loss = sliced_w2(x.double())
-        gradient, = torch.autograd.grad(loss, weights)
-        trace.append(float(loss.detach()))
-        best[:] = min(best, [trace[-1], w.tolist()])
-        return trace[-1], gradient.double().numpy()
+        net = network(scores.theta([w])[0].cpu())
+        x = ddim_plain(net, z, scores.abar).double()
+        centred = x - x.mean(0)
+        loss = {"fd": frechet_to_target(x.mean(0), centred.T @ centred / len(x)), "sw2": sliced_w2(x)}
+        slope = parameters_to_vector(torch.autograd.grad(loss[objective], list(net.parameters())))
+        fds.append(loss["fd"].item())
+        best = min(best, (loss[objective].item(), w.tolist()))
+        gradient = [float(part.sum()) for part in (slope * (scores.theta_r - scores.theta_s)).split(SIZES)]
+        return loss[objective].item(), gradient
 
-    try:
+    with contextlib.suppress(StopIteration):
         scipy.optimize.minimize(value, np.full(6, start), jac=True, method="L-BFGS-B", bounds=[(-20, 20)] * 6,
-                                options={"ftol": 1e-14, "gtol": 1e-9})
-    except StopIteration:
-        pass
-    seconds = time.perf_counter() - begin
-    return {"objective": objective, "start": start, **scores.verified(best[1]), "evaluations": len(trace),
-            "seconds": seconds, "trace": np.minimum.accumulate(trace).tolist()}
+                                options={"ftol": 1e-9, "gtol": 1e-9})  # below the integral's own error
+    took = {"evaluations": len(fds), "seconds": time.perf_counter() - begin}
+    return {"best": {"objective": objective, "start": start, **scores.verified(best[1]), **took}, "fd": fds}
 
 
 def gradient_alignment(theta_r, config, points=100_000, passes=16):
-    """Cosine of population gradients on real and synthetic data, weighted by Adam's preconditioner, for 46 zetas."""
-    tensors = [p.clone().requires_grad_() for p in unpack(theta_r)]
-    abar = cosine_schedule(config.train_noise_levels).float()
-    generator = torch.Generator().manual_seed(config.seed + 2**22)
+    """Cosine of the gradients on real and synthetic data, weighted by Adam's preconditioner, for 46 zetas."""
+    net, abar = network(theta_r), cosine_schedule(config.noise_levels).float()
+    z, real_z = torch.randn(2, points, 2)  # shared points would align the gradients of their own noise
 
-    def gradients(data):
+    def gradients(data, seed):  # [passes, 4418]
+        torch.manual_seed(seed)
+        rows = []
         for _ in range(passes):
-            loss = denoising_loss(tensors, data, abar, generator)
-            yield torch.cat([g.flatten() for g in torch.autograd.grad(loss, tensors)])
+            net.zero_grad()
+            for part in data.split(4000):  # activations stay in the cache
+                (denoising_loss(net, part, abar) * (len(part) / points)).backward()
+            rows.append(parameters_to_vector(p.grad for p in net.parameters()))
+        return torch.stack(rows)
 
-    z = torch.randn(points, 2, generator=generator)
-    real, v, mean = z @ torch.linalg.cholesky(TARGET_COV).float().T, 0, 0
-    for g in gradients(real):
-        v, mean = 0.999 * v + 0.001 * g.square(), mean + g / passes
-    weight = 1 / ((v / (1 - 0.999**passes)).sqrt() + 1e-8)
+    real, decay = gradients(real_z @ TARGET_ROOT, config.seed + 2**22), 0.999 ** torch.arange(passes).flip(0)
+    weight, real = 1 / ((decay @ real.square() / decay.sum()).sqrt() + 1e-8), real.mean(0)
     curve = {"zeta": np.linspace(0.8, 1.2, 46).tolist(), "cosine": []}
     for zeta in tqdm(curve["zeta"], desc="gradient alignment", leave=False):
         synthetic = neon_ext.mlp_ddim(theta_r[None], z, cosine_schedule(config.sample_steps), zeta)[0]
-        g = sum(gradients(synthetic)) / passes
-        dot = lambda a, b: float((weight * a * b).sum())
-        curve["cosine"].append(dot(g, mean) / (dot(g, g) * dot(mean, mean)) ** 0.5)
+        g = gradients(synthetic, config.seed + 2**23).mean(0)  # the same noise for every zeta
+        cosine = (weight * g * real).sum() / ((weight * g * g).sum() * (weight * real * real).sum()).sqrt()
+        curve["cosine"].append(float(cosine))
     return curve
 
 
-# ---------------------------------------------------------------- one experiment
-def experiment(config, protocol, args, out):
-    """Everything for one seed -> the summary without its run-wide part, and what the pictures need."""
-    theta_r, collapsed = load_models(config, out)
-    make = lambda theta_s: Scores(theta_r, theta_s, config, protocol, args.device)
-    sweeps = {}
-    for (zeta, epochs), theta_s in collapsed.items():
-        sweeps[f"zeta {zeta}, {epochs} epochs"] = global_sweep(make(theta_s))
+def experiment(config, args):
+    """Every part for one seed; each is kept in the seed's folder as soon as it is finished."""
+    part = functools.partial(finished, args.out / f"seed_{config.seed}", config)
+    models = part("models", train_models, config)
+    scores = {name: Scores(models["theta_r"], theta_s, config) for name, theta_s in models["theta_s"].items()}
+    sweeps = {name: part(f"sweep of {name}", ranking, scores[name], [[w] * 6 for w in GLOBAL_W])
+              for name in tqdm(scores, desc="global sweeps", leave=False)}
     main = f"zeta 1.1, {config.self_epochs[-1]} epochs"
-    scores, w_star = make(collapsed[1.1, config.self_epochs[-1]]), sweeps[main]["best"]
-    summary = {"seed": config.seed, "base": scores.verified([0.0] * 6), "collapsed": scores.verified([-1.0] * 6),
-               "global": scores.verified([w_star] * 6) | {"w": w_star, "evaluations": 101}, "layerwise": [],
-               "sweeps": sweeps}
+    scores, w_star = scores[main], sweeps[main]["best"]["w"][0]
+    found = {"base": {"best": part("base", scores.verified, [0.0] * 6)},
+             "collapsed": {"best": part("collapsed", scores.verified, [-1.0] * 6)}, "global": sweeps[main]}
     for delta in tqdm(args.delta, desc="layer-wise grids", leave=False):
-        begin, scores.evaluations = time.perf_counter(), 0
-        W, fd, used, best = layer_grid(scores, w_star, delta)
-        seconds = time.perf_counter() - begin
-        summary["layerwise"].append({"delta": delta, **scores.verified(W[best]), "evaluations": scores.evaluations,
-                                     "seconds": seconds})
-        write_grid(out / f"grid_{delta:g}.csv", W, fd, used)
-    if args.search:
-        runs = [gradient_search(scores, objective, start) for objective in ("fd", "sw2") for start in (w_star, 0.0)]
-        summary["search"] = sorted(runs, key=lambda run: run["fd"])
-    if args.alignment:
-        summary["alignment"] = gradient_alignment(theta_r, config)
-    return summary, scores
-
-
-def write_grid(path, W, fd, used):
-    def write(temporary):
-        with open(temporary, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([f"w_{layer.replace(' ', '_')}" for layer in LAYERS] + ["fd", "points"])
-            writer.writerows([*(f"{v:g}" for v in w), f"{score:.7g}", n] for w, score, n in zip(W, fd, used))
-    write_atomically(path, write)
+        found[f"delta {delta:g}"] = part(f"grid {delta}", layer_grid, scores, w_star, delta)
+    starts = {"global": w_star, "zero": 0.0}
+    searches = list(itertools.product(("fd", "sw2"), starts)) if args.search else []
+    for objective, start in tqdm(searches, desc="gradient searches", leave=False):
+        name = f"gradient on {objective} from {start}"
+        found[name] = part(name, gradient_search, scores, objective, starts[start])
+    curve = None
+    if args.alignment and config.seed == args.seed:  # one curve, from the first seed
+        curve = part("alignment", gradient_alignment, models["theta_r"], config)
+    best = {name: search["best"] for name, search in found.items()}
+    summary = {"seed": config.seed, "base": best["base"], "collapsed": best["collapsed"],
+               "global": best["global"] | {"w": w_star},
+               "layerwise": [row for row in best.values() if "delta" in row],
+               "search": sorted((row for row in best.values() if "start" in row), key=lambda row: row["fd"]),
+               "global_optima": {name: sweep["best"] for name, sweep in sweeps.items()}, "alignment": curve}
+    return {"data": models["data"], "scores": scores, "sweeps": sweeps, "found": found, "best": best,
+            "summary": summary}
 
 
 # ---------------------------------------------------------------- report
-def rows_of(summary):
-    """(name, summary entry, the paper's Fréchet distance or None) for the table and the scatter plots."""
-    rows = [("base, w = 0", summary["base"], PAPER["base"]), ("collapsed, w = -1", summary["collapsed"], None),
-            (f"global, w = {summary['global']['w']:g}", summary["global"], PAPER["global"])]
-    rows += [(f"layer-wise, delta {run['delta']:g}", run, PAPER_FD.get(run["delta"])) for run in summary["layerwise"]]
-    return rows + [(f"gradient on {run['objective']} from {run['start']:g}", run, None)
-                   for run in summary.get("search", [])]
-
-
-def print_table(summary):
-    print(f"\nseed {summary['seed']}                        ours FD   +- error        SW2   paper FD   weights")
-    for name, run, paper in rows_of(summary):
-        error = "" if run["fd_error"] is None else f"{run['fd_error']:.1e}"
-        w = run["w"] if isinstance(run["w"], list) and len(set(run["w"])) > 1 else []
-        print(f"{name:<28} {run['fd']:>10.7f} {error:>10} {run['sw2']:>10.5f} {paper or '':>10}   "
-              + ", ".join(f"{v:.2f}" for v in w))
-
-
-def over_seeds(summaries):
-    """Mean and standard deviation of every row, and in how many seeds it beats the global optimum on both scores."""
+def print_table(runs):
+    """Mean over seeds and standard deviation of everything scored, and how many seeds it beats global in."""
+    print(f"\n{len(runs)} seed(s){'FD +- std':>34}{'SW2 +- std':>21}{'paper':>9}   seeds beating global")
+    scores = {name: np.array([[run["best"][name][score] for score in ("fd", "sw2")] for run in runs])
+              for name in runs[0]["best"]}  # [seeds, 2]
     table = []
-    for rows in zip(*(rows_of(s) for s in summaries)):
-        fd, sw2 = (np.array([run[key] for _, run, _ in rows]) for key in ("fd", "sw2"))
-        wins = [sum(run[key] < s["global"][key] for (_, run, _), s in zip(rows, summaries)) for key in ("fd", "sw2")]
-        table.append({"name": rows[0][0].split(", w =")[0].split(" from 0.")[0], "fd_mean": fd.mean(),
-                      "fd_std": fd.std(ddof=1), "sw2_mean": sw2.mean(), "sw2_std": sw2.std(ddof=1),
-                      "beats_global_fd": wins[0], "beats_global_sw2": wins[1], "seeds": len(summaries)})
-    print(f"\n{len(summaries)} seeds: mean +- std          FD                     SW2          better than global: FD, SW2")
-    for row in table:
-        print(f"{row['name']:<26} {row['fd_mean']:.5f} +- {row['fd_std']:.5f}   {row['sw2_mean']:.5f} +- "
-              f"{row['sw2_std']:.5f}   {row['beats_global_fd']}/{row['seeds']}, {row['beats_global_sw2']}/{row['seeds']}")
+    for name, ours in scores.items():
+        mean, std = ours.mean(0), ours.std(0, ddof=len(runs) > 1)
+        wins = (ours < scores["global"]).sum(0).tolist()
+        table.append({"name": name, "mean": mean.tolist(), "std": std.tolist(), "better_than_global": wins})
+        weights = np.round(runs[0]["best"][name]["w"], 2) if len(runs) == 1 else ""
+        print(f"{name:<27} {mean[0]:.6f} +- {std[0]:.6f}  {mean[1]:.5f} +- {std[1]:.5f} "
+              f"{PAPER_FD.get(name, ''):>9}   {wins[0]}, {wins[1]}  {weights}")
     return table
 
 
-def plot(summary, scores, config, out):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def draw(path, *panels, width=5, height=4):
+    """One picture: panels of (curves, settings of the axis), a curve being (x, y, style, label)."""
+    figure = Figure((width * len(panels), height), layout="constrained")
+    for axis, (curves, settings) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for x, y, style, label in curves:
+            axis.plot(x, y, style, label=label, markersize=3)
+        axis.set(**settings)
+        if label:
+            axis.legend(fontsize=8)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=80, format="png"))
 
-    def save(figure, name):
-        figure.tight_layout()
-        write_atomically(out / name, lambda path: figure.savefig(path, dpi=80, format="png"))
-        plt.close(figure)
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axis, zeta in zip(axes, (1.1, 0.9)):
-        for name, sweep in summary["sweeps"].items():
-            if name.startswith(f"zeta {zeta}"):
-                axis.semilogy(sweep["w"], sweep["fd"], label=f"{name.split(', ')[1]}, best w = {sweep['best']:g}")
-        axis.axvline(0, color="grey", lw=0.5)
-        axis.set(title=f"self-training samples at zeta {zeta}", xlabel="w, all layers")
-        axis.legend()
-    axes[0].set_ylabel("Fréchet distance")
-    save(figure, "score_against_w.png")
-
-    runs = summary["layerwise"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    image = axes[0].imshow([run["w"] for run in runs], cmap="coolwarm", vmin=-2, vmax=2, aspect="auto")
-    axes[0].set_xticks(range(6), LAYERS, rotation=30)
-    axes[0].set_yticks(range(len(runs)), [f"{run['delta']:g}" for run in runs])
-    axes[0].set(ylabel="delta", title="winning weights")
-    figure.colorbar(image, ax=axes[0])
-    deltas = [run["delta"] for run in runs]
-    axes[1].semilogy(deltas, [run["fd"] for run in runs], "o-", label="Fréchet distance, ours")
-    axes[1].semilogy(deltas, [run["sw2"] for run in runs], "s-", label="SW2, ours (not searched)")
-    axes[1].semilogy(list(PAPER_FD), list(PAPER_FD.values()), "x--", color="grey", label="Fréchet distance, paper")
-    axes[1].axhline(summary["global"]["fd"], color="C0", ls=":", label="global optimum, ours")
-    axes[1].set(xlabel="delta", title="score of the winner")
-    axes[1].legend(fontsize=8)
-    save(figure, "layers_and_deltas.png")
-
-    best = min(runs, key=lambda run: run["fd"])
-    clouds = [("real data", real_data(config))]
-    clouds += [(name, scores.samples([run["w"]] * 6 if np.isscalar(run["w"]) else run["w"], 2**10))
-               for name, run, _ in rows_of(summary) if run is best or not name.startswith(("layer", "grad"))]
-    figure, axes = plt.subplots(1, len(clouds), figsize=(3 * len(clouds), 3.2), sharex=True, sharey=True)
-    circle = np.linspace(0, 2 * np.pi, 200)
-    ellipse = 2 * np.linalg.cholesky(TARGET_COV.numpy()) @ [np.cos(circle), np.sin(circle)]
-    for axis, (name, points) in zip(axes, clouds):
-        axis.scatter(*points.T, s=2, alpha=0.5)
-        axis.plot(*ellipse, color="C1", lw=1)
-        axis.set(title=name, aspect="equal", xlim=(-5, 5), ylim=(-5, 5))
-    save(figure, "samples.png")
-
-    if "search" in summary:
-        figure, axis = plt.subplots(figsize=(6, 4))
-        for run in summary["search"]:
-            axis.loglog(range(1, len(run["trace"]) + 1), run["trace"], ls="-" if run["objective"] == "fd" else "--",
-                        label=f"gradient, {run['objective']}, from {run['start']:g}")
-        axis.plot([run["evaluations"] for run in runs], [run["fd"] for run in runs], "k^", label="grids of 729, fd")
-        axis.set(xlabel="evaluations", ylabel="best objective so far", title="search")
-        axis.legend(fontsize=8)
-        save(figure, "search.png")
-    if "alignment" in summary:
-        figure, axis = plt.subplots(figsize=(6, 4))
-        axis.plot(summary["alignment"]["zeta"], summary["alignment"]["cosine"])
-        axis.axhline(0, color="grey", lw=0.5)
-        axis.set(xlabel="zeta of the synthetic data", ylabel="cosine with the real gradient", title="gradient alignment")
-        save(figure, "alignment.png")
+def pictures(out, run):
+    best, log = run["best"], {"yscale": "log"}
+    grids = {name: row for name, row in best.items() if "delta" in row}
+    deltas, fds, sw2s = zip(*((row["delta"], row["fd"], row["sw2"]) for row in grids.values()))
+    curves = [(GLOBAL_W, sweep["fd"], "-", f"{name}, best w = {sweep['best']['w'][0]:g}")
+              for name, sweep in run["sweeps"].items()]
+    draw(out / "score_against_w.png", (curves, log | {"xlabel": "w, all layers", "ylabel": "FD"}), width=7)
+    weights = [(LAYERS, row["w"], "o-", name) for name, row in grids.items()]
+    curves = [(deltas, fds, "o-", "FD, ours"),
+              (deltas, sw2s, "s-", "SW2, ours, not searched"),
+              (deltas, [best["global"]["fd"]] * len(grids), ":", "FD, global optimum, ours"),
+              (DELTAS, list(PAPER_FD.values())[2:], "x--", "FD, paper")]
+    draw(out / "layers_and_deltas.png", (weights, {"ylabel": "weight of the winner"}),
+         (curves, log | {"xlabel": "delta", "ylabel": "score of the winner"}))
+    circle = np.exp(1j * np.linspace(0, 2 * np.pi, 200))
+    ellipse = 2 * TARGET_ROOT.T.numpy() @ [circle.real, circle.imag]
+    names = ("base", "collapsed", "global", min(grids, key=lambda name: grids[name]["fd"]))
+    clouds = {"real": run["data"]} | {name: run["scores"].samples(best[name]["w"], 1024) for name in names}
+    axis = {"aspect": "equal", "xlim": (-5, 5), "ylim": (-5, 5)}
+    draw(out / "samples.png", *(([(*points.T, ".", ""), (*ellipse, "-", "")], axis | {"title": name})
+                                for name, points in clouds.items()), width=2.6, height=2.9)
+    curves = [(range(1, 1 + len(search["fd"])), np.minimum.accumulate(search["fd"]),
+               "-" if name in grids else "--", name)
+              for name, search in run["found"].items() if "fd" in search and name != "global"]
+    axis = log | {"xlabel": "evaluations", "ylabel": "best FD so far", "xscale": "log"}
+    draw(out / "search.png", (curves, axis), width=7, height=5)
+    if run["summary"]["alignment"]:
+        ours, paper = run["summary"]["alignment"].values(), ((0.9, 1.1), (0.127, -0.175))
+        axis = {"xlabel": "zeta of the samples", "ylabel": "cosine with the real gradient"}
+        draw(out / "alignment.png", ([(*ours, "-", "ours"), (*paper, "x", "paper")], axis))
 
 
 # ---------------------------------------------------------------- command line
-def parse_deltas(text):
-    if text == "all":
-        return list(DELTAS)
-    try:
-        deltas = [float(part) for part in text.split(",")]
-    except ValueError:
-        deltas = []
-    if not deltas or not all(0 < delta < float("inf") for delta in deltas):
-        raise UserError(f"--delta {text!r}: give positive numbers such as 1.72 or 0.4,1.0, or `all`")
-    return deltas
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
+def deltas(text):
+    """"0.4,1.0" or "all" -> floats."""
+    values = DELTAS if text == "all" else sorted(set(map(float, text.split(","))))
+    if not all(0 < value <= 100 for value in values):
+        raise ValueError
+    return values
 
 
 def parse(argv):
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--delta", default="1.72", help="spacing of the layer-wise grid; several by commas, or all")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--seeds", type=int, default=1, help="repeat for this many seeds from --seed on")
-    parser.add_argument("--protocol", choices=list(PROTOCOLS), default="exact")
-    parser.add_argument("--search", choices=["gradient"], help="also search the six weights by exact gradients")
-    parser.add_argument("--alignment", action="store_true", help="also the gradient-alignment curve")
-    parser.add_argument("--base-steps", type=int, default=Training.base_steps, help="training steps of the base model")
-    parser.add_argument("--device", default="cpu", help="where configurations are scored: cpu or cuda")
-    parser.add_argument("--out", type=Path, default=Path("results/toy"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.error, add = lambda message: fail(f"{message} (see --help)"), parser.add_argument
+    add("--delta", type=deltas, default=[1.72], help="spacing of the grid, 1.72; several by commas, or all")
+    add("--seed", type=int, default=42)
+    add("--seeds", type=int, default=1, help="repeat for this many seeds from --seed on")
+    add("--protocol", choices=["exact", "paper"], default="exact", help="Sobol points or the authors' draws")
+    add("--points", type=int, help="the most points one score takes: 32768, or 1000000 for --protocol paper")
+    add("--search", choices=["gradient"], help="also search the six weights by exact gradients")
+    add("--alignment", action="store_true", help="also the gradient-alignment curve, first seed")
+    add("--base-steps", type=int, default=Config.base_steps, help="training steps of the base model")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where configurations are scored")
+    add("--out", type=Path, default=Path("results/toy"))
     args = parser.parse_args(argv)
-    args.delta = parse_deltas(args.delta)
-    if args.seeds < 1 or args.base_steps < 1 or args.seed < 0:
-        raise UserError("--seeds and --base-steps must be at least 1, --seed at least 0")
+    args.points = args.points or (Config.points if args.protocol == "exact" else 1_000_000)
+    if args.seeds < 1 or args.base_steps < 1 or not 0 <= args.seed < 2**31:
+        fail("--seeds and --base-steps must be at least 1, --seed at least 0")
+    if not 512 <= args.points <= 2**24 or args.protocol == "exact" and args.points.bit_count() > 1:
+        fail(f"--points {args.points}: give a power of two from 512 to {2**24}")
     if neon_ext is None:
-        raise UserError("the extension neon_ext is not built: run `pip install --no-build-isolation .` here first")
-    if args.device not in ("cpu", "cuda"):
-        raise UserError(f"--device {args.device}: choose cpu or cuda")
+        fail("the extension neon_ext is not built: run `pip install --no-build-isolation .` here first")
     if args.device == "cuda" and not (torch.cuda.is_available() and neon_ext.build_config()["cuda"]):
-        raise UserError("--device cuda: no usable GPU, or neon_ext was built without CUDA; use --device cpu")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.out / "probe", lambda path: path.write_text("")) or (args.out / "probe").unlink()
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written ({error.strerror}): choose another folder") from None
+        fail("--device cuda: no usable GPU, or neon_ext was built without CUDA; use --device cpu")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not os.access(args.out, os.W_OK):
+        fail(f"--out {args.out} cannot be written: choose another folder")
     return args
 
 
-def run(argv):
-    begin = time.perf_counter()
-    args = parse(argv)
-    protocol, summaries = PROTOCOLS[args.protocol], []
-    for seed in range(args.seed, args.seed + args.seeds):
-        config = Training(seed=seed, base_steps=args.base_steps)
-        out = args.out if seed == args.seed else args.out / f"seed_{seed}"
-        out.mkdir(exist_ok=True)
-        summary, scores = experiment(config, protocol, args, out)
-        print_table(summary)
-        if seed == args.seed:
-            plot(summary, scores, config, out)
-        summaries.append(summary)
-    result = summaries[0] | {
-        "command": " ".join(["python toy_neon.py", *argv]), "config": dataclasses.asdict(Training(seed=args.seed)),
-        "protocol": dataclasses.asdict(protocol), "device": args.device, "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "neon_ext": neon_ext.build_config(),
+def main(argv):
+    begin, args = time.perf_counter(), parse(argv)
+    settings = {key: value for key, value in vars(args).items() if key in Config.__dataclass_fields__}
+    runs = [experiment(Config(**settings | {"seed": args.seed + k}), args) for k in range(args.seeds)]
+    header = ",".join([f"w_{layer.replace(' ', '_')}" for layer in LAYERS] + ["fd", "points"])
+    for grid in (search for search in runs[0]["found"].values() if "delta" in search["best"]):
+        table = np.column_stack([grid["W"], grid["fd"], grid["points"]])
+        write_atomically(args.out / f"grid_{grid['best']['delta']:g}.csv", lambda path: np.savetxt(
+            path, table, ["%g"] * 6 + ["%.7g", "%d"], ",", header=header, comments=""))
+    pictures(args.out, runs[0])
+    result = {
+        "command": " ".join(["python toy_neon.py", *argv]), "config": dataclasses.asdict(Config(**settings)),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                     "scipy": scipy.__version__}}
-    if len(summaries) > 1:
-        keep = ("seed", "base", "collapsed", "global", "layerwise", "search")
-        result["seeds"] = [{key: s[key] for key in keep if key in s} for s in summaries]
-        result["over_seeds"] = over_seeds(summaries)
-    result["seconds_total"] = time.perf_counter() - begin
+                     "scipy": scipy.__version__, "neon_ext": neon_ext.build_config()},
+        **runs[0]["summary"], "over_seeds": print_table(runs), "seeds": [run["summary"] for run in runs],
+        "seconds_total": time.perf_counter() - begin}
     write_atomically(args.out / "summary.json", lambda path: path.write_text(json.dumps(result, indent=1)))
     print(f"\n{result['seconds_total']:.1f} s; summary.json, grids and pictures in {args.out}")
 
 
-def main(argv=None):
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        sys.exit(print(f"toy_neon: {error}", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(print("\ntoy_neon: stopped; finished parts are kept, run the same command again", file=sys.stderr) or 130)
-
-
 if __name__ == "__main__":
-    main()
+    try:
+        main(sys.argv[1:])
+    except OSError as error:
+        fail(f"{error}: choose an --out that can be written")
+    except KeyboardInterrupt:
+        fail("stopped; finished parts are kept, run the same command again", 130)
