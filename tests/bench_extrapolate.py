@@ -1,7 +1,7 @@
 """Block-wise extrapolation of 55.7M parameters in about 600 tensors: ours against a per-tensor loop, torch._foreach
 and a plain copy (the memory's own speed), in one process.
 
-    python tests/bench_extrapolate.py [--device cuda]
+    python tests/bench_extrapolate.py [--device cuda] [--out results/bench_extrapolate.txt]
 """
 import argparse
 import time
@@ -9,6 +9,7 @@ import time
 import torch
 
 import neon_ext
+import reference
 
 
 def tensors(device, seed):
@@ -21,7 +22,13 @@ def tensors(device, seed):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
-    device = parser.parse_args().device
+    parser.add_argument("--out", help="also write the table to this text file")
+    args = parser.parse_args()
+    with reference.recorded(args.out, f"python tests/bench_extrapolate.py --device {args.device}"):
+        compare(args.device)
+
+
+def compare(device):
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     theta_r, theta_s = tensors(device, 0), tensors(device, 1)
     block, w = [i % 3 for i in range(len(theta_r))], [1.25, 1.0, 0.75]
@@ -42,8 +49,8 @@ def main():
     copied = torch.empty_like(flat)
     bandwidth = 8 * count / best(lambda: copied.copy_(flat))
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {where}; {count / 1e6:.1f}M parameters in {len(theta_r)} tensors; "
-          f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")
+    print(f"torch {torch.__version__}, {where}; {count / 1e6:.1f}M parameters in {len(theta_r)} tensors, seeds 0 and 1; "
+          f"copy bandwidth {bandwidth / 1e9:.1f} GB/s; {neon_ext.build_config()}")
     print(f"{'':<44}{'ms':>8}{'times ours':>12}{'GB/s':>8}{'of copy':>9}")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         out = [torch.empty_like(t, dtype=dtype) for t in theta_r]

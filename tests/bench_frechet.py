@@ -1,15 +1,18 @@
 """Fréchet distance and moments at 2048 dimensions: ours, a dozen lines of plain torch, and the peers' algorithms.
 
-    python tests/bench_frechet.py [--device cuda] [--dim 2048]
+    python tests/bench_frechet.py [--device cuda] [--dim 2048] [--out results/bench_frechet.txt]
 
 Every side gets the same float64 statistics in this process. Peers are their algorithms in our words, on the same
 device: `scipy.linalg.sqrtm` of the plain product (pytorch-fid, clean-fid, EDM; always on the CPU) and eigenvalues of the
 unsymmetric product (torchmetrics, torch-fidelity). The truth is the sum of singular values of the product of the
-centred features. Times are the best of the repeats, errors are relative errors of the trace of the root.
+centred features. Times are the best of the repeats, errors are relative errors of the trace of the root, memory is the peak
+above what was held before the call (process on the CPU, allocator on CUDA).
 """
 import argparse
 import time
+from pathlib import Path
 
+import numpy
 import scipy
 import torch
 
@@ -25,15 +28,31 @@ def features(n, d, seed, spectrum):
     return (f @ mixing).add_(0.1 * seed).relu_() if spectrum > -12 else f @ mixing
 
 
+def peak_bytes(cuda, reset=False):
+    """Highest memory so far; NaN where the system does not tell."""
+    if cuda:
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except OSError:
+        return float("nan")
+
+
 def measure(call, repeats, cuda):
-    best = float("inf")
+    """Value, best seconds, peak bytes above those held before."""
+    best, before = float("inf"), peak_bytes(cuda, reset=True)
     for _ in range(repeats):
         if cuda:
             torch.cuda.synchronize()
         begin = time.perf_counter()
         value = float(call())
         best = min(best, time.perf_counter() - begin)
-    return value, best
+    return value, best, peak_bytes(cuda) - before
 
 
 def eigenvalue_distance(mu1, c1, mu2, c2):
@@ -68,12 +87,13 @@ def compare(name, n, d, spectrum, device):
              ("torch.linalg.eigvals (torchmetrics, torch-fidelity)", lambda: eigenvalue_distance(mu1, c1, mu2, c2), 2),
              ("scipy sqrtm (pytorch-fid, clean-fid, EDM), CPU", lambda: reference.frechet_distance_scipy(*host), 1)]
     print(f"\n{name}: N = {n}, D = {d}, distance {rest - 2 * truth:.6g}")
-    print(f"{'':<54}{'seconds':>9}{'times ours':>12}{'rel. error':>12}")
+    print(f"{'':<54}{'seconds':>9}{'times ours':>12}{'rel. error':>12}{'peak MB':>9}")
     ours = None
     for label, call, repeats in rows:
-        value, seconds = measure(call, repeats, cuda)
+        value, seconds, peak = measure(call, repeats, cuda)
         ours = ours or seconds
-        print(f"{label:<54}{seconds:>9.4f}{seconds / ours:>12.2f}{abs((rest - value) / 2 / truth - 1):>12.1e}", flush=True)
+        print(f"{label:<54}{seconds:>9.4f}{seconds / ours:>12.2f}{abs((rest - value) / 2 / truth - 1):>12.1e}"
+              f"{peak / 1e6:>9.0f}", flush=True)
 
 
 def moments(d, device):
@@ -93,9 +113,16 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dim", type=int, default=2048)
+    parser.add_argument("--out", help="also write the tables to this text file")
     args = parser.parse_args()
+    with reference.recorded(args.out, f"python tests/bench_frechet.py --device {args.device} --dim {args.dim}"):
+        run(args)
+
+
+def run(args):
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, scipy {scipy.__version__}, {where}; {neon_ext.build_config()}")
+    print(f"torch {torch.__version__}, numpy {numpy.__version__}, scipy {scipy.__version__}, {where}; "
+          f"seeds 0, 1, 2; {neon_ext.build_config()}")
     d = args.dim
     for name, n, spectrum in (("well sampled", 10_000 * d // 2048, -4), ("as many as dimensions", d, -4),
                               ("singular", 1000 * d // 2048, -4), ("spectrum over 1e-12", 10_000 * d // 2048, -12)):

@@ -2,9 +2,34 @@
 
 theta = theta_r - w_block * (theta_s - theta_r)      w > 0 away from collapse, w < 0 towards it
 """
+import contextlib
+import io
+import os
+import sys
+
 import numpy as np
 import scipy.linalg
 import torch
+
+
+@contextlib.contextmanager
+def recorded(path, command):
+    """What is printed inside also goes, as a whole or not at all, to the text file `path` (None: nowhere)."""
+    class Tee(io.StringIO):
+        def write(self, text):
+            sys.__stdout__.write(text)
+            return super().write(text)
+
+        def flush(self):
+            sys.__stdout__.flush()
+
+    with contextlib.redirect_stdout(Tee()) as text:
+        print(command)
+        yield
+    if path:
+        with open(f"{path}.tmp", "w") as file:
+            file.write(text.getvalue())
+        os.replace(f"{path}.tmp", path)
 
 
 # ---------------------------------------------------------------- extrapolation
