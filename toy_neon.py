@@ -361,7 +361,7 @@ def draw(path, *panels, width=5, height=4):
             axis.plot(x, y, style, label=label, markersize=3)
         axis.set(**settings)
         if label:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=80, format="png"))
 
 
