@@ -81,55 +81,64 @@ PYBIND11_MODULE(neon_ext, m) {
   m.def(
       "extrapolate", &extrapolate, arg("theta_r"), arg("theta_s"), arg("block"), arg("w"),
       arg("out") = py::none(), arg("dtype") = py::none(), release(),
-      R"(out[i] = theta_r[i] - w[block[i]] * (theta_s[i] - theta_r[i]) for lists of tensors, in one pass over memory.
+      R"(out[i] = theta_r[i] - w[block[i]] * (theta_s[i] - theta_r[i]) for lists of tensors, in one pass over
+memory.
 
-theta_r, theta_s: lists of equally shaped tensors, float32 / float64 / bfloat16 / float16; integer and bool tensors are
-copied from theta_r. block: one int per tensor, an index into w. w: one float per block. out: tensors to write (fp32,
-bf16 or fp16; may be theta_r or theta_s themselves), or dtype for fresh ones (default: theta_r's).
-Arithmetic is float32 (float64 for float64 inputs) with one rounding to the output dtype. Where w = 0 or
-theta_s == theta_r the result is theta_r bit for bit. Not differentiable. Returns the list of outputs.)");
+theta_r, theta_s: lists of equally shaped tensors, float32 / float64 / bfloat16 / float16; integer and bool
+tensors are copied from theta_r. block: one int per tensor, an index into w. w: one float per block. out:
+tensors to write (fp32, bf16 or fp16; may be theta_r or theta_s themselves), or dtype for fresh ones
+(default: theta_r's). Arithmetic is float32 (float64 for float64 inputs) with one rounding to the output
+dtype. Where w = 0 or theta_s == theta_r the result is theta_r bit for bit. Not differentiable. Returns the
+list of outputs.)");
   m.def("extrapolate_grid", python<false, Tensor, In, In, at::IntArrayRef, In>("extrapolate_grid"),
         arg("theta_r"), arg("theta_s"), arg("block_offsets"), arg("W"), release(),
         R"(G extrapolations of one small network: theta_r, theta_s [P] float32, W [G, B] -> [G, P] float32.
 
-block_offsets: B + 1 ascending ints from 0 to P; block b owns the parameters block_offsets[b] : block_offsets[b + 1].)");
+block_offsets: B + 1 ascending ints from 0 to P; block b owns the parameters block_offsets[b] :
+block_offsets[b + 1].)");
   m.def(
       "mlp_ddim", python<false, Tensor, In, In, In, double>("mlp_ddim"), arg("theta"), arg("z"), arg("abar"),
       arg("zeta") = 1.0, release(),
-      R"(Deterministic DDIM samples (arXiv 2010.02502) of G small networks: [G, P], [N, 2] -> [G, N, 2] float32.
+      R"(Deterministic DDIM samples (arXiv 2010.02502) of G small networks: [G, P], [N, 2] -> [G, N, 2]
+float32.
 
-theta: float32 parameters in parameters_to_vector order: input layer 3 -> 32 without activation, hidden blocks 32 -> 32
-each followed by ReLU, output 32 -> 2; the number of blocks follows from P (4 blocks: P = 4418). z: starting points.
-abar [T]: cumulative noise schedule, abar[0] the clean end, each in (0, 1]. zeta scales the score; the time feature is
-t / (T - 1). x0 = (x - sqrt(1 - abar_t) zeta eps) / sqrt(abar_t), x <- sqrt(abar_t-1) x0 + sqrt(1 - abar_t-1) eps.)");
+theta: float32 parameters in parameters_to_vector order: input layer 3 -> 32 without activation, hidden
+blocks 32 -> 32 each followed by ReLU, output 32 -> 2; the number of blocks follows from P (4 blocks: P =
+4418). z: starting points. abar [T]: cumulative noise schedule, abar[0] the clean end, each in (0, 1]. zeta
+scales the score; the time feature is t / (T - 1). x0 = (x - sqrt(1 - abar_t) zeta eps) / sqrt(abar_t), x
+<- sqrt(abar_t-1) x0 + sqrt(1 - abar_t-1) eps.)");
   m.def("mlp_ddim_moments", python<false, TensorPair, In, In, In, double, int64_t>("mlp_ddim_moments"),
         arg("theta"), arg("z"), arg("abar"), arg("zeta") = 1.0, arg("correction") = 0, release(),
         R"(Mean [G, 2] and covariance [G, 2, 2], float64, of mlp_ddim's samples, which are never stored.
 
-correction: the covariance is divided by N - correction (0 for quadrature points, 1 for the unbiased sample estimate).
-float64 sums over fixed chunks: the result does not depend on the number of threads.)");
+correction: the covariance is divided by N - correction (0 for quadrature points, 1 for the unbiased sample
+estimate). float64 sums over fixed chunks: the result does not depend on the number of threads.)");
   m.def(
       "sqrtm", python<false, Tensor, In>("sqrtm"), arg("A"), release(),
-      R"(Symmetric positive semi-definite square root: A [..., D, D] -> [..., D, D] float64. Singular A is fine.
+      R"(Symmetric positive semi-definite square root: A [..., D, D] -> [..., D, D] float64. Singular A is
+fine.
 
-Symmetric eigendecomposition, no complex numbers and no regularisation. Eigenvalues that are negative by rounding count
-as zero; non-finite, asymmetric or truly indefinite input raises ValueError saying by how much.)");
+Symmetric eigendecomposition, no complex numbers and no regularisation. Eigenvalues that are negative by
+rounding count as zero; non-finite, asymmetric or truly indefinite input raises ValueError saying by how
+much.)");
   m.def(
       "frechet_distance", python<true, Tensor, In, In, In, In>("frechet_distance"), arg("mu1"), arg("cov1"),
       arg("mu2"), arg("cov2"), release(),
       R"(|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), float64, for mu [..., D] and cov [..., D, D].
 
-Batch dimensions broadcast; returns a 0-d tensor without them. The trace of the root is the sum of singular values of
-L1^T L2 for factors cov_i = L_i L_i^T: never imaginary, correct for singular covariances, nothing added to the diagonal.
-Differentiable once: d/dcov2 = I - R (R cov2 R)^(-1/2) R with R = cov1^(1/2), the pseudo-inverse on the numerical null
-space. Non-finite, asymmetric or indefinite input beyond rounding raises ValueError saying by how much.)");
+Batch dimensions broadcast; returns a 0-d tensor without them. The trace of the root is the sum of singular
+values of L1^T L2 for factors cov_i = L_i L_i^T: never imaginary, correct for singular covariances, nothing
+added to the diagonal. Differentiable once: d/dcov2 = I - R (R cov2 R)^(-1/2) R with R = cov1^(1/2), the
+pseudo-inverse on the numerical null space. Non-finite, asymmetric or indefinite input beyond rounding
+raises ValueError saying by how much.)");
   m.def("trace_norm", python<false, Tensor, In, c10::string_view>("trace_norm"), arg("B"),
         arg("method") = "auto", release(),
         R"(Sum of singular values of B [M, N] float64 (batches: [..., M, N]) -> 0-d (or [...]) float64.
 
-method: 'svd' (always accurate), 'gram' (eigenvalues of B B^T: fastest on CPU, loses singular values below 1e-8 of the
-largest), 'polar' (matrix products only: for CUDA; loses those below 1e-12), 'auto' (what the Fréchet distance uses:
-gram where a bound proves it accurate to 1e-10, else svd; polar on CUDA). Not differentiable.)");
+method: 'svd' (always accurate), 'gram' (eigenvalues of B B^T: fastest on CPU, loses singular values below
+1e-8 of the largest), 'polar' (matrix products only: for CUDA; loses those below 1e-12), 'auto' (what the
+Fréchet distance uses: gram where a bound proves it accurate to 1e-10, else svd; polar on CUDA). Not
+differentiable.)");
   m.def("feature_moments", python<true, TensorPair, In>("feature_moments"), arg("features"), release(),
         "Mean [D] and unbiased covariance [D, D], float64, of features [N, D] with N >= 2; differentiable.");
 

@@ -1,13 +1,13 @@
 // Moments, symmetric square roots and the Fréchet distance between Gaussians, in float64 on CPU and CUDA.
 //
-//   d = |mu1 - mu2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2),   tr (C1 C2)^(1/2) = sum of singular values of L1^T L2
+//   d = |mu1 - mu2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2),   tr (C1 C2)^(1/2) = sum of svd(L1^T L2)
 //
 // for any factors C = L L^T (Dowson & Landau 1982). Factors never take the square root of a rounded
 // eigenvalue: one of C1 C2 that should be 0 and comes out as 1e-16 would add 1e-8 to the trace, times the
 // number of null directions. They are Cholesky's (fast), or the eigenvectors of the numerical range where a
 // covariance is singular to rounding. How the singular values are summed is chosen by measurement:
 //   gram   eigenvalues of B B^T, accepted only when a bound on its rounding error is below 1e-10 of the trace
-//   svd    singular values of B: always accurate, three to four times slower on CPU; also for small or batched B
+//   svd    singular values of B: always accurate, 3 to 4 times slower on CPU; also for small or batched B
 //   polar  CUDA: tr U^T B with U the polar factor by minimax polynomials, matrix products only
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/extension.h>
@@ -49,8 +49,7 @@ Tensor checked(const Tensor& cov, const std::string& who) {
   return skew == 0 ? c : (c + c.mT()) / 2;
 }
 
-// Values [..., N] up to N * eps of the largest are the rounding of zeros: a numerical rank, not a
-// regularisation.
+// Values up to n * eps of the largest are the rounding of zeros: a numerical rank, not a regularisation.
 Tensor rounding(const Tensor& values, int64_t n) {
   return values.abs().amax(-1, true) * (kEps * static_cast<double>(n));
 }
@@ -96,8 +95,7 @@ std::pair<double, double> trace_norm_gram(const Tensor& b) {
 
 // Odd quintics x (a + b x^2 + c x^4), each minimax to 1 on the range the previous one leaves, starting from
 // [1e-12, 1] (Remez; the composition is that of Amsel et al., arXiv 2505.16932). Singular values below 1e-12
-// of the largest are underestimated: at most D * 1e-12 of it is lost. The last step, Newton-Schulz of order
-// 5, ends at rounding.
+// of the largest are underestimated: at most D * 1e-12 of it is lost. The last step is Newton-Schulz.
 constexpr double kPolar[][3] = {
     {8.51430227381, -25.2817505047, 18.7674482309},  {4.25715113685, -3.16021881306, 0.586482757214},
     {4.2571511366, -3.16021881289, 0.586482757195},  {4.25715113555, -3.16021881216, 0.586482757112},
@@ -123,8 +121,7 @@ Tensor trace_norm_polar(const Tensor& given) {
   constexpr size_t kSteps = std::size(kPolar);
   for (size_t i = 0; i < kSteps; ++i) {
     if (i > 0) gram = at::matmul(x.mT(), x);
-    // At the end of a range the polynomials amplify rounding (13-fold each): all but the last step back by
-    // 1e-6.
+    // At the end of a range the polynomials amplify rounding (13-fold each): step back by 1e-6, but at last.
     const double s = i + 1 < kSteps ? 1 - 1e-6 : 1, s2 = s * s;
     auto p = at::addmm(gram, gram, gram, kPolar[i][1] * s * s2, kPolar[i][2] * s * s2 * s2);
     p.diagonal().add_(kPolar[i][0] * s);
@@ -194,8 +191,7 @@ using Distance = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tenso
 // d(distance)/d(cov1), d(distance)/d(cov2), times grad. With B = L1^T L2 = U S V^T and W1 = L1 U, W2 = L2 V:
 //   d/dC2 = I - W1 S^+ W1^T,  d/dC1 = I - W2 S^+ W2^T,
 // the form I - R (R C R)^(-1/2) R without differences of eigenvalues, so repeated ones do no harm. On the
-// numerical null space (S below D * eps of the largest) the pseudo-inverse S^+ gives the derivative along the
-// range.
+// numerical null space (S below D * eps of the largest) S^+ is 0: the derivative along the range.
 std::tuple<Tensor, Tensor> frechet_distance_backward(const Tensor& grad, const Tensor& cov1,
                                                      const Tensor& cov2) {
   const auto l1 = factor(checked(cov1, "cov1"), 1, "cov1"), l2 = factor(checked(cov2, "cov2"), 1, "cov2");
@@ -262,8 +258,7 @@ class FrechetReference {
   }
 
   // N centred rows have rank N - 1. A Householder reflection that turns (1, ..., 1) into the first axis
-  // leaves N - 1 rows with the same scatter, so that no exact zero has to come out of a rounded eigenvalue
-  // problem.
+  // leaves N - 1 rows with the same scatter: no exact zero has to come out of a rounded problem.
   Tensor distance_from_features(const Tensor& features) const {
     TORCH_CHECK_VALUE(
         features.dim() == 2 && features.size(0) >= 2 && at::isFloatingType(features.scalar_type()),
@@ -308,8 +303,7 @@ class FrechetReference {
 // ---------------------------------------------------------------- moments
 
 // Mean and covariance of features in one pass: float64 sums of (f - shift) and of its outer products, per
-// fold. The shift is close to the mean, so that S - N mu mu^T does not cancel even when |mu| is far above the
-// spread.
+// fold. The shift is close to the mean: S - N mu mu^T does not cancel where |mu| is far above the spread.
 class Moments {
  public:
   Moments(int64_t dim, int64_t folds, const std::string& device) : count_(std::max<int64_t>(folds, 0), 0) {
@@ -326,8 +320,7 @@ class Moments {
                       "Moments.update: features must be [N, ", sum_.size(1), "] floating point on ",
                       sum_.device(), ", got ", describe(features));
     const at::NoGradGuard no_grad;
-    // A NaN would spoil all earlier sums. On CUDA this would wait for the device: there mean() and cov() find
-    // it.
+    // A NaN would spoil all earlier sums. CUDA would wait for the answer: there mean() and cov() find it.
     TORCH_CHECK_VALUE(features.is_cuda() || at::isfinite(features).all().item<bool>(),
                       "Moments.update: features have entries that are not finite; nothing was added");
     if (features.size(0) == 0) return;
