@@ -1,10 +1,10 @@
 """Adaptive NEON on EDM: repair a diffusion model that was trained on its own samples, block by block.
 
-    theta = theta_r - w_block * (theta_s - theta_r)      w > 0 away from collapse, w < 0 towards it, w = -1 is theta_s
+    theta = theta_r - w_block * (theta_s - theta_r)    w > 0 away from collapse, w < 0 towards it; w = -1: theta_s
 
-theta_r: the base network (EDM, arXiv 2206.00364); theta_s: its EMA after self-training on its own samples (NEON, arXiv
-2510.03597); blocks: encoder, middle, decoder of the U-Net (Adaptive NEON, section 4.2). All configurations of a grid see
-the same starting noise and labels; selection and final comparison use disjoint seeds.
+theta_r: the base network (EDM, arXiv 2206.00364); theta_s: its EMA after self-training on its own samples (NEON,
+arXiv 2510.03597); blocks: encoder, middle, decoder of the U-Net (Adaptive NEON, section 4.2). All configurations
+see the same starting noise and labels; selection and final comparison use disjoint seeds.
 
     python edm_neon.py --preset digits --snapshot 5 --grid 0.5,1.0,1.5     laptop, nothing to download, minutes
     python edm_neon.py --snapshot 1551 --grid 0.75,1.0,1.25                CIFAR-10: a GPU and a connection
@@ -25,13 +25,12 @@ import pickle
 import pickletools
 import platform
 import sys
-import threading
 import time
 import urllib.request
 import zipfile
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,97 +41,141 @@ import scipy.stats
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 try:
     import neon_ext
-except ImportError:  # reported in main(), in one line
+except ImportError:  # reported by checked(), in one line
     neon_ext = None
 
 EDM = "https://nvlabs-fi-cdn.nvidia.com/edm"
-BASES = {"cond": f"{EDM}/pretrained/edm-cifar10-32x32-cond-vp.pkl",
-         "uncond": f"{EDM}/pretrained/edm-cifar10-32x32-uncond-vp.pkl"}
-REFERENCE = f"{EDM}/fid-refs/cifar10-32x32.npz"
+BASES = {kind: f"{EDM}/pretrained/edm-cifar10-32x32-{kind}-vp.pkl" for kind in ("cond", "uncond")}
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth")
-FOLDS = 20  # of the moments: jackknife intervals need no new samples
+FOLDS = 20  # of every score's moments: jackknife intervals need no new samples
+MAX_POINTS = 10_000  # of a grid, without --yes
+SELECT_SEED, FINAL_SEED, SEARCH_SEED = 10_000, 50_000, 10_000_000  # first seeds; a gradient step draws fresh ones
 
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
 
 
+# ---------------------------------------------------------------- configuration: every field is an option
+def numbers(text, kind=float):
+    try:
+        values = tuple(sorted({kind(part) for part in text.split(",")}))
+        if all(np.isfinite(values)):
+            return values
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"give numbers separated by commas, not {text!r}")
+
+
+def sweep_values(text):
+    try:
+        start, stop, step = (float(part) for part in text.split(":"))
+        return tuple(np.arange(start, stop + step / 2, step).round(6).tolist()) if step > 0 else 1 / 0
+    except (ValueError, ArithmeticError):
+        raise argparse.ArgumentTypeError(f"give start:stop:step with a positive step, not {text!r}") from None
+
+
+def read_partition(text):
+    try:
+        return text if text in ("paper", "structural", "layers") else dict(json.loads(Path(text).read_text()))
+    except (OSError, ValueError, TypeError):
+        message = f"{text} is not paper, structural, layers or a JSON file {{glob: block}}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def option(default, text, kind=None, choices=None):
+    """A field of Config; kind: from the option's text to its value."""
+    return dataclasses.field(default=default, metadata=dict(help=text, type=kind or type(default), choices=choices))
+
+
 @dataclass(frozen=True)
-class Preset:
-    """Settings of one experiment; the defaults are NEON's for CIFAR-10 at the paper's batch of 64. kimg: 1000 images."""
-    name: str = "cifar10"
-    model: dict = dataclasses.field(default_factory=lambda: dict(
-        img_resolution=32, img_channels=3, label_dim=10, augment_dim=9, model_channels=128, channel_mult=[2, 2, 2],
-        num_blocks=4, attn_resolutions=[16], dropout=0.13))
-    train_kimg: float = 200_000
-    base_lr: float = 1e-3
-    synthetic: int = 6000
-    steps: int = 18
-    batch: int = 64
-    self_lr: float = 1e-4
-    ramp_kimg: float = 10_000      # learning rate grows linearly over this many
-    ema_kimg: float = 500          # half-life
-    augment: float = 0.12
-    select_images: int = 10_000
-    final_images: int = 50_000
-    final_seed: int = 50_000
-    score: str = "FID"
-    sample_batch: int = 256
+class Config:
+    """--select-images 2000 sets select_images. Defaults: NEON's for CIFAR-10, at the paper's batch of 64 (snapshots
+    550, 1051, 1551, ... are multiples of 782 x 64 images). kimg: 1000 images."""
+    preset: str = option("cifar10", "what to study", choices=("cifar10", "digits"))
+    snapshot: tuple = option((1551,), "self-training lengths in kimg, by commas", partial(numbers, kind=int))
+    grid: tuple = option((0.75, 1.0, 1.25), "weights of the block-wise grid, the same for every block", numbers)
+    grid_enc: tuple = option((), "other weights for the encoder", numbers)
+    grid_mid: tuple = option((), "other weights for the middle", numbers)
+    grid_dec: tuple = option((), "other weights for the decoder", numbers)
+    sweep: tuple = option((), "also these global weights, start:stop:step", sweep_values)
+    partition: str = option("paper", "paper, structural, layers, or a JSON file {glob: block}", read_partition)
+    plan: bool = option(False, "print blocks, drift and a time estimate, then stop")
+    race: bool = option(False, "drop grid points that are surely worse after a fifth of the seeds")
+    placebo: int = option(0, "this many random partitions, their blocks as large, go through the same grid")
+    search: str = option("", "after the grid; gradient scales to --partition layers", choices=("cobyqa", "gradient"))
+    evaluations: int = option(12, "of the search: scores of cobyqa, steps of gradient")
+    bounds: tuple = option((-1.0, 4.0), "of the search, low,high", numbers)
+    base: str = option("", "cond, uncond, a path or URL (.pkl of EDM or .safetensors of this program)")
+    train_base: float = option(0.0, "train the base from scratch on --data for this many kimg")
+    base_lr: float = option(1e-3, "learning rate of --train-base")
+    data: str = option("", "real images: EDM dataset zip or folder")
+    aux: str = option("", "existing self-trained network, or a folder of network-snapshot-*")
+    synthetic: int = option(6000, "images in the synthetic set")
+    batch: int = option(64, "training batch")
+    lr: float = option(1e-4, "self-training learning rate")
+    ramp_kimg: float = option(10_000.0, "the learning rate grows linearly over this many kimg")
+    ema_kimg: float = option(500.0, "half-life of the weight average")
+    dropout: float = option(0.13, "in training")
+    augment: float = option(0.12, "probability of each augmentation; 0: none")
+    steps: int = option(18, "sampler steps")
+    select_images: int = option(10_000, "images per score of the selection")
+    final_images: int = option(50_000, "images per score of the final comparison")
+    final_repeats: int = option(1, "disjoint sets of final seeds")
+    protocol: str = option("disjoint", "paper: 2,000 selection seeds that overlap the training set",
+                           choices=("disjoint", "paper"))
+    ref: str = option(f"{EDM}/fid-refs/cifar10-32x32.npz", "npz with mu and sigma of the real features")
+    detector: str = option(INCEPTION, "Inception weights (PyTorch port)")
+    precision: str = option("fp32", "of the network", choices=("fp32", "tf32", "bf16", "fp16"))
+    sample_batch: int = option(256, "images sampled at once")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where", choices=("cuda", "cpu"))
+    seed: int = option(0, "of training")
+    out: Path = option(None, "folder of the results, default runs/<preset>", Path)
+    export_pt: bool = option(False, "also the merged weights as a plain state dict in EDM's names")
+    yes: bool = option(False, "run even if it takes very long")
 
 
-PRESETS = {
-    "cifar10": Preset(),
-    "digits": Preset(name="digits", model=dict(
-        img_resolution=8, img_channels=1, label_dim=10, augment_dim=0, model_channels=16, channel_mult=[1, 2],
-        num_blocks=1, attn_resolutions=[4], dropout=0.0), train_kimg=100, base_lr=3e-3, synthetic=1000, steps=18,
-        self_lr=5e-4, ramp_kimg=0, ema_kimg=0.5, augment=0, select_images=1000, final_images=1500, final_seed=50_000,
-        score="FD (digits CNN, 64-d)", sample_batch=250)}
+MODELS = {"cifar10": dict(img_resolution=32, img_channels=3, label_dim=10, augment_dim=9, model_channels=128,
+                          channel_mult=[2, 2, 2], num_blocks=4, attn_resolutions=[16]),
+          "digits": dict(img_resolution=8, img_channels=1, label_dim=10, augment_dim=0, model_channels=16,
+                         channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])}
+PRESETS = {  # the paper's FIDs on CIFAR-10: base 1.78, best global 1.43 to 1.74, block-wise 1.43 to 1.71
+    "cifar10": {},
+    "digits": dict(snapshot=(5,), grid=(0.5, 1.0, 1.5), train_base=100.0, base_lr=3e-3, synthetic=1000, lr=5e-4,
+                   ramp_kimg=0.0, ema_kimg=0.5, dropout=0.0, augment=0.0, select_images=1000, final_images=1500,
+                   sample_batch=125)}  # "FD (digits CNN, 64-d)", see results/edm
 
 
 # ---------------------------------------------------------------- network: EDM's DDPM++ and NCSN++, names as in EDM
-class Conv(nn.Module):
-    """2-D convolution with optional resampling by a small filter before it (fused: after it, NCSN++'s residual path)."""
+class Conv(nn.Conv2d):
+    """2-D convolution after optional resampling by a small filter (fused: before it, NCSN++'s residual path)."""
 
-    def __init__(self, into, out, kernel, up=False, down=False, resample_filter=(1, 1), fused=False, gain=1.0):
-        super().__init__()
-        self.up, self.down, self.fused, self.simple = up, down, fused, list(resample_filter) == [1, 1]
-        bound = gain * (6 / ((into + out) * kernel**2)) ** 0.5  # xavier_uniform
-        self.weight = nn.Parameter((torch.rand(out, into, kernel, kernel) * 2 - 1) * bound)
-        self.bias = nn.Parameter(torch.zeros(out))
+    def __init__(self, into, out, kernel, up=False, down=False, resample_filter=(1, 1), fused=False):
+        super().__init__(into, out, kernel, padding=kernel // 2)
+        self.up, self.fused, self.simple = up, fused, list(resample_filter) == [1, 1]
         f = torch.as_tensor(resample_filter, dtype=torch.float32)
-        self.register_buffer("resample_filter", (f[:, None] * f / f.sum() ** 2)[None, None] if up or down else None)
+        outer = (f[:, None] * f / f.sum() ** 2)[None, None]
+        self.register_buffer("resample_filter", outer if up or down else None)
 
     def forward(self, x):
-        pad, f = self.weight.shape[-1] // 2, self.resample_filter
-        if f is None:
-            return F.conv2d(x, self.weight, self.bias, padding=pad)
-        f_pad = (f.shape[-1] - 1) // 2
-        depthwise = lambda channels: f.to(x.dtype).expand(channels, 1, -1, -1)
-        if self.fused:
-            x = F.conv2d(x, self.weight, padding=pad + f_pad)
-            return F.conv2d(x, depthwise(x.shape[1]), self.bias, stride=2, groups=x.shape[1])
+        if self.resample_filter is None:
+            return super().forward(x)
         if self.simple:
-            x = F.interpolate(x, scale_factor=2) if self.up else F.avg_pool2d(x, 2)
-        elif self.up:
-            x = F.conv_transpose2d(x, depthwise(x.shape[1]) * 4, stride=2, padding=f_pad, groups=x.shape[1])
-        else:
-            x = F.conv2d(x, depthwise(x.shape[1]), stride=2, padding=f_pad, groups=x.shape[1])
-        return F.conv2d(x, self.weight, self.bias, padding=pad)
-
-
-def linear(into, out, bias=True):
-    layer = nn.Linear(into, out, bias)
-    nn.init.xavier_uniform_(layer.weight)
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
+            return super().forward(F.interpolate(x, scale_factor=2) if self.up else F.avg_pool2d(x, 2))
+        f_pad, f = (self.resample_filter.shape[-1] - 1) // 2, self.resample_filter.to(x.dtype)
+        if self.fused:
+            x = F.conv2d(x, self.weight, padding=self.padding[0] + f_pad)
+            return F.conv2d(x, f.expand(x.shape[1], 1, -1, -1), self.bias, stride=2, groups=x.shape[1])
+        resample, f = (F.conv_transpose2d, f * 4) if self.up else (F.conv2d, f)
+        f = f.expand(x.shape[1], 1, -1, -1)
+        return super().forward(resample(x, f, stride=2, padding=f_pad, groups=x.shape[1]))
 
 
 def group_norm(channels):
@@ -146,22 +189,23 @@ class UNetBlock(nn.Module):
         super().__init__()
         self.dropout, resample = dropout, dict(up=up, down=down, resample_filter=resample_filter)
         self.norm0, self.conv0 = group_norm(into), Conv(into, out, 3, **resample)
-        self.affine, self.norm1, self.conv1 = linear(emb, out), group_norm(out), Conv(out, out, 3, gain=1e-5)
+        self.affine, self.norm1, self.conv1 = nn.Linear(emb, out), group_norm(out), Conv(out, out, 3)
         self.skip = Conv(into, out, 1, **resample) if into != out or up or down else None
         self.norm2 = group_norm(out) if attention else None
         if attention:
-            self.qkv, self.proj = Conv(out, 3 * out, 1, gain=0.2 ** 0.5), Conv(out, out, 1, gain=1e-5)
+            self.qkv, self.proj = Conv(out, 3 * out, 1), Conv(out, out, 1)
 
     def forward(self, x, emb):
-        h = self.conv0(F.silu(self.norm0(x))) + self.affine(emb)[:, :, None, None]
-        h = self.conv1(F.dropout(F.silu(self.norm1(h)), self.dropout, self.training))
-        x = (h + (x if self.skip is None else self.skip(x))) * 0.5 ** 0.5
+        silu = partial(F.silu, inplace=not torch.is_grad_enabled())
+        h = self.conv0(silu(self.norm0(x))).add_(self.affine(emb)[:, :, None, None])
+        h = self.conv1(F.dropout(silu(self.norm1(h)), self.dropout, self.training))
+        x = h.add_(x if self.skip is None else self.skip(x)).mul_(0.5 ** 0.5)
         if self.norm2 is not None:
             n, c, height, width = x.shape
-            qkv = self.qkv(self.norm2(x)).reshape(n, 1, c, 3, height * width)  # q, k, v interleaved along channels
+            qkv = self.qkv(self.norm2(x)).reshape(n, 1, c, 3, height * width)  # q, k, v interleaved on channels
             q, k, v = (t.transpose(-1, -2) for t in qkv.unbind(3))  # [N, 1, HW, C]
-            a = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(x.shape)
-            x = (self.proj(a) + x) * 0.5 ** 0.5
+            a = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).contiguous().view(x.shape)
+            x = self.proj(a).add_(x).mul_(0.5 ** 0.5)
         return x
 
 
@@ -174,52 +218,56 @@ class SongUNet(nn.Module):
                  decoder_type="standard", resample_filter=(1, 1)):
         super().__init__()
         if encoder_type not in ("standard", "residual") or decoder_type != "standard":
-            raise UserError(f"encoder {encoder_type!r} with decoder {decoder_type!r} is not supported (no published network)")
+            raise UserError(f"encoder {encoder_type!r} with decoder {decoder_type!r} is not supported")
         noise, emb = model_channels * channel_mult_noise, model_channels * channel_mult_emb
-        self.label_dropout, self.noise = label_dropout, noise
+        self.label_dropout, self.noise, self.map_noise = label_dropout, noise, None
         if embedding_type == "fourier":
             self.map_noise = nn.Module()
             self.map_noise.register_buffer("freqs", torch.randn(noise // 2) * 16)
-        else:
-            self.map_noise = None
-        self.map_label = linear(label_dim, noise) if label_dim else None
-        self.map_augment = linear(augment_dim, noise, bias=False) if augment_dim else None
-        self.map_layer0, self.map_layer1 = linear(noise, emb), linear(emb, emb)
-        block = lambda into, out, **kwargs: UNetBlock(into, out, emb, dropout, resample_filter=resample_filter, **kwargs)
-        self.enc, self.dec, skips, c = nn.ModuleDict(), nn.ModuleDict(), [], in_channels
-        for level, mult in enumerate(channel_mult):
-            r = img_resolution >> level
-            if level == 0:
-                c = model_channels
-                self.enc[f"{r}x{r}_conv"] = Conv(in_channels, c, 3)
+        self.map_label = nn.Linear(label_dim, noise) if label_dim else None
+        self.map_augment = nn.Linear(augment_dim, noise, bias=False) if augment_dim else None
+        self.map_layer0, self.map_layer1 = nn.Linear(noise, emb), nn.Linear(emb, emb)
+        block = partial(UNetBlock, emb=emb, dropout=dropout, resample_filter=resample_filter)
+        self.enc, self.dec, skips, c, aux = nn.ModuleDict(), nn.ModuleDict(), [], in_channels, in_channels
+        levels = [(f"{r}x{r}", r in attn_resolutions, model_channels * mult) for r, mult in (
+            (img_resolution >> level, mult) for level, mult in enumerate(channel_mult))]
+        for r, attention, width in levels:
+            if not skips:
+                self.enc[f"{r}_conv"] = Conv(c, c := model_channels, 3)
             else:
-                self.enc[f"{r}x{r}_down"] = block(c, c, down=True)
+                self.enc[f"{r}_down"] = block(c, c, down=True)
                 if encoder_type == "residual":
-                    aux = in_channels if level == 1 else aux_out
-                    self.enc[f"{r}x{r}_aux_residual"] = Conv(aux, c, 3, down=True, resample_filter=resample_filter, fused=True)
-                    aux_out = c
+                    self.enc[f"{r}_aux_residual"] = Conv(aux, aux := c, 3, down=True, fused=True,
+                                                         resample_filter=resample_filter)
             skips.append(c)
             for i in range(num_blocks):
-                self.enc[f"{r}x{r}_block{i}"] = block(c, model_channels * mult, attention=r in attn_resolutions)
-                c = model_channels * mult
+                self.enc[f"{r}_block{i}"] = block(c, c := width, attention=attention)
                 skips.append(c)
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            r = img_resolution >> level
-            if level == len(channel_mult) - 1:
-                self.dec[f"{r}x{r}_in0"], self.dec[f"{r}x{r}_in1"] = block(c, c, attention=True), block(c, c)
+        for r, attention, width in reversed(levels):
+            if r == levels[-1][0]:
+                self.dec[f"{r}_in0"], self.dec[f"{r}_in1"] = block(c, c, attention=True), block(c, c)
             else:
-                self.dec[f"{r}x{r}_up"] = block(c, c, up=True)
+                self.dec[f"{r}_up"] = block(c, c, up=True)
             for i in range(num_blocks + 1):
-                attention = i == num_blocks and r in attn_resolutions
-                self.dec[f"{r}x{r}_block{i}"] = block(c + skips.pop(), model_channels * mult, attention=attention)
-                c = model_channels * mult
-        self.dec[f"{img_resolution}x{img_resolution}_aux_norm"] = group_norm(c)
-        self.dec[f"{img_resolution}x{img_resolution}_aux_conv"] = Conv(c, out_channels, 3, gain=1e-5)
+                attend = attention and i == num_blocks
+                self.dec[f"{r}_block{i}"] = block(c + skips.pop(), c := width, attention=attend)
+        self.dec[f"{r}_aux_norm"], self.dec[f"{r}_aux_conv"] = group_norm(c), Conv(c, out_channels, 3)
+        self.initialise()
+
+    def initialise(self):
+        """Xavier-uniform weights, zero biases, almost zero where a residual branch or the network ends."""
+        for name, p in self.named_parameters():
+            layer = name.split(".")[-2]
+            if p.ndim > 1:
+                small = layer in ("conv1", "proj") or layer.endswith("aux_conv")
+                nn.init.xavier_uniform_(p, 1e-5 if small else 0.2 ** 0.5 if layer == "qkv" else 1.0)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     def embed(self, c_noise, labels, augment_labels):
         if self.map_noise is None:
-            half = self.noise // 2
-            frequency = (1 / 10000) ** (torch.arange(half, dtype=torch.float32, device=c_noise.device) / (half - 1))
+            i = torch.arange(self.noise // 2, dtype=torch.float32, device=c_noise.device)
+            frequency = (1 / 10000) ** (i / (self.noise // 2 - 1))
         else:
             frequency = 2 * np.pi * self.map_noise.freqs
         t = c_noise.outer(frequency.to(c_noise.dtype))
@@ -249,14 +297,14 @@ class SongUNet(nn.Module):
 
 
 class EDMPrecond(nn.Module):
-    """D(x; sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4): the denoised image (EDM, table 1). x [N, C, H, W] float32."""
+    """D(x; sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4), the denoised image (EDM, table 1); x [N, C, H, W]."""
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, sigma_min=0, sigma_max=float("inf"), sigma_data=0.5,
-                 **model):
+    def __init__(self, img_resolution, img_channels, label_dim=0, sigma_min=0, sigma_max=float("inf"),
+                 sigma_data=0.5, **model):
         super().__init__()
-        self.config = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, **model)
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+        self.config = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, **model)
         self.model = SongUNet(img_resolution, img_channels, img_channels, label_dim=label_dim, **model)
         self.precision = "fp32"  # fp16 and bf16: the U-Net under autocast; input and output stay float32
 
@@ -277,125 +325,111 @@ class EDMPrecond(nn.Module):
 
 # ---------------------------------------------------------------- reading networks: pickles are parsed, never run
 class Inert:
-    """An object of the pickle as plain data: EDM's persistent objects and torch's containers."""
+    """An object of the pickle as plain data: EDM's persistent objects, torch's containers, numpy's numbers."""
 
-    def __init__(self, meta=None):
-        self.class_name, self.state = (meta or {}).get("class_name"), (meta or {}).get("state", {})
+    def __init__(self, meta=None, *_):
+        meta = meta if isinstance(meta, dict) else {}
+        self.name, self.state = str(meta.get("class_name"))[:80], meta.get("state", {})
 
     def __setstate__(self, state):
         self.state = state
 
 
-class InertDtype:
-    def __init__(self, name, *_):
-        self.name = name
+class Function:
+    """What a name in the pickle may compute; the pickle cannot set its attributes."""
+    __slots__ = ("work",)
+
+    def __init__(self, work):
+        self.work = work
+
+    def __call__(self, *args):
+        return self.work(*args)
 
     def __setstate__(self, state):
-        pass
-
-
-def inert_scalar(dtype, data):
-    if dtype.name not in ("f4", "f8", "i4", "i8"):
-        raise pickle.UnpicklingError(f"numpy dtype {dtype.name!r}")
-    return np.frombuffer(data, dtype.name)[0].item()
-
-
-def inert_tensor(storage, offset, size, stride, *_):
-    if min([offset, *size, *stride]) < 0 or len(size) != len(stride) or (
-            0 not in size and offset + sum((n - 1) * s for n, s in zip(size, stride)) >= storage.numel()):
-        raise pickle.UnpicklingError(f"a tensor {tuple(size)} outside its storage of {storage.numel()} elements")
-    return storage.as_strided(tuple(size), tuple(stride), offset)
-
-
-STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "DoubleStorage": torch.float64,
-            "LongStorage": torch.int64, "IntStorage": torch.int32, "BoolStorage": torch.bool, "ByteStorage": torch.uint8}
-
-
-def inert_storage(blob):
-    """torch's legacy serialisation of one storage: five pickles, an element count, the raw elements."""
-    file = io.BytesIO(blob)
-    magic, protocol, _, (_, dtype, _, _, count, _), _ = (SafeUnpickler(file).load() for _ in range(5))
-    rest = memoryview(blob)[file.tell() + 8:]
-    if magic != 0x1950a86a20f9469cfc6c or protocol != 1001 or len(rest) != count * dtype.itemsize:
-        raise pickle.UnpicklingError(f"a damaged tensor storage ({len(rest)} bytes for {count} elements)")
-    return torch.frombuffer(bytearray(rest), dtype=dtype) if count else torch.empty(0, dtype=dtype)
+        raise pickle.UnpicklingError("it changes a function")
 
 
 class SafeUnpickler(pickle.Unpickler):
-    ALLOWED = {("torch_utils.persistence", "_reconstruct_persistent_obj"): Inert,
-               ("collections", "OrderedDict"): OrderedDict, ("dnnlib.util", "EasyDict"): OrderedDict,
-               ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-               ("torch._utils", "_rebuild_tensor_v2"): inert_tensor, ("torch.storage", "_load_from_bytes"): inert_storage,
-               ("numpy", "dtype"): InertDtype, ("numpy.core.multiarray", "scalar"): inert_scalar,
-               ("numpy._core.multiarray", "scalar"): inert_scalar,
-               **{("torch.nn.modules.container", name): Inert for name in ("ModuleDict", "ModuleList", "Sequential")},
-               **{("torch", name): dtype for name, dtype in STORAGES.items()}}
+    """Admits tensors, storages and plain containers; anything else is refused by name."""
+
+    def __init__(self, data):
+        super().__init__(io.BytesIO(data))
+        self.left = len(data)  # bytes of storages: no more than the file has
+        inert = [("torch_utils.persistence", "_reconstruct_persistent_obj"), ("numpy", "dtype"),
+                 ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"),
+                 *(("torch.nn.modules.container", n) for n in ("ModuleDict", "ModuleList", "Sequential"))]
+        self.allowed = {name: Inert for name in inert} | {
+            ("collections", "OrderedDict"): Function(lambda: {}), ("dnnlib.util", "EasyDict"): Function(lambda: {}),
+            ("torch._utils", "_rebuild_parameter"): Function(lambda tensor, *_: tensor),
+            ("torch._utils", "_rebuild_tensor_v2"): Function(  # as_strided refuses what lies outside the storage
+                lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)),
+            ("torch.storage", "_load_from_bytes"): Function(self.storage)}
 
     def find_class(self, module, name):
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it wants to call {module}.{name}")
-        return self.ALLOWED[module, name]
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it wants to call {f'{module}.{name}'[:100]!r}")
+        return self.allowed[module, name]
 
-    def persistent_load(self, pid):
-        if not (isinstance(pid, tuple) and len(pid) == 6 and pid[0] == "storage" and isinstance(pid[1], torch.dtype)):
-            raise pickle.UnpicklingError("a persistent id that is no tensor storage")
-        return pid
-
-
-def read_pickle(path):
-    """EDM's network-snapshot as inert data: the dict of the file, with Inert objects in place of modules."""
-    data = Path(path).read_bytes()
-    try:
-        for opcode, arg, _ in pickletools.genops(io.BytesIO(data)):  # refuse what could allocate beyond the file's size
-            if opcode.name == "BYTEARRAY8" or opcode.name.startswith("EXT") or (
-                    opcode.name.endswith("PUT") and int(arg) > len(data)):
-                raise pickle.UnpicklingError(f"opcode {opcode.name}")
-        return SafeUnpickler(io.BytesIO(data)).load()
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused, nothing in it was run: {error}") from None
-    except Exception as error:
-        raise UserError(f"{path} is not a readable network pickle ({type(error).__name__}): is it truncated?") from None
+    def storage(self, blob):
+        """The elements of one storage [count], by torch's own restricted reader."""
+        self.left -= len(blob)
+        if self.left < 0:
+            raise pickle.UnpicklingError("more tensor bytes than the file has")
+        storage = torch.load(io.BytesIO(blob), weights_only=True, map_location="cpu")
+        return torch.empty(0, dtype=storage.dtype).set_(storage)
 
 
 def inert_tensors(module, prefix=""):
     """(name, tensor) of an inert module tree, in state-dict order."""
-    for group in ("_parameters", "_buffers"):
-        for name, tensor in (module.state.get(group) or {}).items():
-            if tensor is not None:
-                yield prefix + name, tensor
-    for name, child in (module.state.get("_modules") or {}).items():
+    if prefix.count(".") > 6:
+        raise pickle.UnpicklingError("modules nested too deeply")
+    parameters, buffers, children = (module.state.get(f"_{k}") or {} for k in ("parameters", "buffers", "modules"))
+    for name, tensor in {**parameters, **buffers}.items():
+        if tensor is not None:
+            yield prefix + name, tensor
+    for name, child in children.items():
         if child is not None:
             yield from inert_tensors(child, f"{prefix}{name}.")
 
 
 def network_from_pickle(path):
-    content = read_pickle(path)
-    ema = content.get("ema") if isinstance(content, dict) else None
-    if not isinstance(ema, Inert) or "_init_kwargs" not in ema.state:
-        raise UserError(f"{path} holds no EDM network under 'ema'")
-    kwargs = dict(ema.state["_init_kwargs"])
-    inner = (ema.state.get("_modules") or {}).get("model")
-    if ema.class_name != "EDMPrecond" or kwargs.pop("model_type", "DhariwalUNet") != "SongUNet" or inner is None:
-        raise UserError(f"{path}: {ema.class_name} around {getattr(inner, 'class_name', None)} is not supported; "
-                        "EDMPrecond around SongUNet (DDPM++, NCSN++) is")
-    kwargs.pop("use_fp16", None)
+    """EDM's network-snapshot: options and weights as inert data, the network our own."""
+    data = path.read_bytes()
     try:
+        for opcode, arg, _ in pickletools.genops(data):  # refuse what allocates beyond the file's size
+            if opcode.name in ("BYTEARRAY8", "EXT1", "EXT2", "EXT4") or (
+                    opcode.name.endswith("PUT") and int(arg) > len(data)):
+                raise pickle.UnpicklingError(f"opcode {opcode.name}")
+        ema = SafeUnpickler(data).load()["ema"]
+        kwargs, inner = dict(ema.state["_init_kwargs"]), ema.state["_modules"]["model"]
+        if ema.name != "EDMPrecond" or kwargs.pop("model_type", "DhariwalUNet") != "SongUNet":
+            raise UserError(f"{path}: {ema.name} around {inner.name} is not supported; EDMPrecond around SongUNet "
+                            "(DDPM++, NCSN++) is")
+        kwargs.pop("use_fp16", None)
+        return build_network(kwargs, dict(inert_tensors(ema)), path)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{path} is refused, nothing in it was run: {reason}") from None
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} holds no readable EDM network ({type(error).__name__}): is it cut off?") from None
+
+
+def build_network(kwargs, tensors, path):
+    """EDMPrecond(**kwargs) with these weights; made without memory first, so that a file's options allocate nothing."""
+    if kwargs.get("num_blocks", 4) * len(kwargs.get("channel_mult", ())) > len(tensors):
+        raise UserError(f"{path}: its options describe a larger network than its {len(tensors)} tensors")
+    with torch.device("meta"):
         net = EDMPrecond(**kwargs)
-    except TypeError as error:
-        raise UserError(f"{path}: unknown network option ({error})") from None
-    return load_tensors(net, OrderedDict(inert_tensors(ema)), path)
-
-
-def load_tensors(net, tensors, path):
     own = net.state_dict()
     for name in [*own, *tensors]:
-        theirs = tuple(tensors[name].shape) if name in tensors else None
-        ours = tuple(own[name].shape) if name in own else None
+        theirs, ours = (tuple(t[name].shape) if name in t else None for t in (tensors, own))
         if ours != theirs:
-            raise UserError(f"{path}: {name} has shape {theirs}, the network expects {ours}")
+            raise UserError(f"{path}: {name[:100]} has shape {theirs}, the network expects {ours}")
         if not tensors[name].isfinite().all():
             raise UserError(f"{path}: {name} has weights that are not finite")
-    net.load_state_dict(tensors)
+    net.load_state_dict({name: tensor.float().clone() for name, tensor in tensors.items()}, assign=True)
     return net.eval().requires_grad_(False)
 
 
@@ -407,29 +441,36 @@ def load_network(path):
     if path.suffix != ".safetensors":
         return network_from_pickle(path)
     try:
-        with safe_open(path, "pt") as file:
-            config = json.loads((file.metadata() or {})["config"])
-        tensors = safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            config, tensors = json.loads(file.metadata()["config"]), {k: file.get_tensor(k) for k in file.keys()}
+        return build_network(config, tensors, path)
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(f"{path} is not a network of this program ({type(error).__name__}: {error})") from None
-    return load_tensors(EDMPrecond(**config), tensors, path)
+        raise UserError(f"{path} is no network of this program ({type(error).__name__})") from None
 
 
 def save_network(net, path, recipe):
     metadata = {"config": json.dumps(net.config), "recipe": json.dumps(recipe)}
-    tensors = {name: tensor.float().contiguous() for name, tensor in net.state_dict().items()}
-    write_atomically(path, lambda p: safetensors.torch.save_file(tensors, p, metadata))
+    tensors = {name: tensor.float().contiguous().cpu() for name, tensor in net.state_dict().items()}
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
-# ---------------------------------------------------------------- files and downloads
-def write_atomically(path, write):
-    """write(temporary path), then rename: an interrupted run leaves the old file or the new one."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+# ---------------------------------------------------------------- files and images
+def write_atomically(path, data):
+    """Bytes or text to a temporary file, then rename: an interrupted run leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(temporary)
+        temporary.write_bytes(data if isinstance(data, bytes) else data.encode())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def bytes_of(write):
+    """What write(file) writes."""
+    write(file := io.BytesIO())
+    return file.getvalue()
 
 
 def key_of(*parts):
@@ -437,18 +478,17 @@ def key_of(*parts):
 
 
 def file_hash(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def fetch(source, what, sha256_start=""):
     """A path as it is; a URL through the cache (NEON_CACHE), resumed where it stopped and checked."""
-    if not str(source).startswith(("http://", "https://")):
+    if not source.startswith(("http://", "https://")):
         if not Path(source).exists():
             raise UserError(f"{what} {source} does not exist")
         return Path(source)
     cache = Path(os.environ.get("NEON_CACHE", Path.home() / ".cache/adaptive-neon"))
-    target = cache / str(source).rsplit("/", 1)[1]
+    target = cache / source.rsplit("/", 1)[1]
     if target.exists():
         return target
     part = target.with_name(target.name + ".part")
@@ -462,17 +502,18 @@ def fetch(source, what, sha256_start=""):
             with tqdm(total=size, unit="B", unit_scale=True, desc=target.name) as bar:
                 while chunk := answer.read(1 << 20):
                     bar.update(file.write(chunk))
+            if bar.n < size:
+                raise OSError(f"the connection broke after {bar.n} of {size} bytes, run again to go on")
     except OSError as error:
         raise UserError(f"cannot download {what} from {source} ({error}): put the file at {target}; --preset digits "
                         "needs no download") from None
     if not file_hash(part).startswith(sha256_start):
         part.unlink()
-        raise UserError(f"{what} from {source} is damaged (its SHA-256 does not begin with {sha256_start}): run again")
+        raise UserError(f"{what} from {source} is damaged (SHA-256 should begin with {sha256_start}): run again")
     os.replace(part, target)
     return target
 
 
-# ---------------------------------------------------------------- image data
 def digits_data():
     """scikit-learn's 1797 digits: uint8 [N, 1, 8, 8], int64 labels."""
     from sklearn.datasets import load_digits
@@ -482,35 +523,34 @@ def digits_data():
 
 
 def read_dataset(path):
-    """EDM dataset (zip or folder of PNGs with dataset.json) -> uint8 [N, C, H, W], int64 labels [N] or None."""
+    """EDM dataset (zip or folder of images with dataset.json) -> uint8 [N, C, H, W], int64 labels [N] or None."""
     path = Path(path)
     try:
         archive = zipfile.ZipFile(path) if path.is_file() else None
-        names = archive.namelist() if archive else [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()]
+        names = archive.namelist() if archive else [p.relative_to(path).as_posix() for p in path.rglob("*.*")]
         read = archive.read if archive else lambda name: (path / name).read_bytes()
+        table = dict(json.loads(read("dataset.json"))["labels"] or ()) if "dataset.json" in names else {}
         names = sorted(n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg")))
         arrays = [np.asarray(PIL.Image.open(io.BytesIO(read(name)))) for name in names]
-        labels = json.loads(read("dataset.json"))["labels"] if archive is None and (path / "dataset.json").exists() or (
-            archive and "dataset.json" in archive.namelist()) else None
-        images = torch.from_numpy(np.stack([a if a.ndim == 3 else a[:, :, None] for a in arrays])).permute(0, 3, 1, 2)
-        table = {name.replace("\\", "/"): label for name, label in labels or []}
-        return images.contiguous(), torch.tensor([table[name] for name in names]) if labels else None
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        images = torch.from_numpy(np.stack([a if a.ndim == 3 else a[:, :, None] for a in arrays]))
+        labels = torch.tensor([table[name] for name in names]) if table else None
+        return images.permute(0, 3, 1, 2).contiguous(), labels
+    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
         raise UserError(f"dataset {path} cannot be read ({type(error).__name__}: {error})") from None
 
 
 def write_dataset(path, images, labels):
-    """uint8 [N, C, H, W] and labels -> EDM dataset zip, stored uncompressed."""
-    def write(temporary):
-        with zipfile.ZipFile(temporary, "w") as archive:
-            index = []
-            for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-                buffer, name = io.BytesIO(), f"{i // 1000:05d}/img{i:08d}.png"
-                PIL.Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(buffer, "png", compress_level=0)
-                archive.writestr(zipfile.ZipInfo(name), buffer.getvalue())
-                index.append([name, int(labels[i])])
-            archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": index if len(labels) else None}))
-    write_atomically(path, write)
+    """uint8 [N, C, H, W] and labels (or None) -> EDM dataset zip, stored uncompressed."""
+    def write(file):
+        names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(len(images))]
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, image in zip(names, images.permute(0, 2, 3, 1).numpy()):
+                picture = PIL.Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
+                png = bytes_of(partial(picture.save, format="png", compress_level=0))
+                archive.writestr(zipfile.ZipInfo(name), png)
+            index = None if labels is None else list(zip(names, labels.tolist()))
+            archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": index}))
+    write_atomically(path, bytes_of(write))
 
 
 # ---------------------------------------------------------------- sampling
@@ -522,102 +562,133 @@ def sigma_steps(net, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     return torch.cat([net.round_sigma(steps), torch.zeros(1, dtype=torch.float64)])
 
 
-@torch.no_grad()
-def edm_sampler(net, latents, class_labels=None, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0, S_churn=0.0,
-                S_min=0.0, S_max=float("inf"), S_noise=1.0, randn=torch.randn_like):
-    """Heun's second-order sampler (EDM, algorithm 2). latents [N, C, H, W] -> images in [-1, 1], float64."""
+def edm_sampler(net, latents, class_labels=None, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0,
+                differentiable=False):
+    """Heun's second-order deterministic sampler (EDM, algorithm 1): latents [N, C, H, W] -> images in [-1, 1], float64.
+    differentiable: in the network's weights, keeping the activations of one network call at a time."""
+    call = partial(checkpoint, net.forward, use_reentrant=False) if differentiable else torch.no_grad()(net)
     t = sigma_steps(net, num_steps, sigma_min, sigma_max, rho).to(latents.device)
-    denoise = lambda x, sigma: net(x.float(), sigma, class_labels).double()
     x = latents.double() * t[0]
     for i in range(num_steps):
-        gamma = min(S_churn / num_steps, 2 ** 0.5 - 1) if S_min <= t[i] <= S_max else 0.0
-        t_hat = t[i] * (1 + gamma)
-        if gamma > 0:
-            x = x + (t_hat**2 - t[i]**2).sqrt() * S_noise * randn(x)
-        d = (x - denoise(x, t_hat)) / t_hat
-        ahead = x + (t[i + 1] - t_hat) * d
+        d = (x - call(x.float(), t[i], class_labels).double()) / t[i]
+        ahead = x + (t[i + 1] - t[i]) * d
         if i < num_steps - 1:
-            d = (d + (ahead - denoise(ahead, t[i + 1])) / t[i + 1]) / 2
-        x = x + (t[i + 1] - t_hat) * d
+            d = (d + (ahead - call(ahead.float(), t[i + 1], class_labels).double()) / t[i + 1]) / 2
+        x = x + (t[i + 1] - t[i]) * d
     return x
 
 
 def draw_latents(net, seeds, device):
     """One generator per seed, as EDM: latents [N, C, H, W] float32 and one-hot labels [N, label_dim] (or None)."""
-    latents, labels = [], []
+    latents, labels, shape = [], [], (net.img_channels, net.img_resolution, net.img_resolution)
     for seed in seeds:
         generator = torch.Generator(device).manual_seed(int(seed) % 2**32)
-        latents.append(torch.randn(net.img_channels, net.img_resolution, net.img_resolution, generator=generator,
-                                   device=device))
+        latents.append(torch.randn(shape, generator=generator, device=device))
         if net.label_dim:
             labels.append(torch.randint(net.label_dim, [], generator=generator, device=device))
-    if not net.label_dim:
-        return torch.stack(latents), None
-    return torch.stack(latents), F.one_hot(torch.stack(labels), net.label_dim).float()
+    return torch.stack(latents), F.one_hot(torch.stack(labels), net.label_dim).float() if labels else None
 
 
-def to_uint8(images):
-    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)  # truncates, as EDM
+@dataclass
+class Settings:
+    """How this process samples: device, images per batch, sampler steps, precision, its rank among `world`."""
+    device: str
+    batch: int
+    steps: int
+    precision: str = "fp32"
+    rank: int = 0
+    world: int = 1
 
+    def place(self, net):
+        """A copy of the network to sample from; on a GPU compiled once, as its weights are rewritten in place."""
+        net = copy.deepcopy(net).to(self.device).eval().requires_grad_(False)
+        net.precision = self.precision
+        if self.device == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
+            net.to(memory_format=torch.channels_last).compile(dynamic=False)
+        return net
 
-def sample_batches(net, seeds, settings, desc=None):
-    """uint8 images and labels, batch by batch; this rank's share of the seeds."""
-    mine = [s for s in np.array_split(np.asarray(seeds), max(1, -(-len(seeds) // settings.batch)))][settings.rank::settings.world]
-    for part in tqdm(mine, desc=desc, leave=False, disable=desc is None or settings.rank > 0):
-        latents, labels = draw_latents(net, part, settings.device)
-        images = edm_sampler(settings.call(net), latents, labels, settings.steps)
+    def sample(self, net, seeds):
+        """uint8 images [N, C, H, W] and labels (or None) of one batch of seeds."""
+        latents, labels = draw_latents(net, seeds, self.device)
+        images = edm_sampler(net, latents, labels, self.steps)
         if not images.isfinite().all():
             raise UserError("the sampler gave images that are not finite: are the weights sound?")
-        yield part, to_uint8(images), labels
+        return (images * 127.5 + 128).clip(0, 255).to(torch.uint8), labels  # truncates, as EDM
+
+    def map_batches(self, work, seeds, desc=None, batch=None):
+        """[work(batch of seeds)] in the order of the seeds; every rank gets all results. On a CPU, where small
+        networks leave cores idle, several batches at once."""
+        parts = np.array_split(np.asarray(seeds), -(-len(seeds) // (batch or self.batch)))
+        mine = parts[self.rank::self.world]
+        workers = os.cpu_count() // torch.get_num_threads() if self.device == "cpu" and self.world == 1 else 1
+        with ThreadPoolExecutor(max(workers, 1)) as pool:
+            try:
+                results = pool.map(work, mine) if workers > 1 else map(work, mine)
+                results = list(tqdm(results, total=len(mine), desc=desc, leave=False,
+                                    disable=desc is None or self.rank > 0))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        if self.world == 1:
+            return results
+        gathered = [None] * self.world
+        dist.all_gather_object(gathered, results)
+        return [gathered[i % self.world][i // self.world] for i in range(len(parts))]
+
+    def one_by_one(self, work=lambda: None):
+        """work() on the first rank, then on the others, which find its files."""
+        if self.rank > 0:
+            dist.barrier()
+        result = work()
+        if self.world > 1 and self.rank == 0:
+            dist.barrier()
+        return result
 
 
 # ---------------------------------------------------------------- augmentation (EDM, appendix F.2): nine labels
 SYM6 = [0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
         0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
-        0.0017677118642428036, -0.007800708325034148]
+        0.0017677118642428036, -0.007800708325034148]  # low-pass filter of the sym6 wavelet
 
 
-def matrix(rows, n, device):
-    """3 x 3 matrices [N, 3, 3] from numbers and [N] tensors."""
-    return torch.stack([torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).expand(n) for v in row], -1)
-                        for row in rows], -2)
+def matrix(rows, device, n=1):
+    """3 x 3 matrices [N, 3, 3] from the first two rows: six numbers or [N] tensors."""
+    entries = [torch.as_tensor(v, dtype=torch.float32, device=device).expand(n) for v in (*rows, 0, 0, 1)]
+    return torch.stack(entries, -1).view(n, 3, 3)
 
 
 def draw_affine(n, p, height, width, device):
     """Random inverse maps G [N, 3, 3] (output to input, pixels) and their seven labels [N, 7]."""
-    scale2 = lambda x, y: matrix([[x, 0, 0], [0, y, 0], [0, 0, 1]], n, device)
-    rotate = lambda a: matrix([[a.cos(), -a.sin(), 0], [a.sin(), a.cos(), 0], [0, 0, 1]], n, device)
+    scale = lambda x, y: matrix([x, 0, 0, 0, y, 0], device, n)
+    rotate = lambda a: matrix([a.cos(), -a.sin(), 0, a.sin(), a.cos(), 0], device, n)
     gate = lambda value, chance: torch.where(torch.rand(n, device=device) < chance, value, 0.0)
     angle = lambda: (torch.rand(n, device=device) * 2 - 1) * np.pi
-    w = gate(torch.randn(n, device=device), p)
-    s = torch.exp2(0.2 * w)
-    G, labels = scale2(1 / s, 1 / s), [w]
-    w = gate(angle(), p)
-    G, labels = G @ rotate(w), labels + [w.cos() - 1, w.sin()]
+    zoom = gate(torch.randn(n, device=device), p)
+    turn = gate(angle(), p)
     w, r = torch.randn(n, device=device), angle()
     w, r = gate(w, p), gate(r, 0.5)
-    s = torch.exp2(0.2 * w)
-    G, labels = G @ rotate(-r) @ scale2(1 / s, s) @ rotate(r), labels + [w * r.cos(), w * r.sin()]
-    w = torch.randn(2, n, device=device)
-    w = torch.where(torch.rand(1, n, device=device) < p, w, 0.0)
-    G = G @ matrix([[1, 0, -w[0] * width / 8], [0, 1, -w[1] * height / 8], [0, 0, 1]], n, device)
-    return G, torch.stack([*labels, w[0], w[1]], 1)
+    move = torch.randn(2, n, device=device)
+    x, y = torch.where(torch.rand(1, n, device=device) < p, move, 0.0)
+    s, t = torch.exp2(0.2 * zoom), torch.exp2(0.2 * w)
+    G = scale(1 / s, 1 / s) @ rotate(turn) @ rotate(-r) @ scale(1 / t, t) @ rotate(r)
+    G = G @ matrix([1, 0, -x * width / 8, 0, 1, -y * height / 8], device, n)
+    return G, torch.stack([zoom, turn.cos() - 1, turn.sin(), w * r.cos(), w * r.sin(), x, y], 1)
 
 
 def warp(images, G):
     """images [N, C, H, W] resampled through G, band-limited by sym6 wavelet filters at twice the resolution."""
-    n, c, height, width = images.shape
-    device, f = images.device, torch.tensor(SYM6, device=images.device)
-    shift = lambda x, y: torch.tensor([[1, 0, x], [0, 1, y], [0, 0, 1]], dtype=torch.float32, device=device)
-    scale = lambda x, y: torch.tensor([[x, 0, 0], [0, y, 0], [0, 0, 1]], dtype=torch.float32, device=device)
+    (n, c, height, width), device = images.shape, images.device
+    f = torch.tensor(SYM6, device=device)
+    shift = lambda x, y: matrix([1, 0, x, 0, 1, y], device)
+    scale = lambda x, y: matrix([x, 0, 0, 0, y, 0], device)
     cx, cy = (width - 1) / 2, (height - 1) / 2
-    corners = torch.tensor([[-cx, -cy, 1], [cx, -cy, 1], [cx, cy, 1], [-cx, cy, 1]], device=device).T
+    corners = torch.tensor([[-cx, cx, cx, -cx], [-cy, -cy, cy, cy], [1, 1, 1, 1]], device=device)
     q = (G @ corners)[:, :2]  # [N, 2, 4]
     far = torch.cat([(-q).amax((0, 2)), q.amax((0, 2))]) + torch.tensor([6 - cx, 6 - cy] * 2, device=device)
     limit = torch.tensor([width - 1, height - 1] * 2, device=device)
-    x0, y0, x1, y1 = (int(v) for v in torch.minimum(far.clamp_min(0), limit).ceil())
+    x0, y0, x1, y1 = torch.minimum(far.clamp_min(0), limit).ceil().int().tolist()
     images = F.pad(images, [x0, x1, y0, y1], mode="reflect")
-    G = shift((x0 - x1) / 2, (y0 - y1) / 2) @ G
 
     def filtered(x, kernel, along_x, **kwargs):
         weight = kernel.view(1, 1, 1, -1) if along_x else kernel.view(1, 1, -1, 1)
@@ -626,9 +697,9 @@ def warp(images, G):
     up = images.new_zeros(n, c, images.shape[2] * 2 - 1, images.shape[3] * 2 - 1)
     up[:, :, ::2, ::2] = images
     up = filtered(filtered(up, f.flip(0), True, padding=(0, 6)), f.flip(0), False, padding=(6, 0))
-    G = shift(-0.5, -0.5) @ scale(2, 2) @ G @ scale(0.5, 0.5) @ shift(0.5, 0.5)
+    G = scale(2, 2) @ shift((x0 - x1) / 2, (y0 - y1) / 2) @ G @ scale(0.5, 0.5)
     out_h, out_w = (height + 6) * 2, (width + 6) * 2
-    G = scale(2 / up.shape[3], 2 / up.shape[2]) @ G @ scale(out_w / 2, out_h / 2)
+    G = scale(2 / up.shape[3], 2 / up.shape[2]) @ shift(-0.5, -0.5) @ G @ shift(0.5, 0.5) @ scale(out_w / 2, out_h / 2)
     grid = F.affine_grid(G[:, :2], [n, c, out_h, out_w], align_corners=False)
     x = F.grid_sample(up, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     x = filtered(x, f, True, stride=(1, 2), padding=(0, 5))[:, :, :, 3:-3]
@@ -636,7 +707,7 @@ def warp(images, G):
 
 
 def augment(images, p):
-    """images [N, C, H, W] in [-1, 1] -> augmented images and labels [N, 9]; flips always drawn for x, with p for y."""
+    """images [N, C, H, W] in [-1, 1] -> augmented images and labels [N, 9]; x is flipped half the time, y with p."""
     n, device, labels = len(images), images.device, []
     for axis, chance in ((3, p * 1e8), (2, p)):
         w = torch.randint(2, [n, 1, 1, 1], device=device)
@@ -648,159 +719,123 @@ def augment(images, p):
 
 
 # ---------------------------------------------------------------- training
-def edm_loss(net, images, labels, augment_p, P_mean=-1.2, P_std=1.2):
+def edm_loss(net, images, labels, augment_p, P_mean=-1.2, P_std=1.2, sigma_data=0.5):
     """EDM's loss per element [N, C, H, W]: lambda(sigma) |D(y + n; sigma) - y|^2, ln sigma ~ N(P_mean, P_std^2)."""
     sigma = (torch.randn(len(images), 1, 1, 1, device=images.device) * P_std + P_mean).exp()
     images, augment_labels = augment(images, augment_p) if augment_p else (images, None)
-    noise, data = torch.randn_like(images) * sigma, 0.5
-    weight = (sigma**2 + data**2) / (sigma * data) ** 2
+    noise = torch.randn_like(images) * sigma
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     return weight * (net(images + noise, sigma, labels, augment_labels) - images).square()
 
 
 def ema_beta(batch, half_life, seen=None, ramp_ratio=None):
-    """Share the average keeps at a step of `batch` images; half_life in images, optionally at most seen * ramp_ratio."""
+    """Share the average keeps at a step of `batch` images; half_life in images, if asked at most seen * ramp_ratio."""
     if ramp_ratio is not None:
         half_life = min(half_life, seen * ramp_ratio)
     return 0.5 ** (batch / max(half_life, 1e-8))
 
 
-def train(net, images, labels, plan, settings, state_path, snapshots, save):
-    """Adam on EDM's loss. plan: lr, ramp_kimg, ema_kimg, augment, batch, seed, ramp_ratio. Every step draws from its own
-    seed, so a resumed run repeats an uninterrupted one. save(ema, kimg) is called at each of `snapshots` (kimg)."""
-    device, rank, world, batch = settings.device, settings.rank, settings.world, plan["batch"]
-    net, ema = net.to(device).train().requires_grad_(True), copy.deepcopy(net).to(device).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(net.parameters(), lr=plan["lr"], fused=True)
-    seen = 0
-    if state_path.exists():
-        state = torch.load(state_path, weights_only=True, map_location=device)
-        net.load_state_dict(state["net"]), ema.load_state_dict(state["ema"]), optimizer.load_state_dict(state["optimizer"])
-        seen = state["seen"]
-    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
-    pairs = list(zip(ema.parameters(), net.parameters()))
-    total, tick, last_saved = max(snapshots) * 1000, max(batch, min(50_000, int(max(snapshots) * 250))), seen
-    bar = tqdm(total=total, initial=seen, unit="img", unit_scale=True, desc=plan["name"], leave=False, disable=rank > 0)
-    while seen < total:
-        epoch_images = torch.arange(seen, seen + batch)[rank::world]
-        index = shuffled(epoch_images, len(images), plan["seed"])
-        torch.manual_seed(((plan["seed"] * 2**20 + seen // batch) * 64 + rank) % 2**63)
-        x = images[index].to(device).float() / 127.5 - 1
-        y = None if labels is None or not net.label_dim else F.one_hot(labels[index], net.label_dim).float().to(device)
-        optimizer.param_groups[0]["lr"] = plan["lr"] * min(seen / max(plan["ramp_kimg"] * 1000, 1e-8), 1)
-        optimizer.zero_grad(set_to_none=True)
-        (edm_loss(model, x, y, plan["augment"]).sum() * (world / batch)).backward()
-        for p in net.parameters():
-            p.grad.nan_to_num_(0.0, 1e5, -1e5) if p.grad is not None else None
-        optimizer.step()
-        beta = ema_beta(batch, plan["ema_kimg"] * 1000, seen, plan.get("ramp_ratio"))
-        torch._foreach_lerp_([e for e, _ in pairs], [p.detach() for _, p in pairs], 1 - beta)
-        before, seen = seen, seen + batch
-        bar.update(batch)
-        due = [k for k in snapshots if before < k * 1000 <= seen]
-        if rank == 0 and (due or seen - last_saved >= tick or seen >= total):
-            state = {"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "seen": seen}
-            for kimg in due:
-                save(ema, kimg)
-            write_atomically(state_path, lambda path: torch.save(state, path))
-            last_saved = seen
-    bar.close()
-
-
 def shuffled(positions, n, seed):
     """Indices at these positions of an endless sequence of permutations of range(n)."""
-    epochs = {int(e): torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + int(e)))
-              for e in (positions // n).unique()}
+    epochs = {e: torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + e))
+              for e in {int(p) // n for p in positions}}
     return torch.stack([epochs[int(p) // n][int(p) % n] for p in positions])
 
 
-# ---------------------------------------------------------------- features and reference statistics
-class BasicConv(nn.Module):
-    def __init__(self, into, out, kernel, stride, padding):
-        super().__init__()
-        self.conv = nn.Conv2d(into, out, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(out, eps=1e-3)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)))
-
-
-def conv_of(into, text):
-    """'64:3', '192:1x7', '384:3/2' -> convolution with that many outputs; stride 1 keeps the size, stride 2 is unpadded."""
-    out, kernel = text.split(":")
-    kernel, stride = (kernel.split("/") + ["1"])[:2]
-    kernel = tuple(int(k) for k in (kernel.split("x") * 2)[:2])
-    padding = 0 if stride == "2" else (kernel[0] // 2, kernel[1] // 2)
-    return BasicConv(into, int(out), kernel, int(stride), padding), int(out)
-
-
-class Mixed(nn.Module):
-    """Inception block: chains of convolutions side by side (`a|b`: the chain ends in two), then a pooled branch."""
-
-    def __init__(self, into, chains, pool, pool_out=0):
-        super().__init__()
-        self.pool, self.chains = pool, []
-        for prefix, chain in chains.items():
-            channels, names, parts = into, [], chain.split()
-            for i, part in enumerate(parts, 1):
-                ends = [("", part)] if "|" not in part else list(zip("ab", part.split("|")))
-                names.append([])
-                for letter, text in ends:
-                    name = prefix if len(parts) == 1 else f"{prefix}_{i}{letter}"
-                    module, out = conv_of(channels, text)
-                    self.add_module(name, module)
-                    names[-1].append(name)
-                channels = out
-            self.chains.append(names)
-        self.branch_pool = conv_of(into, f"{pool_out}:1")[0] if pool_out else None
-
-    def forward(self, x):
-        outs = []
-        for chain in self.chains:
-            h = [x]
-            for names in chain:
-                h = [getattr(self, name)(h[0]) for name in names]
-            outs += h
-        pooled = {"avg": lambda: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
-                  "max": lambda: F.max_pool2d(x, 3, 1, 1), "max2": lambda: F.max_pool2d(x, 3, 2)}[self.pool]()
-        return torch.cat([*outs, self.branch_pool(pooled) if self.branch_pool is not None else pooled], 1)
+def train(net, images, labels, plan, settings, state_path, snapshots, save):
+    """Adam on EDM's loss; plan: name, lr, ramp_kimg, ema_kimg, augment, batch, seed, ramp_ratio. Every step draws from a
+    seed of its own: a resumed run repeats an uninterrupted one. save(ema, kimg) at each of `snapshots` (kimg)."""
+    device, rank, world, batch = settings.device, settings.rank, settings.world, plan["batch"]
+    net, ema = net.to(device).train().requires_grad_(True), copy.deepcopy(net).to(device).eval().requires_grad_(False)
+    optimizer, seen = torch.optim.Adam(net.parameters(), lr=plan["lr"], fused=True), 0
+    saved_parts = {"net": net, "ema": ema, "optimizer": optimizer}
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True, map_location=device)
+        for name, part in saved_parts.items():
+            part.load_state_dict(state[name])
+        seen = state["seen"]
+    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    averages, weights = list(ema.parameters()), list(net.parameters())
+    total, tick, last_saved = max(snapshots) * 1000, max(batch, min(50_000, int(max(snapshots) * 250))), seen
+    bar = tqdm(total=total, initial=seen, unit="img", unit_scale=True, desc=plan["name"], leave=False, disable=rank > 0)
+    while seen < total:
+        index = shuffled(torch.arange(seen, seen + batch)[rank::world], len(images), plan["seed"])
+        torch.manual_seed(((plan["seed"] * 2**20 + seen // batch) * 64 + rank) % 2**63)
+        x = images[index].to(device).float() / 127.5 - 1
+        y = F.one_hot(labels[index], net.label_dim).float().to(device) if net.label_dim else None
+        optimizer.param_groups[0]["lr"] = plan["lr"] * min(seen / max(plan["ramp_kimg"] * 1000, 1e-8), 1)
+        optimizer.zero_grad(set_to_none=True)
+        (edm_loss(model, x, y, plan["augment"]).sum() * (world / batch)).backward()
+        for p in weights:
+            p.grad.nan_to_num_(0.0, 1e5, -1e5) if p.grad is not None else None
+        optimizer.step()
+        beta = ema_beta(batch, plan["ema_kimg"] * 1000, seen, plan.get("ramp_ratio"))
+        torch._foreach_lerp_(averages, [p.detach() for p in weights], 1 - beta)
+        due = [k for k in snapshots if seen < k * 1000 <= seen + batch]
+        seen += batch
+        bar.update(batch)
+        if rank == 0 and (due or seen - last_saved >= tick):
+            for kimg in due:
+                save(ema, kimg)
+            state = {name: part.state_dict() for name, part in saved_parts.items()} | {"seen": seen}
+            write_atomically(state_path, bytes_of(partial(torch.save, state)))
+            last_saved = seen
+    bar.close()
+    settings.one_by_one()  # now the first rank's files are there
 
 
+# ---------------------------------------------------------------- features, reference statistics, precision and recall
 class InceptionFeatures(nn.Module):
-    """Inception-v3 of the FID graph: uint8 [N, 3, H, W] -> [N, 2048] float32 (2048-d pool). path: the public PyTorch port
-    of its weights (pt_inception-2015-12-05). TF1-style resize to 299, (v - 128) / 128: comparable with EDM's FID."""
+    """Inception-v3 of the FID graph: uint8 [N, 3, H, W] (or float in [0, 255]) -> 2048-d pool [N, 2048] float32.
+
+    path: the public PyTorch port of its weights (pt_inception-2015-12-05). TF1-style resize to 299, (v - 128) / 128:
+    comparable with EDM's FID. Batch normalisation is folded into the convolutions."""
     dim = 2048
+    BLOCKS = {  # chains of convolutions side by side: name of the chain, its length; then a pooled branch
+        **dict.fromkeys(("5b", "5c", "5d"), {"1x1": 1, "5x5": 2, "3x3dbl": 3}), "6a": {"3x3": 1, "3x3dbl": 3},
+        **dict.fromkeys(("6b", "6c", "6d", "6e"), {"1x1": 1, "7x7": 3, "7x7dbl": 5}), "7a": {"3x3": 2, "7x7x3": 4},
+        **dict.fromkeys(("7b", "7c"), {"1x1": 1, "3x3": 2, "3x3dbl": 3})}
 
     def __init__(self, path):
         super().__init__()
-        for name, into, text in (("1a_3x3", 3, "32:3/2"), ("2a_3x3", 32, "32:3"), ("2b_3x3", 32, "64:3"),
-                                 ("3b_1x1", 64, "80:1"), ("4a_3x3", 80, "192:3")):
-            module, _ = conv_of(into, text)
-            module.conv.padding = (1, 1) if name == "2b_3x3" else (0, 0)
-            self.add_module(f"Conv2d_{name}", module)
-        a = {"branch1x1": "64:1", "branch5x5": "48:1 64:5", "branch3x3dbl": "64:1 96:3 96:3"}
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = (Mixed(c, a, "avg", p) for c, p in ((192, 32), (256, 64), (288, 64)))
-        self.Mixed_6a = Mixed(288, {"branch3x3": "384:3/2", "branch3x3dbl": "64:1 96:3 96:3/2"}, "max2")
-        for letter, c in zip("bcde", (128, 160, 160, 192)):
-            self.add_module(f"Mixed_6{letter}", Mixed(768, {
-                "branch1x1": "192:1", "branch7x7": f"{c}:1 {c}:1x7 192:7x1",
-                "branch7x7dbl": f"{c}:1 {c}:7x1 {c}:1x7 {c}:7x1 192:1x7"}, "avg", 192))
-        self.Mixed_7a = Mixed(768, {"branch3x3": "192:1 320:3/2", "branch7x7x3": "192:1 192:1x7 192:7x1 192:3/2"}, "max2")
-        e = {"branch1x1": "320:1", "branch3x3": "384:1 384:1x3|384:3x1", "branch3x3dbl": "448:1 384:3 384:1x3|384:3x1"}
-        self.Mixed_7b, self.Mixed_7c = Mixed(1280, e, "avg", 192), Mixed(2048, e, "max", 192)
         try:
             weights = torch.load(path, weights_only=True, map_location="cpu")
-            weights = {k: v for k, v in weights.items() if not k.startswith("fc.")}
-            missing = [k for k in self.state_dict() if k not in weights and not k.endswith("num_batches_tracked")]
-            if missing:
-                raise KeyError(missing[0])
-            self.load_state_dict(weights, strict=False)
+            for key in [key for key in weights if key.endswith(".conv.weight")]:
+                name, bn = key.removesuffix(".conv.weight"), key.replace("conv.weight", "bn.")
+                scale = weights[f"{bn}weight"].double() / (weights[f"{bn}running_var"].double() + 1e-3).sqrt()
+                bias = weights[f"{bn}bias"].double() - weights[f"{bn}running_mean"].double() * scale
+                folded = weights[key].double() * scale.view(-1, 1, 1, 1)
+                self.register_buffer(name.replace(".", "_"), folded.float())
+                self.register_buffer(name.replace(".", "_") + "_bias", bias.float())
+            self(torch.zeros(1, 3, 8, 8))  # every layer is there and fits
         except Exception as error:
-            raise UserError(f"{path} is not the PyTorch port of the FID Inception ({type(error).__name__}: {error})") from None
+            raise UserError(f"{path} is not the PyTorch port of the FID Inception ({type(error).__name__}: {error})"
+                            ) from None
         self.name = f"inception-{file_hash(path)[:8]}-tf1"
-        self.eval().requires_grad_(False)
+
+    def conv(self, x, name, stride=1, padding=None):
+        """Convolution and ReLU; by default stride 1 keeps the size and stride 2 is unpadded."""
+        weight = getattr(self, name)
+        same = [k // 2 for k in weight.shape[2:]] if stride == 1 else 0
+        return F.relu(F.conv2d(x, weight, getattr(self, f"{name}_bias"), stride, same if padding is None else padding))
+
+    def mixed(self, x, block):
+        outs, stride = [], 2 if block in ("6a", "7a") else 1
+        for branch, length in self.BLOCKS[block].items():
+            prefix, h = f"Mixed_{block}_branch{branch}", x
+            for i in range(1, length):
+                h = self.conv(h, f"{prefix}_{i}")
+            last = f"{prefix}_{length}" if length > 1 else prefix
+            split = block in ("7b", "7c") and length > 1  # these chains end in two convolutions side by side
+            outs += [self.conv(h, last + end, stride) for end in (("a", "b") if split else ("",))]
+        if stride == 2:
+            return torch.cat([*outs, F.max_pool2d(x, 3, 2)], 1)
+        pooled = F.max_pool2d(x, 3, 1, 1) if block == "7c" else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        return torch.cat([*outs, self.conv(pooled, f"Mixed_{block}_branch_pool")], 1)
 
     @staticmethod
     def resize(x, size=299):
-        """TensorFlow 1's bilinear: source coordinate j * W / 299 without half-pixel shift; x first, then y; float32."""
+        """TensorFlow 1's bilinear: source coordinate j * W / 299 without half-pixel shift; x, then y; float32."""
         for axis in (3, 2):
             n = x.shape[axis]
             at = torch.arange(size, dtype=torch.float32, device=x.device) * (n / size)
@@ -811,77 +846,89 @@ class InceptionFeatures(nn.Module):
         return x
 
     def forward(self, images):
-        x = (self.resize(images.float()) - 128) / 128
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2))), 3, 2)
-        for name, module in self.named_children():
-            if name.startswith("Mixed"):
-                x = module(x)
+        x = (self.resize(images.float()) - 128).expand(-1, 3, -1, -1) / 128
+        x = self.conv(self.conv(x, "Conv2d_1a_3x3", 2), "Conv2d_2a_3x3", padding=0)
+        x = F.max_pool2d(self.conv(x, "Conv2d_2b_3x3"), 3, 2)
+        x = F.max_pool2d(self.conv(self.conv(x, "Conv2d_3b_1x1"), "Conv2d_4a_3x3", padding=0), 3, 2)
+        for block in self.BLOCKS:
+            x = self.mixed(x, block)
         return x.mean((2, 3))
 
 
 class DigitsFeatures(nn.Module):
-    """A small classifier of scikit-learn's digits, trained on the spot (seeded, seconds): uint8 [N, 1, 8, 8] -> [N, 64]."""
+    """A small classifier of scikit-learn's digits, trained on the spot (seeded, seconds): [N, 1, 8, 8] -> [N, 64]."""
     dim, name = 64, "digits-cnn-64"
 
     def __init__(self, path, epochs=40):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1),
-                                  nn.ReLU(), nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
-                                  nn.Linear(256, 64), nn.ReLU())
-        self.head = nn.Linear(64, 10)
-        if path.exists():
-            self.load_state_dict(torch.load(path, weights_only=True))
-        else:
-            self.fit(epochs)
-            write_atomically(path, lambda p: torch.save(self.state_dict(), p))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            conv = partial(nn.Conv2d, kernel_size=3, padding=1)
+            self.body = nn.Sequential(conv(1, 32), nn.ReLU(), conv(32, 64, stride=2), nn.ReLU(), conv(64, 64, stride=2),
+                                      nn.ReLU(), nn.Flatten(), nn.Linear(256, 64), nn.ReLU())
+            self.head = nn.Linear(64, 10)
+            if not path.exists():
+                self.fit(epochs)
+                write_atomically(path, bytes_of(partial(torch.save, self.state_dict())))
+        self.load_state_dict(torch.load(path, weights_only=True))
         self.eval().requires_grad_(False)
 
     def fit(self, epochs):
         images, labels = digits_data()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            for module in [*self.body, self.head]:
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
-            optimizer = torch.optim.Adam(self.parameters(), lr=2e-3)
-            for _ in range(epochs):
-                for index in torch.randperm(len(images)).split(128):
-                    optimizer.zero_grad()
-                    F.cross_entropy(self.head(self(images[index])), labels[index]).backward()
-                    optimizer.step()
+        optimizer = torch.optim.Adam(self.parameters(), lr=2e-3)
+        for index in (part for _ in range(epochs) for part in torch.randperm(len(images)).split(128)):
+            optimizer.zero_grad()
+            F.cross_entropy(self.head(self(images[index])), labels[index]).backward()
+            optimizer.step()
 
     def forward(self, images):
         return self.body(images.float() / 127.5 - 1)
 
 
-@torch.no_grad()
-def features_of(images, features, device, batch=256):
-    return torch.cat([features(part.to(device)) for part in images.split(batch)])
+class Reference:
+    """Statistics of the real data: .prepared (neon_ext.FrechetReference), .real [N, D] or None, .facts."""
+
+    def __init__(self, c, features):
+        self.real, kind = None, features.name
+        if c.preset == "digits" or c.data:
+            images = digits_data()[0] if c.preset == "digits" else read_dataset(c.data)[0]
+            with torch.no_grad():
+                self.real = torch.cat([features(part.to(c.device)) for part in images.split(256)])
+            mu, cov = neon_ext.feature_moments(self.real)
+            count, source = len(images), c.data or "digits"
+            stored = dict(mu=mu.cpu().numpy(), sigma=cov.cpu().numpy(), images=count, features=kind)
+            write_atomically(c.out / "reference.npz", bytes_of(lambda file: np.savez(file, **stored)))
+        else:
+            source = fetch(c.ref, "the reference statistics")
+            try:
+                with np.load(source) as file:
+                    mu, cov = (torch.from_numpy(np.asarray(file[k], dtype=np.float64)) for k in ("mu", "sigma"))
+                    kind = str(file["features"]) if "features" in file else "inception"  # EDM's: 50,000 images
+                    count = int(file["images"]) if "images" in file else 50_000
+            except Exception as error:
+                raise UserError(f"reference {source} has no mu and sigma ({type(error).__name__})") from None
+            if mu.shape != (features.dim,) or kind not in (features.name, features.name.split("-")[0]):
+                raise UserError(f"reference {source} has {tuple(mu.shape)} statistics of {kind}, the features are "
+                                f"{features.name}, {features.dim}-d: use statistics of the same features")
+        self.prepared = neon_ext.FrechetReference(mu.to(c.device), cov.to(c.device), count)
+        self.facts = {"features": features.name, "source": str(source), "images": count}
+
+    def floor(self, images):
+        """Distance between two disjoint samples of the real data, of at most `images` each: what bias alone gives."""
+        n = min(images, len(self.real) // 2)
+        order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0)).to(self.real.device)
+        halves = [neon_ext.feature_moments(self.real[part]) for part in (order[:n], order[n:2 * n])]
+        return {"images": n, "fd": float(neon_ext.frechet_distance(*halves[0], *halves[1]))}
 
 
-def load_reference(args, preset, features, device):
-    """(FrechetReference, real features for precision and recall or None, facts for the report)."""
-    if preset.name == "digits" or args.data:
-        images = digits_data()[0] if preset.name == "digits" else read_dataset(args.data)[0]
-        real = features_of(images, features, device)
-        mu, cov = neon_ext.feature_moments(real)
-        half = torch.randperm(len(real), generator=torch.Generator().manual_seed(0)).to(device)
-        a, b = real[half[::2]], real[half[1::2]]
-        floor = float(neon_ext.frechet_distance(*neon_ext.feature_moments(a), *neon_ext.feature_moments(b)))
-        facts = {"features": features.name, "images": len(real), "floor": {"images": len(b), "fd": floor}}
-        return neon_ext.FrechetReference(mu, cov, len(real)), real, facts
-    path = fetch(args.ref, "the reference statistics")
-    try:
-        with np.load(path) as stored:
-            mu, cov = (torch.from_numpy(np.asarray(stored[key], dtype=np.float64)).to(device) for key in ("mu", "sigma"))
-            kind = str(stored["features"]) if "features" in stored else "inception"
-    except Exception as error:
-        raise UserError(f"reference {path} has no mu and sigma ({type(error).__name__})") from None
-    if mu.shape != (features.dim,) or not features.name.startswith(kind.split("-")[0]):
-        raise UserError(f"reference {path} has {tuple(mu.shape)} statistics of {kind!r}; the features are {features.name} "
-                        f"({features.dim}-d): use statistics of the same features")
-    return neon_ext.FrechetReference(mu, cov, 50_000), None, {"features": features.name, "file": str(args.ref)}
+def distances(prepared, features):
+    """Distance of features [N, D] to the reference, and the distances without each of FOLDS contiguous folds."""
+    moments = neon_ext.Moments(features.shape[1], FOLDS, features.device)
+    for k, fold in enumerate(features.tensor_split(FOLDS)):
+        moments.update(fold, k)
+    chosen = [None] + [[j for j in range(FOLDS) if j != k] for k in range(FOLDS)]
+    values = [float(prepared.distance(moments.mean(folds), moments.cov(folds))) for folds in chosen]
+    return values[0], values[1:]
 
 
 @torch.no_grad()
@@ -891,15 +938,15 @@ def precision_recall(real, fake, k=5, most=10_000):
 
     def inside(points, manifold):
         radius = torch.cat([torch.cdist(part, manifold).kthvalue(k + 1).values for part in manifold.split(1000)])
-        return float(torch.cat([(torch.cdist(part, manifold) <= radius).any(1) for part in points.split(1000)]).double().mean())
+        hit = [(torch.cdist(part, manifold) <= radius).any(1) for part in points.split(1000)]
+        return float(torch.cat(hit).double().mean())
     return inside(fake, real), inside(real, fake)
 
 
 # ---------------------------------------------------------------- blocks
 def block_of(name, net, partition="paper"):
-    """The block that owns parameter `name`: enc, mid or dec; for `layers` one per residual block; or by a JSON file's
-    globs. paper: lowest resolution and mapping are mid. structural: the decoder's blocks after the bottleneck are dec."""
-    low = min(int(key.split("x")[0]) for key in net.model.enc)
+    """The block that owns parameter `name`. paper: lowest resolution and mapping are mid, else enc or dec; structural:
+    the decoder's blocks after the bottleneck are dec; layers: one per residual block; a dict: by its globs."""
     parts = name.split(".")
     if isinstance(partition, dict):
         block = next((block for pattern, block in partition.items() if fnmatch.fnmatchcase(name, pattern)), None)
@@ -908,412 +955,463 @@ def block_of(name, net, partition="paper"):
         return block
     if partition == "layers":
         return "map" if parts[1].startswith("map") else ".".join(parts[1:3])
-    level = parts[2].startswith(f"{low}x{low}_") if len(parts) > 2 else False
-    if parts[1] not in ("enc", "dec") or (level and not (
-            partition == "structural" and parts[1] == "dec" and "_block" in parts[2])):
-        return "mid"
-    return parts[1]
+    low = min(int(key.split("x")[0]) for key in net.model.enc)
+    lowest = parts[2].startswith(f"{low}x{low}_") and not (
+        partition == "structural" and parts[1] == "dec" and "_block" in parts[2])
+    return "mid" if parts[1] not in ("enc", "dec") or lowest else parts[1]
+
+
+def placebo_owners(owners, sizes, seed, draws=200):
+    """{parameter: block} at random: layers change blocks as a whole, every block keeps its number of layers and, of many
+    draws the closest, nearly its number of parameters. owners, sizes: {parameter: block}, {parameter: numel}."""
+    layer = {name: (block_of(name, None, "layers"), block) for name, block in owners.items()}
+    layers, rng = list(dict.fromkeys(layer.values())), np.random.default_rng(seed)
+    weight = np.array([sum(sizes[name] for name in owners if layer[name] == one) for one in layers])
+    blocks = np.array([block for _, block in layers])
+    share = lambda assigned: np.log([weight[assigned == b].sum() for b in np.unique(blocks)])
+    best = min((rng.permutation(blocks) for _ in range(draws)), key=lambda a: np.abs(share(a) - share(blocks)).max())
+    return {name: str(best[layers.index(layer[name])]) for name in owners}
 
 
 class Configurations:
     """All extrapolations between two networks: one resident network whose weights are rewritten in one fused pass."""
 
-    def __init__(self, base, aux, partition, device):
+    def __init__(self, base, aux, owners, settings):
         ours, theirs = base.state_dict(), aux.state_dict()
         for name in ours:
-            if name not in theirs or ours[name].shape != theirs[name].shape:
-                raise UserError(f"base and self-trained network differ in architecture, first at {name}: "
-                                f"{tuple(ours[name].shape)} and {tuple(theirs[name].shape) if name in theirs else 'absent'}")
-        self.base, self.device, self.local = base, device, threading.local()  # one resident network per thread
-        self.names = list(ours)
-        self.theta_r, self.theta_s = ([t[n].float().to(device) for n in self.names] for t in (ours, theirs))
-        owners = [block_of(name, base, partition) for name in self.names]
-        self.blocks = [b for b in ("enc", "mid", "dec") if b in owners] or list(dict.fromkeys(owners))
-        self.blocks += [b for b in dict.fromkeys(owners) if b not in self.blocks]
-        self.index = [self.blocks.index(owner) for owner in owners]
+            shapes = [tuple(t[name].shape) if name in t else "absent" for t in (ours, theirs)]
+            if shapes[0] != shapes[1]:
+                raise UserError(f"base and self-trained network differ, first at {name}: {shapes[0]} and {shapes[1]}")
+        self.theta_r, self.theta_s = ({k: v.float().to(settings.device) for k, v in t.items()}
+                                      for t in (ours, theirs))
+        self.owners, self.blocks = owners, list(dict.fromkeys(owners.values()))
+        if {*self.blocks} <= {"enc", "mid", "dec"}:
+            self.blocks.sort(key=["enc", "mid", "dec"].index)
+        self.net = settings.place(base)
 
     def set(self, w):
-        """w: {block: weight} -> the network with those weights."""
-        if not hasattr(self.local, "net"):
-            self.local.net = copy.deepcopy(self.base).to(self.device).eval().requires_grad_(False)
-        out = list(self.local.net.state_dict().values())
-        neon_ext.extrapolate(self.theta_r, self.theta_s, self.index, [float(w[b]) for b in self.blocks], out=out)
-        return self.local.net
+        """w: {block: weight} -> the resident network with those weights."""
+        index = [self.blocks.index(self.owners[name]) for name in self.theta_r]
+        neon_ext.extrapolate(list(self.theta_r.values()), list(self.theta_s.values()), index,
+                             [float(w[b]) for b in self.blocks], out=list(self.net.state_dict().values()))
+        return self.net
 
     def table(self):
         """Per block: tensors, parameters, relative drift ||theta_s - theta_r|| / ||theta_r||."""
+        norm = lambda tensors: sum(float(t.double().square().sum()) for t in tensors) ** 0.5
         rows = {}
-        for i, block in enumerate(self.blocks):
-            mine = [(r, s) for r, s, b in zip(self.theta_r, self.theta_s, self.index) if b == i]
-            drift, size = (sum(float(t.double().square().sum()) for t in ts) ** 0.5
-                           for ts in ([s - r for r, s in mine], [r for r, _ in mine]))
-            rows[block] = {"tensors": len(mine), "parameters": sum(r.numel() for r, _ in mine), "drift": drift / size}
+        for block in self.blocks:
+            pairs = [(r, self.theta_s[name]) for name, r in self.theta_r.items() if self.owners[name] == block]
+            drift = norm(s - r for r, s in pairs) / norm(r for r, _ in pairs)
+            rows[block] = {"tensors": len(pairs), "parameters": sum(r.numel() for r, _ in pairs), "drift": drift}
         return rows
+
+    def placebo(self, seed):
+        """The same networks cut into random blocks."""
+        other = copy.copy(self)
+        other.owners = placebo_owners(self.owners, {name: r.numel() for name, r in self.theta_r.items()}, seed)
+        return other
 
 
 # ---------------------------------------------------------------- scoring
-@dataclass
-class Settings:
-    """How this process samples: device, images per batch, sampler steps, precision, its rank among `world`."""
-    device: str
-    batch: int
-    steps: int
-    precision: str = "fp32"
-    rank: int = 0
-    world: int = 1
-    compiled: dict = dataclasses.field(default_factory=dict)
-
-    def call(self, net):
-        net.precision = self.precision
-        if self.device == "cpu":
-            return net
-        if id(net) not in self.compiled:  # weights are rewritten in place: one compilation serves every configuration
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
-            net.to(memory_format=torch.channels_last)
-            self.compiled[id(net)] = torch.compile(net, mode="max-autotune-no-cudagraphs", dynamic=False)
-        return self.compiled[id(net)]
-
-
 class Scorer:
-    """Fréchet distances of configurations on common random numbers; finished ones are read back from grid.jsonl."""
+    """Fréchet distances of configs on common random numbers; finished ones are read back from grid.jsonl
+    (selection seeds) and final.jsonl (final seeds)."""
 
-    def __init__(self, configurations, features, reference, settings, path, key, kimg):
-        self.configurations, self.features, self.reference = configurations, features, reference
-        self.settings, self.path, self.key, self.kimg, self.done = settings, path, key, kimg, {}
-        if path.exists():
-            for line in path.read_text().splitlines():
-                row = json.loads(line)
-                if row["key"] == key and row["snapshot"] == kimg:
-                    self.done[self.name_of(row["w"], row["images"], row["first_seed"])] = row
+    def __init__(self, configs, features, reference, settings, out, networks, kimg):
+        self.features, self.reference, self.settings, self.out = features, reference, settings, out
+        self.networks, self.kimg = networks, kimg
+        self.restart(configs)
+
+    def restart(self, configs):
+        """Read back what is finished of these configurations."""
+        self.configs, self.key, self.done = configs, key_of(self.networks, configs.owners), {}
+        files = [self.out / name for name in ("grid.jsonl", "final.jsonl")]
+        for line in "".join(file.read_text() for file in files if file.exists()).splitlines():
+            row = json.loads(line)
+            if (row["key"], row["snapshot"]) == (self.key, self.kimg):
+                self.done[self.name_of(row["w"], row["images"], row["first_seed"])] = row
+        return self
+
+    def weights(self, values):
+        return {b: round(float(v), 6) for b, v in zip(self.configs.blocks, values)}
 
     @staticmethod
     def name_of(w, images, first_seed):
-        return json.dumps([{b: round(float(v), 6) for b, v in sorted(w.items())}, images, first_seed])
+        return json.dumps([w, images, int(first_seed)], sort_keys=True)
 
     @torch.no_grad()
-    def moments(self, w, seeds, desc=None, keep=False):
-        """Moments in FOLDS contiguous seed folds; all ranks' sums merged. keep: also return the features [N, D]."""
-        settings, kept = self.settings, []
-        net = self.configurations.set(w)
-        total = neon_ext.Moments(self.features.dim, FOLDS, settings.device)
-        for part, images, _ in sample_batches(net, seeds, settings, desc):
-            found = self.features(images)
-            fold = torch.as_tensor((part - seeds[0]) * FOLDS // len(seeds))
-            for k in fold.unique().tolist():
-                total.update(found[(fold == k).to(found.device)], k)
-            kept += [found.cpu()] if keep else []
-        if settings.world > 1:
-            states = [None] * settings.world
-            dist.all_gather_object(states, ({k: v.cpu() for k, v in total.state_dict().items()}, kept))
-            total, kept = neon_ext.Moments(self.features.dim, FOLDS, settings.device), []
-            for state, features in states:
-                other = neon_ext.Moments(self.features.dim, FOLDS)
-                other.load_state_dict(state)
-                total.merge(other)
-                kept += features
-        return (total, torch.cat(kept)) if keep else total
-
     def score(self, w, seeds, desc=None):
-        """{snapshot, w, images, fd, seconds}; appended to grid.jsonl in one write, never computed twice."""
-        name = self.name_of(w, len(seeds), int(seeds[0]))
-        if name not in self.done:
-            begin = time.perf_counter()
-            m = self.moments(w, seeds, desc)
-            fd = float(self.reference.distance(m.mean(), m.cov()))
-            row = {"snapshot": self.kimg, "w": w, "images": len(seeds), "first_seed": int(seeds[0]), "fd": fd,
-                   "seconds": round(time.perf_counter() - begin, 3), "key": self.key}
-            if self.settings.rank == 0:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(row) + "\n")
-            self.done[name] = row
-        return self.done[name]
+        """{snapshot, w, images, fd, folds, seconds}, with precision and recall where the real images are at hand;
+        folds: the distance without each of FOLDS seed folds. Appended to its file, never computed twice."""
+        name, begin, settings = self.name_of(w, len(seeds), seeds[0]), time.perf_counter(), self.settings
+        if name in self.done:
+            return self.done[name]
+        net = self.configs.set(w)
+        found = settings.map_batches(lambda part: self.features(settings.sample(net, part)[0]), seeds, desc)
+        row = [None]
+        if settings.rank == 0:
+            found = torch.cat([f.to(settings.device) for f in found])  # [N, D]
+            fd, folds = distances(self.reference.prepared, found)
+            row[0] = {"snapshot": self.kimg, "w": w, "images": len(seeds), "first_seed": int(seeds[0]), "fd": fd,
+                      "folds": folds}
+            if self.reference.real is not None:
+                row[0]["precision"], row[0]["recall"] = precision_recall(self.reference.real, found)
+            row[0] |= {"seconds": round(time.perf_counter() - begin, 3), "key": self.key}
+            with open(self.out / ("final.jsonl" if seeds[0] >= FINAL_SEED else "grid.jsonl"), "a") as file:
+                file.write(json.dumps(row[0]) + "\n")
+        if settings.world > 1:
+            dist.broadcast_object_list(row)
+        self.done[name] = row[0]
+        return row[0]
+
+    def score_all(self, weights, seeds, desc):
+        return [self.score(w, seeds) for w in tqdm(weights, desc=f"snapshot {self.kimg}: {desc}", leave=False,
+                                                   disable=self.settings.rank > 0)]
+
+    def distance_and_gradient(self, w, seeds, rounding=True):
+        """Distance at w and its exact gradient [blocks] with respect to all block weights. Pass one: moments; pass two:
+        each batch again, with the derivative of the distance pulled back through features and sampler to the weights,
+        one network call's activations at a time. Rounding to uint8 is passed straight through."""
+        net, n, configs, device = self.configs.set(w), len(seeds), self.configs, self.settings.device
+
+        def features_of(part, differentiable):
+            latents, labels = draw_latents(net, part, device)
+            x = edm_sampler(net, latents, labels, self.settings.steps, differentiable=differentiable)
+            x = (x * 127.5 + 128).clip(0, 255)
+            return self.features(x + (x.floor() - x).detach() if rounding else x)
+
+        def pull_back(part):
+            f = features_of(part, True)
+            pull = to_mean / n + 2 * (f.detach().double() - mean) @ to_cov / (n - 1)
+            total = dict.fromkeys(configs.blocks, 0.0)
+            for name, g in zip(parameters, torch.autograd.grad(f, list(parameters.values()), pull.to(f.dtype))):
+                total[configs.owners[name]] += float((g.double() * (configs.theta_r[name] - configs.theta_s[name])).sum())
+            return list(total.values())
+
+        with torch.no_grad():
+            found = self.settings.map_batches(lambda part: features_of(part, False), seeds)
+            mean, cov = neon_ext.feature_moments(torch.cat([f.to(device) for f in found]))
+        inputs = mean.clone().requires_grad_(), cov.requires_grad_()
+        fd = self.reference.prepared.distance(*inputs)
+        to_mean, to_cov = torch.autograd.grad(fd, inputs)
+        parameters = dict(net.requires_grad_(True).named_parameters())
+        try:
+            batch = max(1, self.settings.batch // 4)  # back-propagation takes several times the memory of sampling
+            return fd.item(), np.sum(self.settings.map_batches(pull_back, seeds, batch=batch), axis=0)
+        finally:
+            net.requires_grad_(False)
 
 
-def jackknife(reference, first, second):
-    """Paired difference distance(first) - distance(second) with its 95% interval: delete-one-fold jackknife."""
-    def distance(m, folds=None):
-        return float(reference.distance(m.mean(folds), m.cov(folds)))
-    used = [k for k in range(FOLDS) if first.count([k]) and second.count([k])]
-    left_out = [[j for j in used if j != k] for k in used]
-    d = np.array([distance(first, f) - distance(second, f) for f in left_out])
-    n = len(used)
-    error = ((n - 1) / n * ((d - d.mean()) ** 2).sum()) ** 0.5
-    half = float(scipy.stats.t.ppf(0.975, n - 1) * error)
-    full = distance(first) - distance(second)
+def compare(rows, others, level=0.05):
+    """Paired difference of distances, mean over the seed sets of `rows` and `others`, and its interval: delete-one-fold
+    jackknife of the difference (Student's t), as both saw the same noise. better: lower than the others."""
+    folds = np.array([np.subtract(a["folds"], b["folds"]) for a, b in zip(rows, others)])  # [sets, FOLDS]
+    full = float(np.mean([a["fd"] - b["fd"] for a, b in zip(rows, others)]))
+    variance = (FOLDS - 1) / FOLDS * ((folds - folds.mean(1, keepdims=True)) ** 2).sum()
+    half = float(scipy.stats.t.ppf(1 - level / 2, len(rows) * (FOLDS - 1)) * variance ** 0.5 / len(rows))
     verdict = "no significant difference" if abs(full) <= half else "better" if full < 0 else "worse"
     return {"difference": full, "low": full - half, "high": full + half, "verdict": verdict}
 
 
-def search_cobyqa(scorer, seeds, start, bounds, evaluations):
+# ---------------------------------------------------------------- search
+def race(scorer, weights, seeds, level=0.05):
+    """Candidates that a fifth of the seeds does not separate from the leader: each interval of the paired difference at
+    level / candidates, so that the best is dropped with a probability of at most about `level`."""
+    rows = scorer.score_all(weights, seeds[:max(2 * FOLDS, len(seeds) // 5)], "race")
+    leader = min(rows, key=lambda row: row["fd"])
+    return [row["w"] for row in rows if compare([row], [leader], level / len(rows))["low"] <= 0]
+
+
+def best_of_grid(c, scorer, seeds, desc="grid"):
+    """(rows of the grid, the best one); ([], None) if the grid is left to the search."""
+    weights = grid_weights(c, scorer.configs.blocks)
+    weights = race(scorer, weights, seeds) if c.race and len(weights) > 1 else weights
+    rows = scorer.score_all(weights, seeds, desc)
+    return rows, min(rows, key=lambda row: row["fd"], default=None)
+
+
+def search_cobyqa(c, scorer, seeds, start):
     """Derivative-free trust-region search (scipy's COBYQA) over the block weights from the best global weight."""
-    blocks = scorer.configurations.blocks
-
-    def value(x):
-        return scorer.score({b: round(float(v), 6) for b, v in zip(blocks, x)}, seeds)["fd"]
-    scipy.optimize.minimize(value, np.full(len(blocks), start), method="COBYQA", bounds=[bounds] * len(blocks),
-                            options={"maxfev": evaluations, "initial_tr_radius": 0.5, "final_tr_radius": 0.01})
+    blocks = len(scorer.configs.blocks)
+    scipy.optimize.minimize(lambda x: scorer.score(scorer.weights(x), seeds)["fd"], np.full(blocks, start),
+                            method="COBYQA", bounds=[c.bounds] * blocks, options={
+                                "maxfev": c.evaluations, "initial_tr_radius": 0.5, "final_tr_radius": 0.01})
 
 
-# ---------------------------------------------------------------- one snapshot: grid, final comparison
-def grid_weights(args, blocks):
-    lists = [args.grid_of.get(block) or args.grid for block in blocks]
+def search_gradient(c, scorer, seeds, start, lr=0.15, pull=0.02, patience=6):
+    """Adam on all block weights from the best global weight: fresh noise at every step and a pull towards the start,
+    against overfitting. The running average of the iterates is scored on the selection seeds, which no gradient has
+    seen; the search stops when `patience` steps bring nothing. Its state after every step is kept on disk."""
+    n, blocks = len(seeds), len(scorer.configs.blocks)
+    path = scorer.out / f"search-{key_of(scorer.key, start, n, c.bounds)}.pt"
+    w = torch.full([blocks], float(start), dtype=torch.float64)
+    optimizer, average, trace = torch.optim.Adam([w], lr=lr, betas=(0.8, 0.95)), w.clone(), []
+    if path.exists():
+        w[:], average, trace, adam = torch.load(path, weights_only=True)
+        optimizer.load_state_dict(adam)
+    for step in tqdm(range(len(trace), c.evaluations), desc="gradient search", leave=False):
+        if len(trace) - np.argmin([*trace, np.inf]) > patience:
+            break
+        fd, gradient = scorer.distance_and_gradient(scorer.weights(w), SEARCH_SEED + step * n + np.arange(n))
+        w.grad = torch.from_numpy(gradient) + pull * (w - start)
+        optimizer.step()
+        w.clamp_(*c.bounds)
+        average = average + max(1 / (step + 2), 0.3) * (w - average)
+        trace.append(scorer.score(scorer.weights(average), seeds)["fd"])
+        if scorer.settings.rank == 0:
+            state = (w, average, trace, optimizer.state_dict())
+            write_atomically(path, bytes_of(partial(torch.save, state)))
+
+
+# ---------------------------------------------------------------- one snapshot: grid, search, final comparison
+def grid_weights(c, blocks):
+    """All products of the grid over the blocks; none beyond MAX_POINTS when a search takes their place."""
+    lists = [getattr(c, f"grid_{block}", ()) or c.grid for block in blocks]
+    points = np.prod([len(values) for values in lists], dtype=float)
+    if points > MAX_POINTS and c.search:
+        return []
+    if points > MAX_POINTS and not c.yes:
+        raise UserError(f"the grid has {points:.0f} points: use --search gradient, or add --yes if you mean it")
     return [dict(zip(blocks, values)) for values in itertools.product(*lists)]
 
 
-def side_by_side(scorer, work, items, desc):
-    """[work(item)]: small networks leave cores idle, so that on a CPU each core takes configurations of its own."""
-    settings = scorer.settings
-    workers = max(1, os.cpu_count() // torch.get_num_threads()) if settings.device == "cpu" and settings.world == 1 else 1
-    with ThreadPoolExecutor(workers) as pool:
-        results = pool.map(work, items) if workers > 1 else map(work, items)
-        try:
-            return list(tqdm(results, total=len(items), desc=desc, disable=settings.rank > 0, leave=False))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def study(args, preset, scorer, ledger, real):
+def study(c, scorer, ledger):
     """All scores of one snapshot -> its entry in summary.json, and the weights of the winners."""
-    blocks, seeds = scorer.configurations.blocks, ledger["selection"]
-    uniform = lambda v: dict.fromkeys(blocks, float(v))
-    grid = grid_weights(args, blocks)
-    diagonal = [uniform(v) for v in sorted({*args.grid, *args.sweep})]
-    everything = [uniform(0), uniform(-1), *diagonal, *grid]
-    everything = list({json.dumps(w): w for w in everything}.values())
-    rows = side_by_side(scorer, lambda w: scorer.score(w, seeds), everything, f"snapshot {scorer.kimg}: grid")
-    best_of = lambda candidates: min(candidates, key=lambda w: scorer.score(w, seeds)["fd"])
-    winners = {"base": uniform(0), "collapsed": uniform(-1), "global": best_of([uniform(0), *diagonal]),
-               "blockwise": best_of(grid)}
-    if args.search:
-        search_cobyqa(scorer, seeds, next(iter(winners["global"].values())), args.bounds, args.evaluations)
-        winners["searched"] = min((row for row in scorer.done.values() if row["images"] == len(seeds)
-                                   and row["first_seed"] == int(seeds[0])), key=lambda row: row["fd"])["w"]
-    entry = {"kimg": scorer.kimg, "blocks": scorer.configurations.table(), "evaluations": len(rows),
-             "base": {"fd": rows[0]["fd"]}, "collapsed": {"fd": rows[1]["fd"]},
-             "global": {"w": next(iter(winners["global"].values())), "fd": scorer.score(winners["global"], seeds)["fd"]},
-             "blockwise": {"w": winners["blockwise"], "fd": scorer.score(winners["blockwise"], seeds)["fd"]},
-             "sweep": [{"w": next(iter(w.values())), "fd": scorer.score(w, seeds)["fd"]}
-                       for w in sorted([uniform(-1), uniform(0), *diagonal], key=lambda w: next(iter(w.values())))]}
-    if "searched" in winners:
-        entry["searched"] = {"w": winners["searched"], "fd": scorer.score(winners["searched"], seeds)["fd"]}
-    entry["final"] = final_comparison(scorer, winners, ledger["final"], real)
-    entry["warnings"] = warnings_of(entry, args, scorer, len(seeds))
+    seeds, uniform = ledger["selection"], lambda v: dict.fromkeys(scorer.configs.blocks, float(v))
+    values = sorted({-1.0, 0.0, *c.grid, *c.sweep})
+    sweep = dict(zip(values, scorer.score_all([uniform(v) for v in values], seeds, "global weight")))
+    w_global = min((v for v in values if v != -1), key=lambda v: sweep[v]["fd"])
+    winners = {"base": uniform(0), "collapsed": uniform(-1), "global": uniform(w_global)}
+    rows, best = best_of_grid(c, scorer, seeds)
+    if c.search:
+        {"cobyqa": search_cobyqa, "gradient": search_gradient}[c.search](c, scorer, seeds, w_global)
+        seen = [row for row in scorer.done.values() if (row["images"], row["first_seed"]) == (len(seeds), seeds[0])]
+        winners["searched"] = min(seen, key=lambda row: row["fd"])["w"]
+    winners["blockwise"] = best["w"] if best else winners["searched"]
+    finals = {name: [scorer.score(w, s, f"final: {name}") for s in ledger["final"]] for name, w in winners.items()}
+    short = lambda row: {k: row[k] for k in ("w", "fd", "precision", "recall", "seconds") if k in row}
+    entry = {"kimg": scorer.kimg, "blocks": scorer.configs.table(), "grid": [short(row) for row in rows],
+             "sweep": [short(row) | {"w": v} for v, row in sweep.items()], "placebo": []}
+    for name, w in winners.items():
+        entry[name] = {"w": w_global if name == "global" else w, "fd": scorer.score(w, seeds)["fd"]}
+    entry["final"] = final_comparison(finals)
+    for k in range(c.placebo):
+        other = copy.copy(scorer).restart(scorer.configs.placebo(k))
+        _, best = best_of_grid(c, other, seeds, f"random blocks {k + 1}")
+        gain = compare([other.score(best["w"], s) for s in ledger["final"]], finals["global"])
+        entry["placebo"].append({"w": best["w"], "fd": best["fd"], "against_global": gain})
+    entry["warnings"] = warnings_of(c, entry, scorer.features.dim)
     return entry, winners
 
 
-def final_comparison(scorer, winners, seeds, real):
-    """Winners re-scored on unseen seeds with precision, recall and paired jackknife intervals against base and global."""
-    results, sums = {}, {}
-    found = side_by_side(scorer, lambda w: scorer.moments(w, seeds, keep=True), list(winners.values()), "final")
-    for (name, w), (moments, features) in zip(winners.items(), found):
-        sums[name] = moments
-        fd = float(scorer.reference.distance(sums[name].mean(), sums[name].cov()))
-        results[name] = {"w": w, "fd": fd, "images": len(seeds)}
-        if real is not None:
-            results[name]["precision"], results[name]["recall"] = precision_recall(real.cpu(), features)
-    for name in winners:
-        for other in ("base", "global"):
-            if name != other and (name, other) != ("base", "global"):
-                results[name][f"against_{other}"] = jackknife(scorer.reference, sums[name], sums[other])
+def final_comparison(finals):
+    """{model: rows of every final seed set} -> mean, all values, standard deviation, paired differences."""
+    results = {}
+    for name, rows in finals.items():
+        results[name] = {"w": rows[0]["w"], "images": rows[0]["images"], "all": [row["fd"] for row in rows]}
+        for key in {"fd", "precision", "recall"} & set(rows[0]):
+            results[name][key] = float(np.mean([row[key] for row in rows]))
+        results[name]["std"] = float(np.std(results[name]["all"], ddof=1)) if len(rows) > 1 else None
+        for other in {"base": (), "global": ("base",)}.get(name, ("base", "global")):
+            results[name][f"against_{other}"] = compare(rows, finals[other])
     return results
 
 
-def warnings_of(entry, args, scorer, images):
+def warnings_of(c, entry, dim):
     """What a careful reader would want to know."""
-    notes = []
-    values = [v for v in entry["blockwise"]["w"].values()]
-    if any(v in (min(args.grid), max(args.grid)) for v in values) and len(args.grid) > 1:
-        notes.append("the block-wise optimum lies on the edge of the grid")
-    if images <= scorer.features.dim:
-        notes.append(f"{images} selection images for {scorer.features.dim} features: the covariance is singular")
-    final = entry["final"]
-    if final["blockwise"]["fd"] > final["global"]["fd"] and entry["blockwise"]["fd"] < entry["global"]["fd"]:
-        notes.append("block-wise wins on the selection seeds but not on the final ones: selection noise")
-    if "precision" in final["base"] and final["blockwise"]["precision"] < final["base"]["precision"] - 0.01 and (
-            final["blockwise"]["fd"] < final["base"]["fd"]):
-        notes.append("precision falls while the distance falls")
+    notes, final = [], entry["final"]
+    for block, value in entry["blockwise"]["w"].items() if entry["grid"] else ():
+        values = getattr(c, f"grid_{block}", ()) or c.grid
+        if len(values) > 1 and value in (values[0], values[-1]):
+            notes.append(f"w_{block} = {value:g} lies on the edge of the grid")
+    if c.select_images <= dim:
+        notes.append(f"{c.select_images} selection images for {dim} features: the covariance is singular")
+    for name in {"blockwise", "searched"} & set(final):
+        promised, against = entry[name]["fd"] - entry["base"]["fd"], final[name]["against_base"]
+        if promised < against["low"]:
+            notes.append(f"{name} is {-promised:.4g} below the base on the selection seeds and "
+                         f"{-against['difference']:.4g} on the final ones: selection noise")
+        if final[name].get("precision", 1) < final["base"].get("precision", 0) - 0.01 and against["difference"] < 0:
+            notes.append(f"{name}: precision falls while the distance falls")
     return notes
 
 
-# ---------------------------------------------------------------- stages: base, synthetic set, self-training
-def on_rank_zero(settings, work):
-    """work() on the first rank while the others wait; a failure there stops all."""
-    if settings.rank == 0:
-        work()
-    if settings.world > 1:
-        dist.barrier()
-
-
-def get_base(args, preset, settings, out):
-    """The base network: given, downloaded, or trained from scratch; and its hash."""
-    if args.train_base is None and preset.name != "digits" or args.base:
-        path = fetch(BASES.get(args.base or "cond", args.base), "the base network")
+# ---------------------------------------------------------------- stages: base, synthetic set, self-training, seeds
+def get_base(c, settings):
+    """The base network (given, downloaded, or trained from scratch) and its hash."""
+    if c.base or not c.train_base:
+        path = settings.one_by_one(lambda: fetch(BASES.get(c.base or "cond", c.base), "the base network"))
         return load_network(path), file_hash(path)[:16]
-    if preset.name == "digits":
-        images, labels = digits_data()
-    elif not args.data:
+    if c.preset != "digits" and not c.data:
         raise UserError("--train-base needs --data ZIP or folder of images")
-    else:
-        images, labels = read_dataset(args.data)
-    kimg = args.train_base or preset.train_kimg
-    model = dict(preset.model, img_resolution=images.shape[-1], img_channels=images.shape[1])
-    if labels is None and model["label_dim"]:
-        raise UserError(f"{args.data} has no labels, but the {preset.name} network is conditional: add dataset.json")
-    key = key_of("base", model, kimg, preset.base_lr, args.seed, preset.batch, len(images))
-    path = out / f"base-{key}.safetensors"
-    plan = dict(name="base", lr=preset.base_lr, ramp_kimg=kimg / 20, ema_kimg=kimg / 20, augment=preset.augment,
-                batch=preset.batch, seed=args.seed, ramp_ratio=0.05)
+    images, labels = digits_data() if c.preset == "digits" else read_dataset(c.data)
+    if labels is None:
+        raise UserError(f"{c.data} has no labels, but the network is conditional: add dataset.json")
+    model = dict(MODELS[c.preset], dropout=c.dropout, img_resolution=images.shape[-1],
+                 img_channels=images.shape[1], label_dim=int(labels.max()) + 1)
+    kimg = c.train_base
+    plan = dict(name="base", lr=c.base_lr, ramp_kimg=kimg / 20, ema_kimg=kimg / 20, augment=c.augment,
+                batch=c.batch, seed=c.seed, ramp_ratio=0.05)
+    key = key_of(model, kimg, plan, hashlib.sha256(images.numpy().tobytes()).hexdigest())
+    path, state_path = c.out / f"base-{key}.safetensors", c.out / f"base-{key}.pt"
     if not path.exists():
-        torch.manual_seed(args.seed)
-        net = EDMPrecond(**model)
-        train(net, images, labels, plan, settings, out / f"base-{key}.pt", [kimg],
+        torch.manual_seed(c.seed)
+        train(EDMPrecond(**model), images, labels, plan, settings, state_path, [kimg],
               lambda ema, k: save_network(ema, path, {"trained": plan, "kimg": k}))
-        on_rank_zero(settings, lambda: (out / f"base-{key}.pt").unlink())
+    if settings.rank == 0:
+        state_path.unlink(missing_ok=True)
     return load_network(path), file_hash(path)[:16]
 
 
-def get_synthetic(args, preset, base, base_hash, settings, out):
-    """|S| images of the base at seeds 0, 1, ... with their random classes, as an EDM dataset zip."""
-    key = key_of("synthetic", base_hash, args.synthetic, preset.steps, settings.device != "cpu")
-    path = out / f"synthetic-{key}.zip"
+def get_synthetic(c, base, base_hash, settings):
+    """Images of the base at seeds 0, 1, ... with their random classes, as an EDM dataset zip."""
+    key = key_of(base_hash, c.synthetic, c.steps, c.device, c.precision)
+    path = c.out / f"synthetic-{key}.zip"
     if not path.exists():
-        net = copy.deepcopy(base).to(settings.device)
-        parts = [(part[0], images.cpu(), None if labels is None else labels.argmax(1).cpu()) for part, images, labels in
-                 sample_batches(net, np.arange(args.synthetic), settings, "synthetic set")]
-        if settings.world > 1:
-            gathered = [None] * settings.world
-            dist.all_gather_object(gathered, parts)
-            parts = [part for rank in gathered for part in rank]
-        parts.sort(key=lambda part: part[0])
-        labels = torch.cat([p[2] for p in parts]) if base.label_dim else []
-        on_rank_zero(settings, lambda: write_dataset(path, torch.cat([p[1] for p in parts]), labels))
+        net = settings.place(base)
+        parts = settings.map_batches(partial(settings.sample, net), np.arange(c.synthetic), "synthetic set")
+        if settings.rank == 0:
+            labels = torch.cat([y.cpu().argmax(1) for _, y in parts]) if base.label_dim else None
+            write_dataset(path, torch.cat([x.cpu() for x, _ in parts]), labels)
+        settings.one_by_one()
     return path, key
 
 
-def get_snapshots(args, preset, base, base_hash, settings, out):
+def get_snapshots(c, base, base_hash, settings):
     """{kimg: path} of self-trained networks: existing files (--aux) or trained here to every --snapshot."""
-    if args.aux:
-        given = Path(args.aux)
-        files = sorted([*given.glob("network-snapshot-*.pkl"), *given.glob("network-snapshot-*.safetensors")]) if (
-            given.is_dir()) else [fetch(args.aux, "the self-trained network")]
-        numbered = {int("".join(c for c in f.stem if c.isdigit()) or 0): f for f in files}
-        chosen = {k: f for k, f in numbered.items() if k in args.snapshot} if given.is_dir() else {
-            args.snapshot[0]: files[0]}
-        if not chosen:
-            raise UserError(f"--aux {given} has snapshots {sorted(numbered)}, none of --snapshot {args.snapshot}")
-        return chosen
-    data, data_key = get_synthetic(args, preset, base, base_hash, settings, out)
-    plan = dict(name="self-training", lr=args.lr or preset.self_lr, ramp_kimg=preset.ramp_kimg, augment=preset.augment,
-                ema_kimg=preset.ema_kimg, batch=args.batch or preset.batch, seed=args.seed + 1)
-    folder = out / f"self-{key_of(data_key, plan, preset.model['dropout'])}"
-    paths = {k: folder / f"network-snapshot-{k:06d}.safetensors" for k in args.snapshot}
+    given = Path(c.aux)
+    if c.aux and not given.is_dir():
+        return {c.snapshot[0]: fetch(c.aux, "the self-trained network")}
+    if c.aux:
+        files = {int(f.stem[17:]): f for kind in ("pkl", "safetensors") for f in given.glob(f"network-snapshot-*.{kind}")}
+        if not set(c.snapshot) <= set(files):
+            raise UserError(f"--aux {given} has snapshots {sorted(files)}, not all of --snapshot {c.snapshot}")
+        return {k: files[k] for k in c.snapshot}
+    data, data_key = get_synthetic(c, base, base_hash, settings)
+    plan = dict(name="self-training", lr=c.lr, ramp_kimg=c.ramp_kimg, augment=c.augment,
+                ema_kimg=c.ema_kimg, batch=c.batch, seed=c.seed + 1)
+    folder = c.out / f"self-{key_of(data_key, plan, c.dropout)}"
+    paths = {k: folder / f"network-snapshot-{k:06d}.safetensors" for k in c.snapshot}
     if not all(path.exists() for path in paths.values()):
         folder.mkdir(exist_ok=True)
-        net = EDMPrecond(**dict(base.config, augment_dim=base.config.get("augment_dim", 0), dropout=preset.model["dropout"]))
+        net = EDMPrecond(**dict(base.config, dropout=c.dropout))
         net.load_state_dict(base.state_dict())
-        images, labels = read_dataset(data)
         recipe = {"base_sha256": base_hash, "synthetic": data_key, "training": plan}
-        train(net, images, labels, plan, settings, folder / "training-state.pt", sorted(args.snapshot),
+        train(net, *read_dataset(data), plan, settings, folder / "training-state.pt", c.snapshot,
               lambda ema, k: save_network(ema, paths[k], recipe | {"kimg": k}))
-        on_rank_zero(settings, lambda: None)
         if not all(path.exists() for path in paths.values()):
-            raise UserError(f"the saved training in {folder} is already past one of --snapshot {args.snapshot}: delete "
-                            "its training-state.pt to train again from the base")
+            raise UserError(f"the saved training in {folder} is already past one of --snapshot {c.snapshot}: "
+                            "delete its training-state.pt to train again from the base")
     return paths
 
 
-def seed_ledger(args, preset, images):
-    """Disjoint seeds for synthetic set, selection and final comparison; overlap is refused, the paper's is announced."""
-    first = 0 if args.protocol == "paper" else 10_000
-    select = 2000 if args.protocol == "paper" else images["select"]
-    ledger = {"synthetic": np.arange(args.synthetic), "selection": np.arange(first, first + select),
-              "final": np.arange(preset.final_seed, preset.final_seed + images["final"])}
-    for a, b in itertools.combinations(ledger, 2):
-        if np.intersect1d(ledger[a], ledger[b]).size and args.protocol != "paper":
-            raise UserError(f"seeds of the {a} set ({ledger[a][0]}-{ledger[a][-1]}) and of the {b} set ({ledger[b][0]}-"
-                            f"{ledger[b][-1]}) overlap: fewer --synthetic, --select-images or --final-images")
-    if args.protocol == "paper":
+def seed_ledger(c):
+    """Disjoint seeds for synthetic set, selection and final sets; overlap is refused, the paper's is announced."""
+    paper = c.protocol == "paper"
+    sets = {"synthetic": (0, c.synthetic), "selection": (0, 2000) if paper else (SELECT_SEED, c.select_images)}
+    sets |= {f"final {r + 1}": (FINAL_SEED + r * c.final_images, c.final_images)
+             for r in range(c.final_repeats)}
+    for (a, (x, n)), (b, (y, m)) in itertools.combinations(sets.items(), 2):
+        if x < y + m and y < x + n and not (paper and (a, b) == ("synthetic", "selection")):
+            raise UserError(f"seeds of the {a} set ({x}-{x + n - 1}) and the {b} set ({y}-{y + m - 1}) overlap: fewer "
+                            "--synthetic or --select-images")
+    if paper:
         print("--protocol paper: selection seeds 0-1999 overlap the synthetic training set, and 2,000 images are fewer "
               "than 2,048 features: the covariance is singular")
-    return ledger
+    seeds = [np.arange(x, x + n) for x, n in sets.values()]
+    return {"synthetic": seeds[0], "selection": seeds[1], "final": seeds[2:]}
 
 
 # ---------------------------------------------------------------- report
-def write_report(args, preset, summary, out):
-    """summary.json, table.md, pictures; the terminal gets the table."""
-    lines = [f"| snapshot (kimg) | model | w | selection {preset.score} | final {preset.score} | against base (95%) | verdict "
-             "| precision | recall |", "|" + "---|" * 9]
+def write_report(summary, out):
+    """summary.json and table.md; the terminal gets the table."""
+    interval = lambda d: f"{d['difference']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]"
+    lines = [f"| snapshot (kimg) | model | w | selection {summary['score']} | final | against base (95%) | verdict | "
+             "precision | recall |", "|" + "---|" * 9]
+    notes = []
     for entry in summary["snapshots"]:
+        gains = {}
         for name, final in entry["final"].items():
-            values = final["w"].values()
-            w = f"{next(iter(values)):g}" if len(set(values)) == 1 else ", ".join(f"{b} {v:g}" for b, v in final["w"].items())
-            against = final.get("against_base")
-            interval = f"{against['difference']:+.4f} [{against['low']:+.4f}, {against['high']:+.4f}]" if against else ""
-            extra = [f"{final[k]:.3f}" if k in final else "" for k in ("precision", "recall")]
-            lines.append(f"| {entry['kimg']} | {name} | {w} | {entry[name]['fd']:.4f} | {final['fd']:.4f} | {interval} | "
-                         f"{against['verdict'] if against else ''} | {extra[0]} | {extra[1]} |")
-        if "against_global" in entry["final"]["blockwise"]:
-            d = entry["final"]["blockwise"]["against_global"]
-            lines.append(f"\nSnapshot {entry['kimg']}: block-wise against global {d['difference']:+.4f} "
-                         f"[{d['low']:+.4f}, {d['high']:+.4f}]: {d['verdict']}.\n")
-        lines += [f"Warning, snapshot {entry['kimg']}: {note}.\n" for note in entry["warnings"]]
-    if "floor" in summary["reference"]:
-        floor = summary["reference"]["floor"]
-        lines.append(f"Floor: two disjoint halves of the real data ({floor['images']} images) are {floor['fd']:.4f} apart.\n")
-    text = "\n".join(lines)
+            w, against = final["w"], final.get("against_base")
+            same, listed = len(set(w.values())) == 1, ", ".join(f"{b} {v:.3g}" for b, v in w.items())
+            cells = [entry["kimg"], name, f"{next(iter(w.values())):g}" if same else listed,
+                     f"{entry[name]['fd']:.4f}",
+                     f"{final['fd']:.4f}" + ("" if final["std"] is None else f" +- {final['std']:.4f}"),
+                     interval(against) if against else "", against["verdict"] if against else "",
+                     *(f"{final[k]:.3f}" if k in final else "" for k in ("precision", "recall"))]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+            if name in ("blockwise", "searched"):
+                gains[name] = final["against_global"]
+        gains |= {f"random blocks {k + 1}": p["against_global"] for k, p in enumerate(entry["placebo"])}
+        notes += [f"Snapshot {entry['kimg']}: {name} against global {interval(d)}: {d['verdict']}."
+                  for name, d in gains.items()]
+        notes += [f"Warning, snapshot {entry['kimg']}: {note}." for note in entry["warnings"]]
+    notes += [f"Floor at {f['images']} images: two disjoint samples of the real data are {f['fd']:.4f} apart."
+              for f in summary["floors"]]
+    text = "\n".join(lines) + "\n\n" + "\n\n".join(notes)
     print("\n" + text)
-    write_atomically(out / "table.md", lambda path: path.write_text(text + "\n"))
-    write_atomically(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1)))
+    write_atomically(out / "table.md", text + "\n")
+    write_atomically(out / "summary.json", json.dumps(summary, indent=1, default=str))
 
 
-def plot_report(preset, summary, samples, out):
+def plot_scores(plt, summary):
+    """The paper's figures 3 (score against snapshot) and 1 (score, precision and recall against global w)."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4))
+    entries = summary["snapshots"]
+    for name in [name for name in entries[0]["final"] if name != "collapsed"]:
+        axes[0].plot([e["kimg"] for e in entries], [e["final"][name]["fd"] for e in entries], "o-", label=name)
+    for e, key in itertools.product(entries, ("fd", "precision", "recall")):
+        if key in e["sweep"][0]:
+            axes[1 if key == "fd" else 2].plot([p["w"] for p in e["sweep"]], [p[key] for p in e["sweep"]], "o-",
+                                               label=f"{'score' if key == 'fd' else key}, {e['kimg']} kimg")
+    axes[0].set(xlabel="self-training (kimg)", ylabel=f"final {summary['score']}")
+    axes[1].set(xlabel="w, all blocks", ylabel=f"selection {summary['score']}")
+    axes[2].set(xlabel="w, all blocks")
+    for axis in axes:
+        axis.legend() if axis.lines else None
+    return figure
+
+
+def plot_grid(plt, rows):
+    """Heat maps over the first and last block, one for each weight of the middle one."""
+    first, middle, last = rows[0]["w"]
+    x, columns, y = (sorted({row["w"][b] for row in rows}) for b in (last, middle, first))
+    table = {tuple(row["w"].values()): row["fd"] for row in rows}
+    figure, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns), 3.5), squeeze=False)
+    for axis, m in zip(axes[0], columns):
+        image = axis.imshow([[table.get((a, m, b), np.nan) for b in x] for a in y], vmin=min(table.values()),
+                            vmax=max(table.values()))
+        axis.set(xlabel=f"w_{last}", ylabel=f"w_{first}", title=f"w_{middle} = {m:g}", xticks=range(len(x)),
+                 xticklabels=x, yticks=range(len(y)), yticklabels=y)
+    figure.colorbar(image, ax=axes[0].tolist())
+    return figure
+
+
+def plot_samples(plt, pictures):
+    """One image grid per model, all from the same noise."""
+    figure, axes = plt.subplots(1, len(pictures), figsize=(3 * len(pictures), 3.2))
+    for axis, (name, images) in zip(axes, pictures.items()):
+        n = int(len(images) ** 0.5)
+        rows = [torch.cat(list(row), 2) for row in images[:n * n].split(n)]
+        axis.imshow(torch.cat(rows, 1).permute(1, 2, 0).squeeze(2), cmap="gray")
+        axis.set_title(name)
+        axis.axis("off")
+    return figure
+
+
+def plot_report(summary, samples, out):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-
-    def save(figure, name):
-        figure.tight_layout()
-        write_atomically(out / name, lambda path: figure.savefig(path, dpi=80, format="png"))
-        plt.close(figure)
-
-    entries = summary["snapshots"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for name in ("base", "global", "blockwise", "searched"):
-        if name in entries[0]["final"]:
-            axes[0].plot([e["kimg"] for e in entries], [e["final"][name]["fd"] for e in entries], "o-", label=name)
-    axes[0].set(xlabel="self-training (kimg)", ylabel=f"final {preset.score}", title="score against snapshot")
-    for e in entries:
-        axes[1].plot([p["w"] for p in e["sweep"]], [p["fd"] for p in e["sweep"]], "o-", label=f"{e['kimg']} kimg")
-    axes[1].set(xlabel="w, all blocks", ylabel=f"selection {preset.score}", title="score against global w")
-    for axis in axes:
-        axis.legend()
-    save(figure, "scores.png")
-    for e in entries:
-        grid = e["grid"]
-        blocks = list(grid[0]["w"])
-        if len(blocks) == 3:
-            values = [sorted({row["w"][b] for row in grid}) for b in blocks]
-            figure, axes = plt.subplots(1, len(values[1]), figsize=(4 * len(values[1]), 3.5), squeeze=False)
-            low, high = min(r["fd"] for r in grid), max(r["fd"] for r in grid)
-            for axis, middle in zip(axes[0], values[1]):
-                table = {(r["w"][blocks[0]], r["w"][blocks[2]]): r["fd"] for r in grid if r["w"][blocks[1]] == middle}
-                image = axis.imshow([[table[a, c] for c in values[2]] for a in values[0]], vmin=low, vmax=high)
-                axis.set_xticks(range(len(values[2])), values[2])
-                axis.set_yticks(range(len(values[0])), values[0])
-                axis.set(xlabel=f"w_{blocks[2]}", ylabel=f"w_{blocks[0]}", title=f"w_{blocks[1]} = {middle:g}")
-            figure.colorbar(image, ax=axes[0].tolist())
-            write_atomically(out / f"grid_{e['kimg']:06d}.png", lambda path: figure.savefig(path, dpi=80, format="png"))
-            plt.close(figure)
-    for kimg, pictures in samples.items():
-        figure, axes = plt.subplots(1, len(pictures), figsize=(3 * len(pictures), 3.2))
-        for axis, (name, images) in zip(axes, pictures.items()):
-            n = int(len(images) ** 0.5)
-            tiles = images[:n * n].reshape(n, n, *images.shape[1:]).permute(0, 3, 1, 4, 2)
-            axis.imshow(tiles.reshape(n * images.shape[2], n * images.shape[3], -1).squeeze(-1), cmap="gray")
-            axis.set_title(name)
-            axis.axis("off")
-        save(figure, f"samples_{kimg:06d}.png")
+    figures = {"scores.png": plot_scores(plt, summary)}
+    for entry in summary["snapshots"]:
+        figures[f"samples_{entry['kimg']:06d}.png"] = plot_samples(plt, samples[entry["kimg"]])
+        if len(entry["blocks"]) == 3 and entry["grid"]:
+            figures[f"grid_{entry['kimg']:06d}.png"] = plot_grid(plt, entry["grid"])
+    for name, figure in figures.items():
+        write_atomically(out / name, bytes_of(partial(figure.savefig, dpi=80, format="png", bbox_inches="tight")))
+    plt.close("all")
 
 
 # ---------------------------------------------------------------- command line
@@ -1322,187 +1420,148 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def numbers(text, what, kind=float):
-    try:
-        values = [kind(part) for part in text.split(",")]
-        if all(np.isfinite(values)):
-            return values
-    except ValueError:
-        pass
-    raise UserError(f"{what} {text!r}: give numbers separated by commas")
-
-
 def parse(argv):
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--preset", choices=list(PRESETS), default="cifar10")
-    add("--snapshot", default="1551", help="self-training lengths in kimg, by commas")
-    add("--grid", default="0.75,1.0,1.25", help="weights of the block-wise grid")
-    for block in ("enc", "mid", "dec"):
-        add(f"--grid-{block}", help=f"other weights for {block}")
-    add("--sweep", default="", help="also these global weights, start:stop:step")
-    add("--base", help="cond, uncond, a path or URL (.pkl of EDM or .safetensors)")
-    add("--aux", help="existing self-trained network, or a folder of network-snapshot-*")
-    add("--data", help="real images: EDM dataset zip or folder")
-    add("--train-base", type=float, metavar="KIMG", help="train the base from scratch on --data")
-    add("--synthetic", type=int, help="images in the synthetic set")
-    add("--lr", type=float, help="self-training learning rate")
-    add("--batch", type=int, help="self-training batch")
-    add("--select-images", type=int)
-    add("--final-images", type=int)
-    add("--partition", default="paper", help="paper, structural, layers, or a JSON file {glob: block}")
-    add("--plan", action="store_true", help="print blocks, drift and a time estimate, then stop")
-    add("--search", choices=["cobyqa"], help="also a derivative-free search of the block weights")
-    add("--bounds", default="-1,4", help="of the search")
-    add("--evaluations", type=int, default=12, help="of the search")
-    add("--protocol", choices=["disjoint", "paper"], default="disjoint")
-    add("--ref", default=REFERENCE, help="npz with mu and sigma of the real features")
-    add("--detector", default=INCEPTION, help="Inception weights (PyTorch port)")
-    add("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32")
-    add("--sample-batch", type=int)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, help="default runs/<preset>")
-    add("--export-pt", action="store_true", help="also the merged weights as a plain state dict in EDM's names")
-    add("--yes", action="store_true", help="run even if it takes very long")
+    """Command line -> Config: the class's defaults, then the preset's, then what is given."""
+    parser = Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    for f in dataclasses.fields(Config):
+        how = {key: value for key, value in f.metadata.items() if value is not None}
+        how = dict(action="store_true", help=how["help"]) if how["type"] is bool else how
+        parser.add_argument("--" + f.name.replace("_", "-"), **how | {"help": f"{how['help']} (default: {f.default})"})
     values = {i for i in range(1, len(argv)) if argv[i][:1] == "-" and argv[i][1:2] in "0123456789."}
     joined = [f"{argv[i]}={argv[i + 1]}" if i + 1 in values else argv[i] for i in range(len(argv)) if i not in values]
-    return checked(parser.parse_args(joined))  # argparse takes the -1:2:0.25 of "--sweep -1:2:0.25" for an option
+    given = vars(parser.parse_args(joined))  # joined: argparse takes the -1:2:0.25 of "--sweep -1:2:0.25" for an option
+    preset = PRESETS[given.get("preset", "cifar10")]
+    return checked(Config(**{"out": Path(f"runs/{given.get('preset', 'cifar10')}"), **preset, **given}))
 
 
-def checked(args):
-    preset = PRESETS[args.preset]
-    args.snapshot = sorted(set(numbers(args.snapshot, "--snapshot", int)))
-    args.grid = sorted(set(numbers(args.grid, "--grid")))
-    args.grid_of = {b: numbers(text, f"--grid-{b}") for b in ("enc", "mid", "dec") if (text := getattr(args, f"grid_{b}"))}
-    args.bounds = tuple(numbers(args.bounds, "--bounds"))
-    if args.sweep:
-        parts = numbers(args.sweep.replace(":", ","), "--sweep")
-        if len(parts) != 3 or parts[2] <= 0:
-            raise UserError(f"--sweep {args.sweep!r}: give start:stop:step with a positive step, as -1:2:0.25")
-        args.sweep = np.arange(parts[0], parts[1] + parts[2] / 2, parts[2]).round(6).tolist()
-    args.sweep = args.sweep or []
-    for name in ("synthetic", "select_images", "final_images", "sample_batch"):
-        value = getattr(args, name)
-        setattr(args, name, getattr(preset, name) if value is None else value)
-    smallest = min(args.synthetic, args.select_images, args.final_images)
-    if min(args.snapshot) < 1 or smallest < 2 * FOLDS or args.sample_batch < 1 or args.evaluations < 1:
-        raise UserError(f"--snapshot must be at least 1 kimg, image counts at least {2 * FOLDS}")
-    if len(args.bounds) != 2 or args.bounds[0] >= args.bounds[1]:
+def checked(c):
+    """The configuration if it can run here; creates its folder."""
+    if min(c.synthetic, c.select_images, c.final_images) < 2 * FOLDS or min(
+            *c.snapshot, c.sample_batch, c.batch, c.steps, c.evaluations, c.final_repeats, c.placebo + 1) < 1:
+        raise UserError(f"--snapshot, batches and counts must be at least 1, numbers of images at least {2 * FOLDS}")
+    if len(c.bounds) != 2:
         raise UserError("--bounds: give two numbers, low,high")
-    if args.partition not in ("paper", "structural", "layers"):
-        try:
-            args.partition = json.loads(Path(args.partition).read_text())
-            assert isinstance(args.partition, dict)
-        except (OSError, ValueError, AssertionError):
-            raise UserError(f"--partition {args.partition}: paper, structural, layers or a JSON file of glob -> block") from None
+    if c.placebo and c.partition == "layers":
+        raise UserError("--placebo draws random blocks of several layers: use another --partition")
     if neon_ext is None:
         raise UserError("the extension neon_ext is not built: run `pip install --no-build-isolation .` here first")
-    if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not (
-            torch.cuda.is_available() and neon_ext.build_config()["cuda"])):
-        raise UserError(f"--device {args.device}: no usable GPU, or neon_ext was built without CUDA; use --device cpu")
-    args.out = args.out or Path("runs") / args.preset
+    if c.device == "cuda" and not (torch.cuda.is_available() and neon_ext.build_config()["cuda"]):
+        raise UserError("--device cuda: no usable GPU, or neon_ext was built without CUDA; use --device cpu")
+    if c.partition in ("paper", "structural"):
+        grid_weights(c, ("enc", "mid", "dec"))
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / ".probe").write_text("")
-        (args.out / ".probe").unlink()
+        c.out.mkdir(parents=True, exist_ok=True)
+        if not os.access(c.out, os.W_OK):
+            raise OSError(None, "no permission")
     except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written ({error.strerror}): choose another folder") from None
-    return args
+        raise UserError(f"--out {c.out} cannot be written ({error.strerror}): choose another folder") from None
+    return c
 
 
-def make_settings(args, preset):
+def make_settings(c):
+    """Settings of this process; starts torch.distributed under torchrun."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not dist.is_initialized():
-        if args.device == "cuda":
+    if world > 1:
+        if c.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    return Settings(args.device, args.sample_batch, preset.steps, args.precision, rank, world)
+        dist.init_process_group("nccl" if c.device == "cuda" else "gloo")
+    if c.preset == "digits":
+        torch.set_num_threads(1)  # 8 x 8 images: one thread trains faster than two
+        torch.empty(2**22)  # freeing 16 MB raises glibc's mmap threshold: no page faults for every activation
+    return Settings(c.device, c.sample_batch, c.steps, c.precision, rank, world)
 
 
 def seconds_per_image(net, settings):
     """Sampling time of one image, from one short batch; on the CPU with the faster of one and all threads."""
-    batch, repeats = (32, 3) if settings.device != "cpu" or net.img_resolution < 32 else (2, 1)
-    labels = torch.zeros(batch, net.label_dim, device=settings.device) if net.label_dim else None
-    x = torch.randn(batch, net.img_channels, net.img_resolution, net.img_resolution, device=settings.device)
-    best = (float("inf"), 1)
-    for threads in sorted({1, torch.get_num_threads()}, reverse=True) if settings.device == "cpu" else [1]:
-        torch.set_num_threads(threads) if settings.device == "cpu" else None
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            with torch.no_grad():
-                float(settings.call(net)(x, torch.ones(1, device=x.device), labels).sum())
-            best = min(best, (time.perf_counter() - begin, threads))
-    torch.set_num_threads(best[1]) if settings.device == "cpu" else None
+    cpu = settings.device == "cpu"
+    batch, best = 2 if cpu and net.img_resolution >= 32 else 32, (float("inf"), torch.get_num_threads())
+    x, labels = draw_latents(net, range(batch), settings.device)
+    for threads in [1, torch.get_num_threads()] * 2 if cpu else [1] * 3:
+        torch.set_num_threads(threads) if cpu else None
+        begin = time.perf_counter()
+        with torch.no_grad():
+            float(net(x, torch.ones(1, device=x.device), labels).sum())
+        best = min(best, (time.perf_counter() - begin, threads))
+    torch.set_num_threads(best[1]) if cpu else None
     return best[0] / batch * (2 * settings.steps - 1)
 
 
-def describe_plan(args, preset, scorer, seconds):
+def print_plan(c, configs, seconds):
     print(f"{'block':<24}{'tensors':>8}{'parameters':>12}  drift ||theta_s - theta_r|| / ||theta_r||")
-    for block, row in scorer.configurations.table().items():
+    for block, row in configs.table().items():
         print(f"{block:<24}{row['tensors']:>8}{row['parameters']:>12}  {row['drift']:.5f}")
-    count = len({json.dumps(w) for w in grid_weights(args, scorer.configurations.blocks)}) + 2
-    images = count * args.select_images + 4 * args.final_images
-    print(f"about {count} configurations of {args.select_images} images and 4 final ones of {args.final_images}: "
-          f"{images * seconds / 3600:.2f} hours on this {args.device}")
+    scores = len(grid_weights(c, configs.blocks)) * (1 + c.placebo) + len({-1.0, 0.0, *c.grid, *c.sweep})
+    scores += c.evaluations * {"": 0, "cobyqa": 1, "gradient": 6}[c.search]
+    finals = (4 + bool(c.search) + c.placebo) * c.final_repeats
+    hours = (scores * c.select_images + finals * c.final_images) * seconds / 3600
+    print(f"about {scores} scores of {c.select_images} images and {finals} final ones of {c.final_images}: "
+          f"{hours:.2f} hours on this {c.device}")
+
+
+def refuse_hours(c, settings):
+    """CIFAR-10 without a GPU only on request: it says how long it would take."""
+    if c.device == "cpu" and c.preset == "cifar10" and not (c.yes or c.plan):
+        images = 30 * c.select_images + 4 * c.final_images * c.final_repeats + c.synthetic
+        hours = seconds_per_image(EDMPrecond(**MODELS["cifar10"]).eval(), settings) * images / 3600
+        raise UserError(f"without a GPU this takes about {hours:.0f} hours of sampling alone: add --yes to run it all "
+                        "the same, or try --preset digits")
+
+
+def get_features(c):
+    if c.preset == "digits":
+        return DigitsFeatures(c.out / "digits-cnn.pt").to(c.device)
+    check = "6726825d" if c.detector == INCEPTION else ""
+    return InceptionFeatures(fetch(c.detector, "the Inception weights", check)).to(c.device)
+
+
+def save_merged(c, configs, w, kimg, parents):
+    """The repaired network with its recipe, and on request as a plain state dict."""
+    path = c.out / f"adaptive-neon-{kimg:06d}.safetensors"
+    save_network(configs.set(w), path, {"w": w, "partition": c.partition, **parents})
+    if c.export_pt:
+        state = {name: tensor.cpu() for name, tensor in configs.net.state_dict().items()}
+        write_atomically(path.with_suffix(".pt"), bytes_of(partial(torch.save, state)))
 
 
 def run(argv):
-    begin, args = time.perf_counter(), parse(argv)
-    preset, out = PRESETS[args.preset], args.out
-    blocks_guess = 3 if args.partition in ("paper", "structural") else 1
-    points = np.prod([len(args.grid_of.get(b, args.grid)) for b in ("enc", "mid", "dec")[:blocks_guess]])
-    if points > 10_000 and not args.yes:
-        raise UserError(f"the grid has {points} points: add --yes if you mean it")
-    ledger = seed_ledger(args, preset, {"select": args.select_images, "final": args.final_images})
-    settings = make_settings(args, preset)
-    if preset.name == "digits":
-        torch.set_num_threads(1)  # 8 x 8 images: one thread trains faster than two
-        torch.empty(2**22)  # freeing 16 MB raises glibc's mmap threshold: no page faults for every activation
-    if args.device == "cpu" and preset.name == "cifar10" and not (args.yes or args.plan):
-        probe = EDMPrecond(**preset.model).eval()
-        hours = seconds_per_image(probe, settings) * (29 * args.select_images + 4 * args.final_images + args.synthetic) / 3600
-        raise UserError(f"without a GPU this takes about {hours:.0f} hours of sampling alone: add --yes to run it all the "
-                        "same, or try --preset digits")
-    base, base_hash = get_base(args, preset, settings, out)
-    snapshots = get_snapshots(args, preset, base, base_hash, settings, out)
-    features = (DigitsFeatures(out / "digits-cnn.pt") if preset.name == "digits" else
-                InceptionFeatures(fetch(args.detector, "the Inception weights", "6726825d" if args.detector == INCEPTION
-                                        else ""))).to(args.device)
-    reference, real, facts = load_reference(args, preset, features, args.device)
-    seconds = seconds_per_image(copy.deepcopy(base).to(args.device), settings)
+    begin, c = time.perf_counter(), parse(argv)
+    settings, ledger = make_settings(c), seed_ledger(c)
+    refuse_hours(c, settings)
+    base, base_hash = get_base(c, settings)
+    snapshots = get_snapshots(c, base, base_hash, settings)
+    features = settings.one_by_one(lambda: get_features(c))
+    reference = settings.one_by_one(lambda: Reference(c, features))
+    seconds = seconds_per_image(settings.place(base), settings)
+    owners = {name: block_of(name, base, c.partition) for name in base.state_dict()}
     entries, samples = [], {}
     for kimg, path in sorted(snapshots.items()):
-        configurations = Configurations(base, load_network(path), args.partition, args.device)
-        key = key_of(base_hash, file_hash(path), args.partition, features.name, preset.steps, args.precision, args.device,
-                     facts.get("images", facts.get("file")))
-        scorer = Scorer(configurations, features, reference, settings, out / "grid.jsonl", key, kimg)
-        if args.plan:
-            describe_plan(args, preset, scorer, seconds)
+        configs = Configurations(base, load_network(path), owners, settings)
+        if c.plan:
+            print_plan(c, configs, seconds) if settings.rank == 0 else None
             continue
-        entry, winners = study(args, preset, scorer, ledger, real)
-        entry["grid"] = [scorer.score(w, ledger["selection"]) for w in grid_weights(args, configurations.blocks)]
+        parents = {"base_sha256": base_hash, "aux_sha256": file_hash(path)[:16]}
+        networks = key_of(parents, reference.facts, c.steps, c.precision, c.device)
+        scorer = Scorer(configs, features, reference, settings, c.out, networks, kimg)
+        entry, winners = study(c, scorer, ledger)
         entries.append(entry)
-        samples[kimg] = {name: next(iter(sample_batches(configurations.set(w), ledger["final"][:36], dataclasses.replace(
-            settings, rank=0, world=1, batch=36))))[1].cpu() for name, w in winners.items()}
+        samples[kimg] = {name: settings.sample(configs.set(w), ledger["final"][0][:36])[0].cpu()
+                         for name, w in winners.items()}
         if settings.rank == 0:
-            merged = configurations.set(winners["blockwise"]).cpu()
-            recipe = {"w": winners["blockwise"], "base_sha256": base_hash, "aux_sha256": file_hash(path)[:16],
-                      "partition": args.partition}
-            save_network(merged, out / f"adaptive-neon-{kimg:06d}.safetensors", recipe)
-            if args.export_pt:
-                write_atomically(out / f"adaptive-neon-{kimg:06d}.pt", lambda p: torch.save(merged.state_dict(), p))
-    if args.plan or settings.rank > 0:
+            save_merged(c, configs, winners["blockwise"], kimg, parents)
+    if c.plan or settings.rank > 0:
         return
-    summary = {"command": " ".join(["python edm_neon.py", *argv]), "score": preset.score, "seed": args.seed,
-               "preset": dataclasses.asdict(preset), "reference": facts, "snapshots": entries, "device": args.device,
-               "precision": args.precision, "threads": torch.get_num_threads(), "world": settings.world,
-               "seeds": {name: [int(s[0]), int(s[-1])] for name, s in ledger.items()}, "neon_ext": neon_ext.build_config(),
+    counts = sorted({c.select_images, c.final_images}) if reference.real is not None else ()
+    summary = {"command": " ".join(["python edm_neon.py", *argv]), "snapshots": entries, "reference": reference.facts,
+               "score": "FD (digits CNN, 64-d)" if c.preset == "digits" else "FID", "config": dataclasses.asdict(c),
+               "floors": [reference.floor(n) for n in counts], "seconds_per_image": seconds,
+               "first_seeds": {"selection": ledger["selection"][0], "final": [s[0] for s in ledger["final"]]},
+               "machine": torch.cuda.get_device_name() if c.device == "cuda" else f"{os.cpu_count()} cores",
+               "threads": torch.get_num_threads(), "world": settings.world, "neon_ext": neon_ext.build_config(),
                "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-               "seconds_per_image": seconds, "seconds_total": time.perf_counter() - begin}
-    write_report(args, preset, summary, out)
-    plot_report(preset, summary, samples, out)
-    print(f"{time.perf_counter() - begin:.1f} s; summary.json, table.md, grid.jsonl, pictures and networks in {out}")
+               "seconds_total": time.perf_counter() - begin}
+    write_report(summary, c.out)
+    plot_report(summary, samples, c.out)
+    print(f"\n{time.perf_counter() - begin:.1f} s; summary.json, table.md, grid.jsonl, pictures, networks in {c.out}")
 
 
 def main(argv=None):
@@ -1513,7 +1572,7 @@ def main(argv=None):
     except OSError as error:
         sys.exit(print(f"edm_neon: {error}; what was finished stays", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        sys.exit(print("\nedm_neon: stopped; finished parts are kept, run the same command again", file=sys.stderr) or 130)
+        sys.exit(print("\nedm_neon: stopped; finished parts are kept, the same command goes on", file=sys.stderr) or 130)
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()

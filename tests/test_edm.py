@@ -48,7 +48,7 @@ def test_preconditioning_identities(options):
 
 def test_cifar_network_has_edm_size_and_names():
     with torch.device("meta"):
-        net = edm.EDMPrecond(**edm.PRESETS["cifar10"].model)
+        net = edm.EDMPrecond(**edm.MODELS["cifar10"])
     state = net.state_dict()
     assert sum(p.numel() for p in net.parameters()) == 55_735_299 - 0 and len(state) == 427
     assert sum(name.endswith("resample_filter") for name in state) == 8
@@ -101,10 +101,10 @@ def test_sampler_against_a_rederivation():
 
 def test_images_do_not_depend_on_the_batch():
     net = network()
-    whole = torch.cat([images for _, images, _ in edm.sample_batches(net, np.arange(10), settings(10))])
-    parts = torch.cat([images for _, images, _ in edm.sample_batches(net, np.arange(10), settings(3))])
+    whole, parts = (torch.cat(s.map_batches(lambda part: s.sample(net, part)[0], np.arange(10)))
+                    for s in (settings(10), settings(3)))
+    assert whole.dtype == torch.uint8 and whole.shape == (10, 3, 8, 8)
     assert (whole.int() - parts.int()).abs().max() <= 1  # float32 rounding may move a value across a step
-    assert edm.to_uint8(torch.tensor([-2.0, -1.0, 0.0, 0.999, 3.0])).tolist() == [0, 0, 128, 255, 255]
 
 
 # ---------------------------------------------------------------- augmentation, loss, training
@@ -283,7 +283,7 @@ def test_every_parameter_has_one_block(partition):
 
 def test_paper_partition_of_the_cifar_network():
     with torch.device("meta"):
-        net = edm.EDMPrecond(**edm.PRESETS["cifar10"].model)
+        net = edm.EDMPrecond(**edm.MODELS["cifar10"])
     sizes = {}
     for name, tensor in net.state_dict().items():
         sizes.setdefault(edm.block_of(name, net), []).append(tensor.numel() if "resample" not in name else 0)
@@ -300,7 +300,8 @@ def test_custom_partition():
 
 def test_merge_is_the_formula():
     base, aux = network(1), network(2)
-    configurations = edm.Configurations(base, aux, "paper", "cpu")
+    owners = {name: edm.block_of(name, base) for name in base.state_dict()}
+    configurations = edm.Configurations(base, aux, owners, settings())
     w = {"enc": 1.25, "mid": 0.0, "dec": -1.0}
     merged = configurations.set(w).state_dict()
     for name, r in base.state_dict().items():
@@ -310,30 +311,80 @@ def test_merge_is_the_formula():
             assert torch.equal(merged[name], r)
     assert sum(row["parameters"] for row in configurations.table().values()) == sum(t.numel() for t in merged.values())
     with pytest.raises(edm.UserError, match="first at model"):
-        edm.Configurations(base, network(2, model_channels=32), "paper", "cpu")
+        edm.Configurations(base, network(2, model_channels=32), owners, settings())
 
 
 # ---------------------------------------------------------------- statistics
+def row_of(reference, features):
+    return dict(zip(("fd", "folds"), edm.distances(reference, features)))
+
+
 def test_jackknife_against_brute_force_and_null_coverage():
     """Intervals of the difference of two models that are equal: zero lies inside in 90% to 98% of 300 repetitions."""
     rng, d, inside = np.random.default_rng(0), 3, 0
     reference = neon_ext.FrechetReference(torch.zeros(d), torch.eye(d))
     for _ in range(300):
-        sums = []
-        for _ in range(2):
-            m = neon_ext.Moments(d, edm.FOLDS)
-            f = torch.from_numpy(rng.normal(0.3, 1.2, (400, d)))
-            for k, part in enumerate(f.split(20)):
-                m.update(part, k)
-            sums.append((m, f))
-        result = edm.jackknife(reference, sums[0][0], sums[1][0])
+        features = [torch.from_numpy(rng.normal(0.3, 1.2, (400, d))) for _ in range(2)]
+        rows = [row_of(reference, f) for f in features]
+        result = edm.compare(rows[:1], rows[1:])
         inside += result["low"] <= 0 <= result["high"]
     assert 0.90 * 300 <= inside <= 0.98 * 300
-    without = [torch.cat([f[:40], f[60:]]) for _, f in sums]  # fold 2 left out, recomputed from the features
+    without = [torch.cat([f[:40], f[60:]]) for f in features]  # fold 2 left out, recomputed from the features
     want = [float(reference.distance_from_features(f)) for f in without]
-    folds = [k for k in range(edm.FOLDS) if k != 2]
-    got = [float(reference.distance(m.mean(folds), m.cov(folds))) for m, _ in sums]
-    assert got == pytest.approx(want, rel=1e-10)
+    assert [row["folds"][2] for row in rows] == pytest.approx(want, rel=1e-10)
+    twice = edm.compare(rows[:1] * 2, rows[1:] * 2)  # two seed sets: the same mean, half the variance
+    assert twice["difference"] == pytest.approx(result["difference"])
+    assert twice["high"] - twice["low"] < 0.75 * (result["high"] - result["low"])
+
+
+def test_paired_noise_narrows_the_interval_and_names_the_better():
+    rng, d = np.random.default_rng(1), 3
+    reference = neon_ext.FrechetReference(torch.zeros(d), torch.eye(d))
+    noise = torch.from_numpy(rng.normal(size=(600, d)))
+    near, far = row_of(reference, noise * 1.1), row_of(reference, noise * 1.15)
+    alone = row_of(reference, torch.from_numpy(rng.normal(size=(600, d))) * 1.15)
+    paired, unpaired = edm.compare([near], [far]), edm.compare([near], [alone])
+    assert paired["verdict"] == "better" and edm.compare([far], [near])["verdict"] == "worse"
+    assert paired["high"] - paired["low"] < 0.3 * (unpaired["high"] - unpaired["low"])
+    assert edm.compare([near], [near]) == {"difference": 0, "low": 0, "high": 0, "verdict": "no significant difference"}
+
+
+class FakeScorer:
+    """Candidates whose features are Gaussian, on common noise; w is the scale."""
+
+    def __init__(self, seed, d=3):
+        self.reference = neon_ext.FrechetReference(torch.zeros(d), torch.eye(d))
+        self.rng, self.d, self.settings, self.kimg = np.random.default_rng(seed), d, settings(), 1
+
+    def score_all(self, weights, seeds, desc):
+        noise = self.rng.normal(size=(len(seeds), self.d))
+        return [{"w": w, **row_of(self.reference, torch.from_numpy(noise * w["a"]))} for w in weights]
+
+
+def test_race_keeps_the_best_and_drops_the_bad():
+    """The stated rate: the true best is dropped in at most about 5% of races; 100 races leave room to 9."""
+    weights = [{"a": 1.0}, *({"a": a} for a in (1.04, 1.08, 1.15, 1.3, 1.6))]
+    survivors = [edm.race(FakeScorer(seed), weights, np.arange(2000)) for seed in range(100)]
+    assert sum(weights[0] not in s for s in survivors) <= 9
+    assert not any({"a": 1.6} in s or {"a": 1.3} in s for s in survivors)
+
+
+def test_placebo_blocks_keep_their_sizes():
+    net = network(num_blocks=2)
+    owners = {name: edm.block_of(name, net) for name in net.state_dict()}
+    sizes = {name: tensor.numel() for name, tensor in net.state_dict().items()}
+    layers = lambda o: {b: len({edm.block_of(n, net, "layers") for n in o if o[n] == b}) for b in set(o.values())}
+    numel = lambda o: {b: sum(sizes[n] for n in o if o[n] == b) for b in set(o.values())}
+    for seed in range(3):
+        placebo = edm.placebo_owners(owners, sizes, seed)
+        assert placebo != owners and placebo.keys() == owners.keys()
+        assert layers(placebo) == layers(owners)
+        for block, size in numel(owners).items():
+            assert numel(placebo)[block] == pytest.approx(size, rel=0.5)
+        for name in placebo:  # a layer moves as a whole
+            same = [n for n in placebo if edm.block_of(n, net, "layers") == edm.block_of(name, net, "layers")]
+            assert len({placebo[n] for n in same}) == 1
+    assert edm.placebo_owners(owners, sizes, 0) == edm.placebo_owners(owners, sizes, 0)
 
 
 def test_precision_and_recall_limits():
@@ -345,32 +396,137 @@ def test_precision_and_recall_limits():
     assert precision == 1.0 and recall < 0.6  # a few modes only
 
 
-def test_inception_structure(tmp_path):
-    """Names and shapes of the public port; the stride-1 resize of a 299-pixel image is the identity."""
-    shapes = {"Conv2d_1a_3x3": (32, 3, 3, 3), "Mixed_5b.branch5x5_2": (64, 48, 5, 5), "Mixed_6b.branch7x7_2": (128, 128, 1, 7),
-              "Mixed_6e.branch7x7dbl_4": (192, 192, 7, 1), "Mixed_7a.branch7x7x3_4": (192, 192, 3, 3),
-              "Mixed_7c.branch3x3dbl_3b": (384, 384, 3, 1), "Mixed_7b.branch_pool": (192, 1280, 1, 1)}
+def inception_shapes():
+    """{layer of the public port: weight shape}, written out from the published graph (94 convolutions)."""
+    shapes = dict(Conv2d_1a_3x3=(32, 3, 3, 3), Conv2d_2a_3x3=(32, 32, 3, 3), Conv2d_2b_3x3=(64, 32, 3, 3),
+                  Conv2d_3b_1x1=(80, 64, 1, 1), Conv2d_4a_3x3=(192, 80, 3, 3))
+
+    def chain(block, branch, into, *layers):
+        for i, (out, kernel) in enumerate(layers, 1):
+            end = branch if len(layers) == 1 else f"{branch}_{i}"
+            height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
+            shapes[f"Mixed_{block}.{end}"] = (out, into, height, width)
+            into = out
+
+    for block, into, pool in (("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64)):
+        chain(block, "branch1x1", into, (64, 1)), chain(block, "branch5x5", into, (48, 1), (64, 5))
+        chain(block, "branch3x3dbl", into, (64, 1), (96, 3), (96, 3)), chain(block, "branch_pool", into, (pool, 1))
+    shapes["Mixed_6a.branch3x3"] = (384, 288, 3, 3)
+    chain("6a", "branch3x3dbl", 288, (64, 1), (96, 3), (96, 3))
+    for block, c in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
+        chain(block, "branch1x1", 768, (192, 1)), chain(block, "branch_pool", 768, (192, 1))
+        chain(block, "branch7x7", 768, (c, 1), (c, (1, 7)), (192, (7, 1)))
+        chain(block, "branch7x7dbl", 768, (c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7)))
+    chain("7a", "branch3x3", 768, (192, 1), (320, 3))
+    chain("7a", "branch7x7x3", 768, (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3))
+    for block, into in (("7b", 1280), ("7c", 2048)):
+        chain(block, "branch1x1", into, (320, 1)), chain(block, "branch_pool", into, (192, 1))
+        shapes |= {f"Mixed_{block}.branch3x3_1": (384, into, 1, 1), f"Mixed_{block}.branch3x3dbl_1": (448, into, 1, 1),
+                   f"Mixed_{block}.branch3x3dbl_2": (384, 448, 3, 3)}
+        shapes |= {f"Mixed_{block}.branch3x3{end}": (384, 384, *kernel) for end, kernel in (
+            ("_2a", (1, 3)), ("_2b", (3, 1)), ("dbl_3a", (1, 3)), ("dbl_3b", (3, 1)))}
+    return shapes
+
+
+def random_inception(generator):
+    weights = {"fc.weight": torch.randn(1008, 2048), "fc.bias": torch.randn(1008)}
+    for name, shape in inception_shapes().items():
+        normal = lambda *size: torch.randn(*size, generator=generator)
+        weights[f"{name}.conv.weight"] = normal(*shape) * (2 / np.prod(shape[1:])) ** 0.5
+        weights |= {f"{name}.bn.weight": 1 + 0.1 * normal(shape[0]), f"{name}.bn.bias": 0.1 * normal(shape[0]),
+                    f"{name}.bn.running_mean": 0.1 * normal(shape[0]),
+                    f"{name}.bn.running_var": 1 + 0.1 * normal(shape[0]).abs()}
+    return weights
+
+
+def test_inception_structure(tmp_path, generator):
+    """Names and shapes of the public port; batch normalisation is folded without a change; bad files are refused."""
+    weights = random_inception(generator)
+    torch.save(weights, tmp_path / "random.pth")
+    features = edm.InceptionFeatures(tmp_path / "random.pth")
+    assert len(inception_shapes()) == 94 == sum(name.endswith("_bias") for name in features.state_dict())
+    images = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    found = features(images)
+    assert found.shape == (2, 2048) and found.isfinite().all() and not torch.equal(found[0], found[1])
+    bn = {key: weights[f"Conv2d_1a_3x3.bn.{key}"] for key in ("weight", "bias", "running_mean", "running_var")}
+    x = torch.randn(1, 3, 32, 32, generator=generator)
+    want = torch.nn.functional.conv2d(x, weights["Conv2d_1a_3x3.conv.weight"], stride=2)
+    want = torch.nn.functional.batch_norm(want, bn["running_mean"], bn["running_var"], bn["weight"], bn["bias"], eps=1e-3)
+    torch.testing.assert_close(features.conv(x, "Conv2d_1a_3x3", 2), want.relu(), rtol=1e-4, atol=1e-5)
+    damaged = {**weights, "Mixed_7c.branch_pool.conv.weight": weights["Mixed_7b.branch_pool.conv.weight"]}
+    missing = {name: w for name, w in weights.items() if "6c.branch7x7_2" not in name}
+    for name, content in (("damaged", damaged), ("missing", missing), ("none", {})):
+        torch.save(content, tmp_path / f"{name}.pth")
+        with pytest.raises(edm.UserError, match="not the PyTorch port"):
+            edm.InceptionFeatures(tmp_path / f"{name}.pth")
     (tmp_path / "bad.pth").write_bytes(b"no")
     with pytest.raises(edm.UserError, match="not the PyTorch port"):
         edm.InceptionFeatures(tmp_path / "bad.pth")
-    hollow = edm.InceptionFeatures.__new__(edm.InceptionFeatures)
-    original, torch.load = torch.load, lambda *args, **kwargs: {}
-    try:
-        with pytest.raises(edm.UserError):
-            hollow.__init__(tmp_path / "bad.pth")
-    finally:
-        torch.load = original
-    state = hollow.state_dict()
-    for name, shape in shapes.items():
-        assert tuple(state[f"{name}.conv.weight"].shape) == shape
-    assert len([k for k in state if k.endswith("conv.weight")]) == 94
-    torch.save(state, tmp_path / "random.pth")
-    features = edm.InceptionFeatures(tmp_path / "random.pth")(torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8))
-    assert features.shape == (2, 2048) and features.isfinite().all()
+
+
+def test_tensorflow_resize():
     x = torch.rand(1, 1, 299, 299)
     torch.testing.assert_close(edm.InceptionFeatures.resize(x), x)
     ramp = edm.InceptionFeatures.resize(torch.arange(32.0).expand(1, 1, 32, 32))[0, 0, 0]
     torch.testing.assert_close(ramp, (torch.arange(299) * 32 / 299).clamp_max(31), rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------- search
+def tiny_scorer(tmp_path, partition="paper", batch=16):
+    base, aux = network(1, img_channels=1, augment_dim=0), network(2, img_channels=1, augment_dim=0)
+    for p, q in zip(aux.parameters(), base.parameters()):
+        p.data.lerp_(q.data, 0.9)
+    owners = {name: edm.block_of(name, base, partition) for name in base.state_dict()}
+    features = edm.DigitsFeatures(tmp_path / "cnn.pt", epochs=1)
+    reference = edm.Reference(edm.Config(preset="digits", device="cpu", out=tmp_path), features)
+    how = settings(batch, 3)
+    return edm.Scorer(edm.Configurations(base, aux, owners, how), features, reference, how, tmp_path, "key", 1)
+
+
+@pytest.mark.parametrize("partition", ["paper", "layers"])
+def test_gradient_against_central_differences(tmp_path, partition):
+    """1% of the largest entry: the network runs in float32, and the difference itself has an error of h^2."""
+    scorer, seeds, h = tiny_scorer(tmp_path, partition), np.arange(60), 0.01
+    blocks = scorer.configs.blocks
+
+    @torch.no_grad()
+    def distance(w):
+        latents, labels = edm.draw_latents(scorer.configs.net, seeds, "cpu")
+        x = edm.edm_sampler(scorer.configs.set(w), latents, labels, scorer.settings.steps)
+        return float(scorer.reference.prepared.distance_from_features(scorer.features((x * 127.5 + 128).clip(0, 255))))
+    w = dict(zip(blocks, np.linspace(0.3, 1.2, len(blocks))))
+    fd, gradient = scorer.distance_and_gradient(w, seeds, rounding=False)
+    assert fd == pytest.approx(distance(w), rel=1e-4)
+    for i in {0, len(blocks) // 2, len(blocks) - 1}:
+        high, low = (distance(w | {blocks[i]: w[blocks[i]] + step}) for step in (h, -h))
+        assert gradient[i] == pytest.approx((high - low) / (2 * h), abs=0.01 * np.abs(gradient).max())
+    rounded, _ = scorer.distance_and_gradient(w, seeds)
+    assert rounded == pytest.approx(scorer.score(w, seeds)["fd"], rel=1e-9) and rounded != fd
+
+
+def test_gradient_search_resumes_to_the_same_end(tmp_path):
+    config, seeds = edm.Config(preset="digits", evaluations=3, bounds=(-1, 3)), np.arange(50)
+    ends = []
+    for folder, stops in (("a", ()), ("b", (1, 2))):
+        (tmp_path / folder).mkdir()
+        for stop in (*stops, None):
+            scorer = tiny_scorer(tmp_path / folder)
+            real, calls = scorer.distance_and_gradient, []
+
+            def counted(*args, **kwargs):
+                calls.append(1)
+                if stop is not None and len(calls) > 1:
+                    raise KeyboardInterrupt
+                return real(*args, **kwargs)
+            scorer.distance_and_gradient = counted
+            try:
+                edm.search_gradient(config, scorer, seeds, 0.5)
+            except KeyboardInterrupt:
+                assert stop is not None
+        rows = [json.loads(line) for line in (tmp_path / folder / "grid.jsonl").read_text().splitlines()]
+        ends.append([(row["w"], row["fd"]) for row in rows])
+    assert ends[0] == ends[1] and len(ends[0]) == 3
+    assert min(fd for _, fd in ends[0]) < scorer.score({"enc": 0.5, "mid": 0.5, "dec": 0.5}, seeds)["fd"]
 
 
 # ---------------------------------------------------------------- the script
@@ -439,12 +595,14 @@ def test_two_ranks_score_as_one_process(small_run, tmp_path):
 
 
 @pytest.mark.parametrize("args, message", [
-    (("--snapshot", "x"), "--snapshot 'x'"), (("--grid", ""), "--grid ''"), (("--grid", "a,b"), "--grid 'a,b'"),
-    (("--grid", "nan"), "--grid 'nan'"), (("--grid", ",".join(map(str, range(30)))), "27000 points"),
-    (("--base", "/nowhere/net.pkl"), "/nowhere/net.pkl does not exist"), (("--partition", "thirds"), "--partition thirds"),
-    (("--sweep", "1:2"), "--sweep '1:2'"), (("--synthetic", "20000"), "overlap"), (("--preset", "imagenet"), "--preset"),
-    (("--device", "tpu"), "--device tpu"), (("--out", "/proc/no"), "--out /proc/no"), (("--final-images", "3"), "at least 40"),
-    (("--preset", "cifar10", "--device", "cpu"), "--yes")])
+    (("--snapshot", "x"), "--snapshot: give numbers"), (("--grid", ""), "--grid: give numbers"),
+    (("--grid", "a,b"), "not 'a,b'"), (("--grid", "nan"), "not 'nan'"),
+    (("--grid", ",".join(map(str, range(30)))), "27000 points"),
+    (("--base", "/nowhere/net.pkl"), "/nowhere/net.pkl does not exist"), (("--partition", "thirds"), "thirds is not"),
+    (("--sweep", "1:2"), "--sweep: give start:stop:step"), (("--synthetic", "20000"), "overlap"),
+    (("--preset", "imagenet"), "--preset"), (("--device", "tpu"), "--device"), (("--out", "/proc/no"), "--out /proc/no"),
+    (("--final-images", "3"), "at least 40"), (("--placebo", "2", "--partition", "layers"), "--placebo"),
+    (("--bounds", "1"), "--bounds"), (("--preset", "cifar10", "--device", "cpu"), "--yes")])
 def test_bad_input_is_one_line(args, message, tmp_path):
     done = launch("--preset", "digits", *args, *(() if "--out" in args else ("--out", tmp_path / "out")))
     assert done.returncode == 2 and message in done.stderr
