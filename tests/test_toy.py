@@ -75,7 +75,7 @@ def test_training_learns_and_repeats():
     for theta in (parameters(), first["theta_r"]):
         torch.manual_seed(1)
         data = first["data"].repeat(20, 1)
-        losses.append(float(toy_neon.denoising_loss(toy_neon.network(theta), data, abar)))
+        losses.append(toy_neon.denoising_loss(toy_neon.network(theta), data, abar).item())
     assert losses[1] < 0.9 * losses[0]
 
 
@@ -218,7 +218,7 @@ def test_end_to_end(small_run):
     assert len(rows) == 730 and len({tuple(row[:6]) for row in rows}) == 730
     for picture in ("score_against_w", "layers_and_deltas", "samples", "search"):
         assert (out / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
-    for word in ("base", "collapsed", "global", "delta 1.72", "0.009516", "paper", "2 seed(s)"):
+    for word in ("base", "collapsed", "global", "delta 1.72", "0.009516", "paper", "seeds: 2"):
         assert word in done.stdout
 
 
