@@ -1,13 +1,13 @@
 """Adaptive NEON on EDM: repair a diffusion model that was trained on its own samples, block by block.
 
-    theta = theta_r - w_block * (theta_s - theta_r)    w > 0 away from collapse, w < 0 towards it; w = -1: theta_s
+    theta = theta_r - w_block * (theta_s - theta_r)  w > 0 away from collapse, w < 0 towards it, -1: theta_s
 
-theta_r: the base network (EDM, arXiv 2206.00364); theta_s: its EMA after self-training on its own samples (NEON,
-arXiv 2510.03597); blocks: encoder, middle, decoder of the U-Net (Adaptive NEON, section 4.2). All configurations
-see the same starting noise and labels; selection and final comparison use disjoint seeds.
+theta_r: the base network (EDM, arXiv 2206.00364); theta_s: its EMA after self-training on its own samples
+(NEON, arXiv 2510.03597); blocks: encoder, middle, decoder of the U-Net (Adaptive NEON, section 4.2). All
+configurations see the same starting noise and labels; selection and final comparison use disjoint seeds.
 
-    python edm_neon.py --preset digits --snapshot 5 --grid 0.5,1.0,1.5     laptop, nothing to download, minutes
-    python edm_neon.py --snapshot 1551 --grid 0.75,1.0,1.25                CIFAR-10: a GPU and a connection
+    python edm_neon.py --preset digits --snapshot 5 --grid 0.5,1.0,1.5   laptop, nothing to download, minutes
+    python edm_neon.py --snapshot 1551 --grid 0.75,1.0,1.25              CIFAR-10: a GPU and a connection
     torchrun --nproc_per_node=8 edm_neon.py --snapshot 1551 --grid 0.75,1.0,1.25
 
 Recorded figures and their commands: results/edm and the README. CIFAR-10 has not been run on a GPU yet.
@@ -20,16 +20,17 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import pickletools
 import platform
+import re
 import sys
 import time
 import urllib.request
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +45,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 try:
     import neon_ext
@@ -52,18 +54,30 @@ except ImportError:  # reported by checked(), in one line
 
 EDM = "https://nvlabs-fi-cdn.nvidia.com/edm"
 BASES = {kind: f"{EDM}/pretrained/edm-cifar10-32x32-{kind}-vp.pkl" for kind in ("cond", "uncond")}
-INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-             "pt_inception-2015-12-05-6726825d.pth")
+INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" \
+            "pt_inception-2015-12-05-6726825d.pth"
 FOLDS = 20  # of every score's moments: jackknife intervals need no new samples
 MAX_POINTS = 10_000  # of a grid, without --yes
-SELECT_SEED, FINAL_SEED, SEARCH_SEED = 10_000, 50_000, 10_000_000  # first seeds; a gradient step draws fresh ones
+SELECT_SEED, FINAL_SEED, SEARCH_SEED = 10_000, 50_000, 10_000_000  # the first seeds of each
 
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
 
 
-# ---------------------------------------------------------------- configuration: every field is an option
+@contextmanager
+def reading(what):
+    """Whatever is wrong with a file ends in one line that begins with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(f"{what} ({type(error).__name__}: {reason})") from None
+
+
+# ------------------------------------------------------------ configuration: every field is an option
 def numbers(text, kind=float):
     try:
         values = tuple(sorted({kind(part) for part in text.split(",")}))
@@ -77,9 +91,11 @@ def numbers(text, kind=float):
 def sweep_values(text):
     try:
         start, stop, step = (float(part) for part in text.split(":"))
-        return tuple(np.arange(start, stop + step / 2, step).round(6).tolist()) if step > 0 else 1 / 0
-    except (ValueError, ArithmeticError):
-        raise argparse.ArgumentTypeError(f"give start:stop:step with a positive step, not {text!r}") from None
+        if step > 0 and (stop - start) / step < MAX_POINTS:
+            return tuple(np.arange(start, stop + step / 2, step).round(6).tolist())
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"give start:stop:step with a positive step, not {text!r}")
 
 
 def read_partition(text):
@@ -92,25 +108,26 @@ def read_partition(text):
 
 def option(default, text, kind=None, choices=None):
     """A field of Config; kind: from the option's text to its value."""
-    return dataclasses.field(default=default, metadata=dict(help=text, type=kind or type(default), choices=choices))
+    metadata = dict(help=text, type=kind or type(default), choices=choices)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
-    """--select-images 2000 sets select_images. Defaults: NEON's for CIFAR-10, at the paper's batch of 64 (snapshots
-    550, 1051, 1551, ... are multiples of 782 x 64 images). kimg: 1000 images."""
+    """--select-images 2000 sets select_images. Defaults: NEON's for CIFAR-10, at the paper's batch of 64
+    (snapshots 550, 1051, 1551, ... are multiples of 782 x 64 images). kimg: 1000 images."""
     preset: str = option("cifar10", "what to study", choices=("cifar10", "digits"))
     snapshot: tuple = option((1551,), "self-training lengths in kimg, by commas", partial(numbers, kind=int))
-    grid: tuple = option((0.75, 1.0, 1.25), "weights of the block-wise grid, the same for every block", numbers)
+    grid: tuple = option((0.75, 1.0, 1.25), "weights of the block-wise grid, for every block", numbers)
     grid_enc: tuple = option((), "other weights for the encoder", numbers)
     grid_mid: tuple = option((), "other weights for the middle", numbers)
     grid_dec: tuple = option((), "other weights for the decoder", numbers)
     sweep: tuple = option((), "also these global weights, start:stop:step", sweep_values)
-    partition: str = option("paper", "paper, structural, layers, or a JSON file {glob: block}", read_partition)
+    partition: str = option("paper", "paper, structural, layers, or JSON file {glob: block}", read_partition)
     plan: bool = option(False, "print blocks, drift and a time estimate, then stop")
     race: bool = option(False, "drop grid points that are surely worse after a fifth of the seeds")
     placebo: int = option(0, "this many random partitions, their blocks as large, go through the same grid")
-    search: str = option("", "after the grid; gradient scales to --partition layers", choices=("cobyqa", "gradient"))
+    search: str = option("", "after the grid; gradient scales to layers", choices=("cobyqa", "gradient"))
     evaluations: int = option(12, "of the search: scores of cobyqa, steps of gradient")
     bounds: tuple = option((-1.0, 4.0), "of the search, low,high", numbers)
     base: str = option("", "cond, uncond, a path or URL (.pkl of EDM or .safetensors of this program)")
@@ -129,8 +146,7 @@ class Config:
     select_images: int = option(10_000, "images per score of the selection")
     final_images: int = option(50_000, "images per score of the final comparison")
     final_repeats: int = option(1, "disjoint sets of final seeds")
-    protocol: str = option("disjoint", "paper: 2,000 selection seeds that overlap the training set",
-                           choices=("disjoint", "paper"))
+    protocol: str = option("disjoint", "paper: 2,000 seeds, trained on", choices=("disjoint", "paper"))
     ref: str = option(f"{EDM}/fid-refs/cifar10-32x32.npz", "npz with mu and sigma of the real features")
     detector: str = option(INCEPTION, "Inception weights (PyTorch port)")
     precision: str = option("fp32", "of the network", choices=("fp32", "tf32", "bf16", "fp16"))
@@ -148,14 +164,14 @@ MODELS = {"cifar10": dict(img_resolution=32, img_channels=3, label_dim=10, augme
                          channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])}
 PRESETS = {  # the paper's FIDs on CIFAR-10: base 1.78, best global 1.43 to 1.74, block-wise 1.43 to 1.71
     "cifar10": {},
-    "digits": dict(snapshot=(5,), grid=(0.5, 1.0, 1.5), train_base=100.0, base_lr=3e-3, synthetic=1000, lr=5e-4,
-                   ramp_kimg=0.0, ema_kimg=0.5, dropout=0.0, augment=0.0, select_images=1000, final_images=1500,
-                   sample_batch=125)}  # "FD (digits CNN, 64-d)", see results/edm
+    "digits": dict(snapshot=(5,), grid=(0.5, 1.0, 1.5), train_base=100.0, base_lr=3e-3, synthetic=1000,
+                   lr=5e-4, ramp_kimg=0.0, ema_kimg=0.5, dropout=0.0, augment=0.0, select_images=1000,
+                   final_images=1500, sample_batch=125)}  # "FD (digits CNN, 64-d)", see results/edm
 
 
-# ---------------------------------------------------------------- network: EDM's DDPM++ and NCSN++, names as in EDM
+# ------------------------------------------------------------ network: DDPM++ and NCSN++, names as in EDM
 class Conv(nn.Conv2d):
-    """2-D convolution after optional resampling by a small filter (fused: before it, NCSN++'s residual path)."""
+    """2-D convolution after resampling by a small filter (fused: before it, as NCSN++'s residual path)."""
 
     def __init__(self, into, out, kernel, up=False, down=False, resample_filter=(1, 1), fused=False):
         super().__init__(into, out, kernel, padding=kernel // 2)
@@ -185,7 +201,7 @@ def group_norm(channels):
 class UNetBlock(nn.Module):
     """Residual block with noise embedding, optional resampling and single-head self-attention."""
 
-    def __init__(self, into, out, emb, dropout, up=False, down=False, attention=False, resample_filter=(1, 1)):
+    def __init__(self, into, out, emb, dropout, resample_filter, up=False, down=False, attention=False):
         super().__init__()
         self.dropout, resample = dropout, dict(up=up, down=down, resample_filter=resample_filter)
         self.norm0, self.conv0 = group_norm(into), Conv(into, out, 3, **resample)
@@ -202,7 +218,7 @@ class UNetBlock(nn.Module):
         x = h.add_(x if self.skip is None else self.skip(x)).mul_(0.5 ** 0.5)
         if self.norm2 is not None:
             n, c, height, width = x.shape
-            qkv = self.qkv(self.norm2(x)).reshape(n, 1, c, 3, height * width)  # q, k, v interleaved on channels
+            qkv = self.qkv(self.norm2(x)).reshape(n, 1, c, 3, height * width)  # interleaved channels
             q, k, v = (t.transpose(-1, -2) for t in qkv.unbind(3))  # [N, 1, HW, C]
             a = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).contiguous().view(x.shape)
             x = self.proj(a).add_(x).mul_(0.5 ** 0.5)
@@ -212,10 +228,11 @@ class UNetBlock(nn.Module):
 class SongUNet(nn.Module):
     """DDPM++ (positional embedding, standard encoder) and NCSN++ (Fourier embedding, residual encoder)."""
 
-    def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, model_channels=128,
-                 channel_mult=(1, 2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.10,
-                 label_dropout=0, embedding_type="positional", channel_mult_noise=1, encoder_type="standard",
-                 decoder_type="standard", resample_filter=(1, 1)):
+    def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0,
+                 model_channels=128, channel_mult=(1, 2, 2, 2), channel_mult_emb=4, num_blocks=4,
+                 attn_resolutions=(16,), dropout=0.10, label_dropout=0, embedding_type="positional",
+                 channel_mult_noise=1, encoder_type="standard", decoder_type="standard",
+                 resample_filter=(1, 1)):
         super().__init__()
         if encoder_type not in ("standard", "residual") or decoder_type != "standard":
             raise UserError(f"encoder {encoder_type!r} with decoder {decoder_type!r} is not supported")
@@ -229,16 +246,17 @@ class SongUNet(nn.Module):
         self.map_layer0, self.map_layer1 = nn.Linear(noise, emb), nn.Linear(emb, emb)
         block = partial(UNetBlock, emb=emb, dropout=dropout, resample_filter=resample_filter)
         self.enc, self.dec, skips, c, aux = nn.ModuleDict(), nn.ModuleDict(), [], in_channels, in_channels
-        levels = [(f"{r}x{r}", r in attn_resolutions, model_channels * mult) for r, mult in (
-            (img_resolution >> level, mult) for level, mult in enumerate(channel_mult))]
+        sizes = [img_resolution >> level for level in range(len(channel_mult))]
+        levels = [(f"{size}x{size}", size in attn_resolutions, model_channels * mult)
+                  for size, mult in zip(sizes, channel_mult)]
         for r, attention, width in levels:
             if not skips:
                 self.enc[f"{r}_conv"] = Conv(c, c := model_channels, 3)
             else:
                 self.enc[f"{r}_down"] = block(c, c, down=True)
                 if encoder_type == "residual":
-                    self.enc[f"{r}_aux_residual"] = Conv(aux, aux := c, 3, down=True, fused=True,
-                                                         resample_filter=resample_filter)
+                    residual = dict(down=True, fused=True, resample_filter=resample_filter)
+                    self.enc[f"{r}_aux_residual"] = Conv(aux, aux := c, 3, **residual)
             skips.append(c)
             for i in range(num_blocks):
                 self.enc[f"{r}_block{i}"] = block(c, c := width, attention=attention)
@@ -265,10 +283,9 @@ class SongUNet(nn.Module):
                 nn.init.zeros_(p)
 
     def embed(self, c_noise, labels, augment_labels):
-        if self.map_noise is None:
-            i = torch.arange(self.noise // 2, dtype=torch.float32, device=c_noise.device)
-            frequency = (1 / 10000) ** (i / (self.noise // 2 - 1))
-        else:
+        i = torch.arange(self.noise // 2, dtype=torch.float32, device=c_noise.device)
+        frequency = (1 / 10000) ** (i / (self.noise // 2 - 1))
+        if self.map_noise is not None:
             frequency = 2 * np.pi * self.map_noise.freqs
         t = c_noise.outer(frequency.to(c_noise.dtype))
         e = torch.cat([t.sin(), t.cos()], 1).to(self.map_layer0.weight.dtype)
@@ -297,15 +314,16 @@ class SongUNet(nn.Module):
 
 
 class EDMPrecond(nn.Module):
-    """D(x; sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4), the denoised image (EDM, table 1); x [N, C, H, W]."""
+    """D(x; sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4), the denoised x [N, C, H, W] (EDM, table 1)."""
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, sigma_min=0, sigma_max=float("inf"),
+    def __init__(self, img_resolution, img_channels, label_dim=0, sigma_min=0, sigma_max=math.inf,
                  sigma_data=0.5, **model):
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
-        self.config = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, **model)
         self.model = SongUNet(img_resolution, img_channels, img_channels, label_dim=label_dim, **model)
+        sizes = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim)
+        self.config = sizes | model
         self.precision = "fp32"  # fp16 and bf16: the U-Net under autocast; input and output stay float32
 
     def forward(self, x, sigma, class_labels=None, augment_labels=None):
@@ -323,9 +341,9 @@ class EDMPrecond(nn.Module):
         return torch.as_tensor(sigma)
 
 
-# ---------------------------------------------------------------- reading networks: pickles are parsed, never run
+# ------------------------------------------------------------ reading networks: pickles are parsed, never run
 class Inert:
-    """An object of the pickle as plain data: EDM's persistent objects, torch's containers, numpy's numbers."""
+    """An object of the pickle as plain data: EDM's persistent ones, torch's containers, numpy's numbers."""
 
     def __init__(self, meta=None, *_):
         meta = meta if isinstance(meta, dict) else {}
@@ -354,15 +372,15 @@ class SafeUnpickler(pickle.Unpickler):
 
     def __init__(self, data):
         super().__init__(io.BytesIO(data))
-        self.left = len(data)  # bytes of storages: no more than the file has
+        self.left = {"storages": len(data), "tensors": len(data)}  # bytes and elements
         inert = [("torch_utils.persistence", "_reconstruct_persistent_obj"), ("numpy", "dtype"),
                  ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"),
                  *(("torch.nn.modules.container", n) for n in ("ModuleDict", "ModuleList", "Sequential"))]
         self.allowed = {name: Inert for name in inert} | {
-            ("collections", "OrderedDict"): Function(lambda: {}), ("dnnlib.util", "EasyDict"): Function(lambda: {}),
+            ("collections", "OrderedDict"): Function(lambda: {}),
+            ("dnnlib.util", "EasyDict"): Function(lambda: {}),
             ("torch._utils", "_rebuild_parameter"): Function(lambda tensor, *_: tensor),
-            ("torch._utils", "_rebuild_tensor_v2"): Function(  # as_strided refuses what lies outside the storage
-                lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)),
+            ("torch._utils", "_rebuild_tensor_v2"): Function(self.tensor),
             ("torch.storage", "_load_from_bytes"): Function(self.storage)}
 
     def find_class(self, module, name):
@@ -370,11 +388,21 @@ class SafeUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it wants to call {f'{module}.{name}'[:100]!r}")
         return self.allowed[module, name]
 
+    def spend(self, what, amount):
+        self.left[what] -= amount
+        if self.left[what] < 0:
+            raise pickle.UnpicklingError(f"its {what} are larger than the file")
+
+    def tensor(self, storage, offset, size, stride, *_):
+        """A view of the storage: as_strided refuses what lies outside, spend repeated elements."""
+        self.spend("tensors", math.prod(size))
+        return storage.as_strided(size, stride, offset)
+
     def storage(self, blob):
-        """The elements of one storage [count], by torch's own restricted reader."""
-        self.left -= len(blob)
-        if self.left < 0:
-            raise pickle.UnpicklingError("more tensor bytes than the file has")
+        """The elements of one storage [count], by torch's own restricted reader; a zip could inflate."""
+        self.spend("storages", len(blob))
+        if blob[:2] == b"PK":
+            raise pickle.UnpicklingError("a compressed storage")
         storage = torch.load(io.BytesIO(blob), weights_only=True, map_location="cpu")
         return torch.empty(0, dtype=storage.dtype).set_(storage)
 
@@ -383,41 +411,33 @@ def inert_tensors(module, prefix=""):
     """(name, tensor) of an inert module tree, in state-dict order."""
     if prefix.count(".") > 6:
         raise pickle.UnpicklingError("modules nested too deeply")
-    parameters, buffers, children = (module.state.get(f"_{k}") or {} for k in ("parameters", "buffers", "modules"))
+    parameters, buffers = (module.state.get(kind) or {} for kind in ("_parameters", "_buffers"))
     for name, tensor in {**parameters, **buffers}.items():
         if tensor is not None:
             yield prefix + name, tensor
-    for name, child in children.items():
+    for name, child in (module.state.get("_modules") or {}).items():
         if child is not None:
             yield from inert_tensors(child, f"{prefix}{name}.")
 
 
-def network_from_pickle(path):
-    """EDM's network-snapshot: options and weights as inert data, the network our own."""
+def pickled_network(path):
+    """EDM's network-snapshot: (options, weights) as inert data."""
     data = path.read_bytes()
-    try:
-        for opcode, arg, _ in pickletools.genops(data):  # refuse what allocates beyond the file's size
-            if opcode.name in ("BYTEARRAY8", "EXT1", "EXT2", "EXT4") or (
-                    opcode.name.endswith("PUT") and int(arg) > len(data)):
-                raise pickle.UnpicklingError(f"opcode {opcode.name}")
-        ema = SafeUnpickler(data).load()["ema"]
-        kwargs, inner = dict(ema.state["_init_kwargs"]), ema.state["_modules"]["model"]
-        if ema.name != "EDMPrecond" or kwargs.pop("model_type", "DhariwalUNet") != "SongUNet":
-            raise UserError(f"{path}: {ema.name} around {inner.name} is not supported; EDMPrecond around SongUNet "
-                            "(DDPM++, NCSN++) is")
-        kwargs.pop("use_fp16", None)
-        return build_network(kwargs, dict(inert_tensors(ema)), path)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{path} is refused, nothing in it was run: {reason}") from None
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path} holds no readable EDM network ({type(error).__name__}): is it cut off?") from None
+    for opcode, arg, _ in pickletools.genops(data):  # refuse what allocates beyond the file's size
+        if opcode.name in ("BYTEARRAY8", "EXT1", "EXT2", "EXT4") or (
+                opcode.name.endswith("PUT") and int(arg) > len(data)):
+            raise pickle.UnpicklingError(f"opcode {opcode.name}")
+    ema = SafeUnpickler(data).load()["ema"]
+    kwargs, inner = dict(ema.state["_init_kwargs"]), ema.state["_modules"]["model"]
+    if ema.name != "EDMPrecond" or kwargs.pop("model_type", "DhariwalUNet") != "SongUNet":
+        raise UserError(f"{path}: {ema.name} around {inner.name} is not supported, only EDMPrecond around "
+                        "SongUNet (DDPM++, NCSN++)")
+    kwargs.pop("use_fp16", None)
+    return kwargs, dict(inert_tensors(ema))
 
 
 def build_network(kwargs, tensors, path):
-    """EDMPrecond(**kwargs) with these weights; made without memory first, so that a file's options allocate nothing."""
+    """EDMPrecond(**kwargs) with these weights; made without memory first: options allocate nothing."""
     if kwargs.get("num_blocks", 4) * len(kwargs.get("channel_mult", ())) > len(tensors):
         raise UserError(f"{path}: its options describe a larger network than its {len(tensors)} tensors")
     with torch.device("meta"):
@@ -438,39 +458,32 @@ def load_network(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"network {path} does not exist")
-    if path.suffix != ".safetensors":
-        return network_from_pickle(path)
-    try:
+    with reading(f"network {path} is refused, nothing in it was run"):
+        if path.suffix != ".safetensors":
+            return build_network(*pickled_network(path), path)
         with safetensors.safe_open(path, "pt") as file:
-            config, tensors = json.loads(file.metadata()["config"]), {k: file.get_tensor(k) for k in file.keys()}
-        return build_network(config, tensors, path)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path} is no network of this program ({type(error).__name__})") from None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return build_network(json.loads(file.metadata()["config"]), tensors, path)
 
 
 def save_network(net, path, recipe):
     metadata = {"config": json.dumps(net.config), "recipe": json.dumps(recipe)}
     tensors = {name: tensor.float().contiguous().cpu() for name, tensor in net.state_dict().items()}
-    write_atomically(path, safetensors.torch.save(tensors, metadata))
+    write_atomically(path, partial(safetensors.torch.save_file, tensors, metadata=metadata))
 
 
-# ---------------------------------------------------------------- files and images
-def write_atomically(path, data):
-    """Bytes or text to a temporary file, then rename: an interrupted run leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+# ------------------------------------------------------------ files and images
+def write_atomically(path, write):
+    """write(temporary path), then rename: an interrupted run leaves the old file or the new one."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        temporary.write_bytes(data if isinstance(data, bytes) else data.encode())
+        write(temporary)
         os.replace(temporary, path)
+    except (RuntimeError, safetensors.SafetensorError) as error:  # theirs for a full disk
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} cannot be written, is the disk full? ({reason})") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def bytes_of(write):
-    """What write(file) writes."""
-    write(file := io.BytesIO())
-    return file.getvalue()
 
 
 def key_of(*parts):
@@ -478,7 +491,7 @@ def key_of(*parts):
 
 
 def file_hash(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def fetch(source, what, sha256_start=""):
@@ -492,24 +505,23 @@ def fetch(source, what, sha256_start=""):
     if target.exists():
         return target
     part = target.with_name(target.name + ".part")
-    try:
+    advice = f"put the file at {target}; --preset digits needs no download"
+    with reading(f"cannot download {what} from {source}: {advice}"):
         cache.mkdir(parents=True, exist_ok=True)
-        have = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(source, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=30) as answer, \
-                open(part, "ab" if answer.status == 206 else "wb") as file:
-            size = int(answer.headers.get("Content-Length", 0))
-            with tqdm(total=size, unit="B", unit_scale=True, desc=target.name) as bar:
-                while chunk := answer.read(1 << 20):
-                    bar.update(file.write(chunk))
-            if bar.n < size:
-                raise OSError(f"the connection broke after {bar.n} of {size} bytes, run again to go on")
-    except OSError as error:
-        raise UserError(f"cannot download {what} from {source} ({error}): put the file at {target}; --preset digits "
-                        "needs no download") from None
+        with open(part, "ab") as file:
+            file.truncate(have := max(file.tell() - 1, 0))  # one byte again: servers refuse an empty rest
+            request = urllib.request.Request(source, headers={"Range": f"bytes={have}-"} if have else {})
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                file.truncate(have if answer.status == 206 else 0)
+                size = int(answer.headers.get("Content-Length", 0))
+                with tqdm(total=size, unit="B", unit_scale=True, desc=target.name) as bar:
+                    while chunk := answer.read(1 << 20):
+                        bar.update(file.write(chunk))
+        if bar.n < size:
+            raise OSError(f"the connection broke after {bar.n} of {size} bytes, run again to go on")
     if not file_hash(part).startswith(sha256_start):
         part.unlink()
-        raise UserError(f"{what} from {source} is damaged (SHA-256 should begin with {sha256_start}): run again")
+        raise UserError(f"{what} from {source} is damaged (SHA-256 is not {sha256_start}...): run again")
     os.replace(part, target)
     return target
 
@@ -523,49 +535,49 @@ def digits_data():
 
 
 def read_dataset(path):
-    """EDM dataset (zip or folder of images with dataset.json) -> uint8 [N, C, H, W], int64 labels [N] or None."""
+    """EDM dataset (zip or folder with dataset.json) -> uint8 [N, C, H, W], int64 labels [N] or None."""
     path = Path(path)
-    try:
-        archive = zipfile.ZipFile(path) if path.is_file() else None
+    with reading(f"dataset {path} cannot be read"):
+        archive = None if path.is_dir() else zipfile.ZipFile(path)
         names = archive.namelist() if archive else [p.relative_to(path).as_posix() for p in path.rglob("*.*")]
         read = archive.read if archive else lambda name: (path / name).read_bytes()
         table = dict(json.loads(read("dataset.json"))["labels"] or ()) if "dataset.json" in names else {}
         names = sorted(n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg")))
         arrays = [np.asarray(PIL.Image.open(io.BytesIO(read(name)))) for name in names]
-        images = torch.from_numpy(np.stack([a if a.ndim == 3 else a[:, :, None] for a in arrays]))
+        images = torch.from_numpy(np.stack([np.atleast_3d(a) for a in arrays]))
         labels = torch.tensor([table[name] for name in names]) if table else None
         return images.permute(0, 3, 1, 2).contiguous(), labels
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"dataset {path} cannot be read ({type(error).__name__}: {error})") from None
 
 
 def write_dataset(path, images, labels):
     """uint8 [N, C, H, W] and labels (or None) -> EDM dataset zip, stored uncompressed."""
+    names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(len(images))]
+    index = None if labels is None else list(zip(names, labels.tolist()))
+
     def write(file):
-        names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(len(images))]
         with zipfile.ZipFile(file, "w") as archive:
             for name, image in zip(names, images.permute(0, 2, 3, 1).numpy()):
+                png = io.BytesIO()
                 picture = PIL.Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
-                png = bytes_of(partial(picture.save, format="png", compress_level=0))
-                archive.writestr(zipfile.ZipInfo(name), png)
-            index = None if labels is None else list(zip(names, labels.tolist()))
+                picture.save(png, format="png", compress_level=0)
+                archive.writestr(zipfile.ZipInfo(name), png.getvalue())
             archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": index}))
-    write_atomically(path, bytes_of(write))
+    write_atomically(path, write)
 
 
-# ---------------------------------------------------------------- sampling
+# ------------------------------------------------------------ sampling
 def sigma_steps(net, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """EDM's time steps [num_steps + 1] float64, ending in 0 (equation 5)."""
     low, high = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
     ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
     steps = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    return torch.cat([net.round_sigma(steps), torch.zeros(1, dtype=torch.float64)])
+    return F.pad(net.round_sigma(steps), (0, 1))
 
 
 def edm_sampler(net, latents, class_labels=None, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0,
                 differentiable=False):
-    """Heun's second-order deterministic sampler (EDM, algorithm 1): latents [N, C, H, W] -> images in [-1, 1], float64.
-    differentiable: in the network's weights, keeping the activations of one network call at a time."""
+    """Heun's second-order deterministic sampler (EDM, algorithm 1): latents [N, C, H, W] -> images in [-1, 1]
+    float64. differentiable: in the network's weights, with the activations of one network call at a time."""
     call = partial(checkpoint, net.forward, use_reentrant=False) if differentiable else torch.no_grad()(net)
     t = sigma_steps(net, num_steps, sigma_min, sigma_max, rho).to(latents.device)
     x = latents.double() * t[0]
@@ -579,7 +591,7 @@ def edm_sampler(net, latents, class_labels=None, num_steps=18, sigma_min=0.002, 
 
 
 def draw_latents(net, seeds, device):
-    """One generator per seed, as EDM: latents [N, C, H, W] float32 and one-hot labels [N, label_dim] (or None)."""
+    """One generator per seed, as EDM: latents [N, C, H, W] float32, one-hot labels [N, K] (or None)."""
     latents, labels, shape = [], [], (net.img_channels, net.img_resolution, net.img_resolution)
     for seed in seeds:
         generator = torch.Generator(device).manual_seed(int(seed) % 2**32)
@@ -589,9 +601,9 @@ def draw_latents(net, seeds, device):
     return torch.stack(latents), F.one_hot(torch.stack(labels), net.label_dim).float() if labels else None
 
 
-@dataclass
+@dataclasses.dataclass
 class Settings:
-    """How this process samples: device, images per batch, sampler steps, precision, its rank among `world`."""
+    """How this process samples: device, images per batch, sampler steps, precision, rank of `world`."""
     device: str
     batch: int
     steps: int
@@ -600,7 +612,7 @@ class Settings:
     world: int = 1
 
     def place(self, net):
-        """A copy of the network to sample from; on a GPU compiled once, as its weights are rewritten in place."""
+        """A copy of the network to sample from; compiled on a GPU: its weights are rewritten in place."""
         net = copy.deepcopy(net).to(self.device).eval().requires_grad_(False)
         net.precision = self.precision
         if self.device == "cuda":
@@ -617,19 +629,14 @@ class Settings:
         return (images * 127.5 + 128).clip(0, 255).to(torch.uint8), labels  # truncates, as EDM
 
     def map_batches(self, work, seeds, desc=None, batch=None):
-        """[work(batch of seeds)] in the order of the seeds; every rank gets all results. On a CPU, where small
+        """[work(batch of seeds)] in the order of the seeds; every rank gets all. On a CPU, where small
         networks leave cores idle, several batches at once."""
         parts = np.array_split(np.asarray(seeds), -(-len(seeds) // (batch or self.batch)))
-        mine = parts[self.rank::self.world]
-        workers = os.cpu_count() // torch.get_num_threads() if self.device == "cpu" and self.world == 1 else 1
-        with ThreadPoolExecutor(max(workers, 1)) as pool:
-            try:
-                results = pool.map(work, mine) if workers > 1 else map(work, mine)
-                results = list(tqdm(results, total=len(mine), desc=desc, leave=False,
-                                    disable=desc is None or self.rank > 0))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        mine, workers = parts[self.rank::self.world], os.cpu_count() // torch.get_num_threads()
+        bar = dict(desc=desc, leave=False, disable=desc is None or self.rank > 0)
+        if workers > 1 and self.device == "cpu" and self.world == 1:
+            return thread_map(work, mine, max_workers=workers, **bar)
+        results = [work(part) for part in tqdm(mine, **bar)]
         if self.world == 1:
             return results
         gathered = [None] * self.world
@@ -646,10 +653,11 @@ class Settings:
         return result
 
 
-# ---------------------------------------------------------------- augmentation (EDM, appendix F.2): nine labels
-SYM6 = [0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
-        0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
-        0.0017677118642428036, -0.007800708325034148]  # low-pass filter of the sym6 wavelet
+# ------------------------------------------------------------ augmentation (EDM, appendix F.2): nine labels
+SYM6 = [  # low-pass filter of the sym6 wavelet
+    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
+    0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
+    0.0017677118642428036, -0.007800708325034148]
 
 
 def matrix(rows, device, n=1):
@@ -668,8 +676,7 @@ def draw_affine(n, p, height, width, device):
     turn = gate(angle(), p)
     w, r = torch.randn(n, device=device), angle()
     w, r = gate(w, p), gate(r, 0.5)
-    move = torch.randn(2, n, device=device)
-    x, y = torch.where(torch.rand(1, n, device=device) < p, move, 0.0)
+    x, y = gate(torch.randn(2, n, device=device), p)
     s, t = torch.exp2(0.2 * zoom), torch.exp2(0.2 * w)
     G = scale(1 / s, 1 / s) @ rotate(turn) @ rotate(-r) @ scale(1 / t, t) @ rotate(r)
     G = G @ matrix([1, 0, -x * width / 8, 0, 1, -y * height / 8], device, n)
@@ -677,7 +684,7 @@ def draw_affine(n, p, height, width, device):
 
 
 def warp(images, G):
-    """images [N, C, H, W] resampled through G, band-limited by sym6 wavelet filters at twice the resolution."""
+    """images [N, C, H, W] resampled through G, band-limited by sym6 filters at twice the resolution."""
     (n, c, height, width), device = images.shape, images.device
     f = torch.tensor(SYM6, device=device)
     shift = lambda x, y: matrix([1, 0, x, 0, 1, y], device)
@@ -699,7 +706,8 @@ def warp(images, G):
     up = filtered(filtered(up, f.flip(0), True, padding=(0, 6)), f.flip(0), False, padding=(6, 0))
     G = scale(2, 2) @ shift((x0 - x1) / 2, (y0 - y1) / 2) @ G @ scale(0.5, 0.5)
     out_h, out_w = (height + 6) * 2, (width + 6) * 2
-    G = scale(2 / up.shape[3], 2 / up.shape[2]) @ shift(-0.5, -0.5) @ G @ shift(0.5, 0.5) @ scale(out_w / 2, out_h / 2)
+    G = scale(2 / up.shape[3], 2 / up.shape[2]) @ shift(-0.5, -0.5) @ G
+    G = G @ shift(0.5, 0.5) @ scale(out_w / 2, out_h / 2)
     grid = F.affine_grid(G[:, :2], [n, c, out_h, out_w], align_corners=False)
     x = F.grid_sample(up, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     x = filtered(x, f, True, stride=(1, 2), padding=(0, 5))[:, :, :, 3:-3]
@@ -707,7 +715,7 @@ def warp(images, G):
 
 
 def augment(images, p):
-    """images [N, C, H, W] in [-1, 1] -> augmented images and labels [N, 9]; x is flipped half the time, y with p."""
+    """images [N, C, H, W] in [-1, 1] -> augmented images, labels [N, 9]; flips: x half the time, y with p."""
     n, device, labels = len(images), images.device, []
     for axis, chance in ((3, p * 1e8), (2, p)):
         w = torch.randint(2, [n, 1, 1, 1], device=device)
@@ -718,9 +726,9 @@ def augment(images, p):
     return warp(images, G), torch.cat([*labels, rest], 1)
 
 
-# ---------------------------------------------------------------- training
+# ------------------------------------------------------------ training
 def edm_loss(net, images, labels, augment_p, P_mean=-1.2, P_std=1.2, sigma_data=0.5):
-    """EDM's loss per element [N, C, H, W]: lambda(sigma) |D(y + n; sigma) - y|^2, ln sigma ~ N(P_mean, P_std^2)."""
+    """EDM's loss [N, C, H, W]: lambda(sigma) (D(y + n; sigma) - y)^2, ln sigma ~ N(P_mean, P_std^2)."""
     sigma = (torch.randn(len(images), 1, 1, 1, device=images.device) * P_std + P_mean).exp()
     images, augment_labels = augment(images, augment_p) if augment_p else (images, None)
     noise = torch.randn_like(images) * sigma
@@ -729,7 +737,7 @@ def edm_loss(net, images, labels, augment_p, P_mean=-1.2, P_std=1.2, sigma_data=
 
 
 def ema_beta(batch, half_life, seen=None, ramp_ratio=None):
-    """Share the average keeps at a step of `batch` images; half_life in images, if asked at most seen * ramp_ratio."""
+    """Share the average keeps at a step of `batch` images; half_life in images, at most seen * ramp_ratio."""
     if ramp_ratio is not None:
         half_life = min(half_life, seen * ramp_ratio)
     return 0.5 ** (batch / max(half_life, 1e-8))
@@ -743,21 +751,23 @@ def shuffled(positions, n, seed):
 
 
 def train(net, images, labels, plan, settings, state_path, snapshots, save):
-    """Adam on EDM's loss; plan: name, lr, ramp_kimg, ema_kimg, augment, batch, seed, ramp_ratio. Every step draws from a
-    seed of its own: a resumed run repeats an uninterrupted one. save(ema, kimg) at each of `snapshots` (kimg)."""
+    """Adam on EDM's loss; plan: name, lr, ramp_kimg, ema_kimg, augment, batch, seed, ramp_ratio. Every step
+    has its own seed: a resumed run repeats an uninterrupted one. save(ema, kimg) at each of `snapshots`."""
     device, rank, world, batch = settings.device, settings.rank, settings.world, plan["batch"]
-    net, ema = net.to(device).train().requires_grad_(True), copy.deepcopy(net).to(device).eval().requires_grad_(False)
+    net = net.to(device).train().requires_grad_(True)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer, seen = torch.optim.Adam(net.parameters(), lr=plan["lr"], fused=True), 0
-    saved_parts = {"net": net, "ema": ema, "optimizer": optimizer}
+    parts = {"net": net, "ema": ema, "optimizer": optimizer}
     if state_path.exists():
         state = torch.load(state_path, weights_only=True, map_location=device)
-        for name, part in saved_parts.items():
-            part.load_state_dict(state[name])
         seen = state["seen"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
-    averages, weights = list(ema.parameters()), list(net.parameters())
-    total, tick, last_saved = max(snapshots) * 1000, max(batch, min(50_000, int(max(snapshots) * 250))), seen
-    bar = tqdm(total=total, initial=seen, unit="img", unit_scale=True, desc=plan["name"], leave=False, disable=rank > 0)
+    total, saved = max(snapshots) * 1000, seen
+    tick = max(batch, min(50_000, int(max(snapshots) * 250)))
+    bar = tqdm(total=total, initial=seen, unit="img", unit_scale=True, desc=plan["name"], leave=False,
+               disable=rank > 0)
     while seen < total:
         index = shuffled(torch.arange(seen, seen + batch)[rank::world], len(images), plan["seed"])
         torch.manual_seed(((plan["seed"] * 2**20 + seen // batch) * 64 + rank) % 2**63)
@@ -766,58 +776,55 @@ def train(net, images, labels, plan, settings, state_path, snapshots, save):
         optimizer.param_groups[0]["lr"] = plan["lr"] * min(seen / max(plan["ramp_kimg"] * 1000, 1e-8), 1)
         optimizer.zero_grad(set_to_none=True)
         (edm_loss(model, x, y, plan["augment"]).sum() * (world / batch)).backward()
-        for p in weights:
-            p.grad.nan_to_num_(0.0, 1e5, -1e5) if p.grad is not None else None
+        for grad in (p.grad for p in net.parameters() if p.grad is not None):
+            grad.nan_to_num_(0.0, 1e5, -1e5)
         optimizer.step()
         beta = ema_beta(batch, plan["ema_kimg"] * 1000, seen, plan.get("ramp_ratio"))
-        torch._foreach_lerp_(averages, [p.detach() for p in weights], 1 - beta)
-        due = [k for k in snapshots if seen < k * 1000 <= seen + batch]
+        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in net.parameters()], 1 - beta)
+        due = [kimg for kimg in snapshots if seen < kimg * 1000 <= seen + batch]
         seen += batch
         bar.update(batch)
-        if rank == 0 and (due or seen - last_saved >= tick):
+        if rank == 0 and (due or seen - saved >= tick):
             for kimg in due:
                 save(ema, kimg)
-            state = {name: part.state_dict() for name, part in saved_parts.items()} | {"seen": seen}
-            write_atomically(state_path, bytes_of(partial(torch.save, state)))
-            last_saved = seen
+            state, saved = {name: part.state_dict() for name, part in parts.items()} | {"seen": seen}, seen
+            write_atomically(state_path, partial(torch.save, state))
     bar.close()
     settings.one_by_one()  # now the first rank's files are there
 
 
-# ---------------------------------------------------------------- features, reference statistics, precision and recall
+# ------------------------------------------------------------ features, reference, precision and recall
 class InceptionFeatures(nn.Module):
-    """Inception-v3 of the FID graph: uint8 [N, 3, H, W] (or float in [0, 255]) -> 2048-d pool [N, 2048] float32.
-
-    path: the public PyTorch port of its weights (pt_inception-2015-12-05). TF1-style resize to 299, (v - 128) / 128:
-    comparable with EDM's FID. Batch normalisation is folded into the convolutions."""
+    """Inception-v3 of the FID graph: uint8 [N, 3, H, W] (or float in [0, 255]) -> pool [N, 2048] float32.
+    path: the public PyTorch port of its weights (pt_inception-2015-12-05). TF1-style resize to 299 and
+    (v - 128) / 128: comparable with EDM's FID. Batch normalisation is folded into the convolutions."""
     dim = 2048
     BLOCKS = {  # chains of convolutions side by side: name of the chain, its length; then a pooled branch
         **dict.fromkeys(("5b", "5c", "5d"), {"1x1": 1, "5x5": 2, "3x3dbl": 3}), "6a": {"3x3": 1, "3x3dbl": 3},
-        **dict.fromkeys(("6b", "6c", "6d", "6e"), {"1x1": 1, "7x7": 3, "7x7dbl": 5}), "7a": {"3x3": 2, "7x7x3": 4},
+        **dict.fromkeys(("6b", "6c", "6d", "6e"), {"1x1": 1, "7x7": 3, "7x7dbl": 5}),
+        "7a": {"3x3": 2, "7x7x3": 4},
         **dict.fromkeys(("7b", "7c"), {"1x1": 1, "3x3": 2, "3x3dbl": 3})}
 
     def __init__(self, path):
         super().__init__()
-        try:
+        with reading(f"{path} is not the PyTorch port of the FID Inception"):
             weights = torch.load(path, weights_only=True, map_location="cpu")
             for key in [key for key in weights if key.endswith(".conv.weight")]:
-                name, bn = key.removesuffix(".conv.weight"), key.replace("conv.weight", "bn.")
+                name = key.removesuffix(".conv.weight").replace(".", "_")
+                bn = key.replace("conv.weight", "bn.")
                 scale = weights[f"{bn}weight"].double() / (weights[f"{bn}running_var"].double() + 1e-3).sqrt()
                 bias = weights[f"{bn}bias"].double() - weights[f"{bn}running_mean"].double() * scale
-                folded = weights[key].double() * scale.view(-1, 1, 1, 1)
-                self.register_buffer(name.replace(".", "_"), folded.float())
-                self.register_buffer(name.replace(".", "_") + "_bias", bias.float())
+                self.register_buffer(name, (weights[key].double() * scale.view(-1, 1, 1, 1)).float())
+                self.register_buffer(f"{name}_bias", bias.float())
             self(torch.zeros(1, 3, 8, 8))  # every layer is there and fits
-        except Exception as error:
-            raise UserError(f"{path} is not the PyTorch port of the FID Inception ({type(error).__name__}: {error})"
-                            ) from None
         self.name = f"inception-{file_hash(path)[:8]}-tf1"
 
     def conv(self, x, name, stride=1, padding=None):
         """Convolution and ReLU; by default stride 1 keeps the size and stride 2 is unpadded."""
-        weight = getattr(self, name)
-        same = [k // 2 for k in weight.shape[2:]] if stride == 1 else 0
-        return F.relu(F.conv2d(x, weight, getattr(self, f"{name}_bias"), stride, same if padding is None else padding))
+        weight, bias = getattr(self, name), getattr(self, f"{name}_bias")
+        if padding is None:
+            padding = [k // 2 for k in weight.shape[2:]] if stride == 1 else 0
+        return F.relu(F.conv2d(x, weight, bias, stride, padding))
 
     def mixed(self, x, block):
         outs, stride = [], 2 if block in ("6a", "7a") else 1
@@ -830,12 +837,12 @@ class InceptionFeatures(nn.Module):
             outs += [self.conv(h, last + end, stride) for end in (("a", "b") if split else ("",))]
         if stride == 2:
             return torch.cat([*outs, F.max_pool2d(x, 3, 2)], 1)
-        pooled = F.max_pool2d(x, 3, 1, 1) if block == "7c" else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-        return torch.cat([*outs, self.conv(pooled, f"Mixed_{block}_branch_pool")], 1)
+        pool = F.max_pool2d if block == "7c" else partial(F.avg_pool2d, count_include_pad=False)
+        return torch.cat([*outs, self.conv(pool(x, 3, 1, 1), f"Mixed_{block}_branch_pool")], 1)
 
     @staticmethod
     def resize(x, size=299):
-        """TensorFlow 1's bilinear: source coordinate j * W / 299 without half-pixel shift; x, then y; float32."""
+        """TensorFlow 1's bilinear: source coordinate j * W / 299, no half-pixel shift; x, then y; float32."""
         for axis in (3, 2):
             n = x.shape[axis]
             at = torch.arange(size, dtype=torch.float32, device=x.device) * (n / size)
@@ -856,7 +863,7 @@ class InceptionFeatures(nn.Module):
 
 
 class DigitsFeatures(nn.Module):
-    """A small classifier of scikit-learn's digits, trained on the spot (seeded, seconds): [N, 1, 8, 8] -> [N, 64]."""
+    """Small classifier of scikit-learn's digits, trained here (seeded, seconds): [N, 1, 8, 8] -> [N, 64]."""
     dim, name = 64, "digits-cnn-64"
 
     def __init__(self, path, epochs=40):
@@ -864,12 +871,13 @@ class DigitsFeatures(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             conv = partial(nn.Conv2d, kernel_size=3, padding=1)
-            self.body = nn.Sequential(conv(1, 32), nn.ReLU(), conv(32, 64, stride=2), nn.ReLU(), conv(64, 64, stride=2),
-                                      nn.ReLU(), nn.Flatten(), nn.Linear(256, 64), nn.ReLU())
+            self.body = nn.Sequential(
+                conv(1, 32), nn.ReLU(), conv(32, 64, stride=2), nn.ReLU(), conv(64, 64, stride=2), nn.ReLU(),
+                nn.Flatten(), nn.Linear(256, 64), nn.ReLU())
             self.head = nn.Linear(64, 10)
             if not path.exists():
                 self.fit(epochs)
-                write_atomically(path, bytes_of(partial(torch.save, self.state_dict())))
+                write_atomically(path, partial(torch.save, self.state_dict()))
         self.load_state_dict(torch.load(path, weights_only=True))
         self.eval().requires_grad_(False)
 
@@ -889,40 +897,39 @@ class Reference:
     """Statistics of the real data: .prepared (neon_ext.FrechetReference), .real [N, D] or None, .facts."""
 
     def __init__(self, c, features):
-        self.real, kind = None, features.name
-        if c.preset == "digits" or c.data:
+        self.real, source = None, "digits" if c.preset == "digits" else c.data
+        if source:
             images = digits_data()[0] if c.preset == "digits" else read_dataset(c.data)[0]
             with torch.no_grad():
                 self.real = torch.cat([features(part.to(c.device)) for part in images.split(256)])
-            mu, cov = neon_ext.feature_moments(self.real)
-            count, source = len(images), c.data or "digits"
-            stored = dict(mu=mu.cpu().numpy(), sigma=cov.cpu().numpy(), images=count, features=kind)
-            write_atomically(c.out / "reference.npz", bytes_of(lambda file: np.savez(file, **stored)))
+            mu, cov = (t.cpu().numpy() for t in neon_ext.feature_moments(self.real))
+            stored = dict(mu=mu, sigma=cov, images=len(images), features=features.name)
+            write_atomically(c.out / "reference.npz", lambda part: np.savez(part, **stored))
         else:
             source = fetch(c.ref, "the reference statistics")
-            try:
-                with np.load(source) as file:
-                    mu, cov = (torch.from_numpy(np.asarray(file[k], dtype=np.float64)) for k in ("mu", "sigma"))
-                    kind = str(file["features"]) if "features" in file else "inception"  # EDM's: 50,000 images
-                    count = int(file["images"]) if "images" in file else 50_000
-            except Exception as error:
-                raise UserError(f"reference {source} has no mu and sigma ({type(error).__name__})") from None
-            if mu.shape != (features.dim,) or kind not in (features.name, features.name.split("-")[0]):
-                raise UserError(f"reference {source} has {tuple(mu.shape)} statistics of {kind}, the features are "
+        with reading(f"reference {source} has no usable mu and sigma"):
+            if self.real is None:
+                with np.load(source) as file:  # EDM's leaves features and images out
+                    stored = {"features": "inception", "images": 50_000} | dict(file)
+            kind, shape = str(stored["features"]), np.shape(stored["mu"])
+            if shape != (features.dim,) or kind not in (features.name, features.name.split("-")[0]):
+                raise UserError(f"reference {source} has {shape} statistics of {kind}, the features are "
                                 f"{features.name}, {features.dim}-d: use statistics of the same features")
-        self.prepared = neon_ext.FrechetReference(mu.to(c.device), cov.to(c.device), count)
-        self.facts = {"features": features.name, "source": str(source), "images": count}
+            mu, cov = (torch.as_tensor(stored[key]).double().to(c.device) for key in ("mu", "sigma"))
+            self.prepared = neon_ext.FrechetReference(mu, cov, int(stored["images"]))
+        self.facts = {"features": features.name, "source": str(source), "images": int(stored["images"])}
 
     def floor(self, images):
-        """Distance between two disjoint samples of the real data, of at most `images` each: what bias alone gives."""
+        """Distance between two disjoint samples of the real data, at most `images` each: bias alone."""
         n = min(images, len(self.real) // 2)
-        order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0)).to(self.real.device)
-        halves = [neon_ext.feature_moments(self.real[part]) for part in (order[:n], order[n:2 * n])]
-        return {"images": n, "fd": float(neon_ext.frechet_distance(*halves[0], *halves[1]))}
+        order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0))
+        first, second = (self.real[part.to(self.real.device)] for part in order[:2 * n].split(n))
+        moments = (*neon_ext.feature_moments(first), *neon_ext.feature_moments(second))
+        return {"images": n, "fd": float(neon_ext.frechet_distance(*moments))}
 
 
 def distances(prepared, features):
-    """Distance of features [N, D] to the reference, and the distances without each of FOLDS contiguous folds."""
+    """Distance of features [N, D] to the reference, and without each of FOLDS contiguous folds."""
     moments = neon_ext.Moments(features.shape[1], FOLDS, features.device)
     for k, fold in enumerate(features.tensor_split(FOLDS)):
         moments.update(fold, k)
@@ -933,57 +940,58 @@ def distances(prepared, features):
 
 @torch.no_grad()
 def precision_recall(real, fake, k=5, most=10_000):
-    """Improved precision and recall (arXiv 1904.06991) with k nearest neighbours, on at most 10,000 of each."""
+    """Improved precision and recall (arXiv 1904.06991), k nearest neighbours, at most `most` of each."""
     real, fake = real[:most].double(), fake[:most].double()
 
     def inside(points, manifold):
-        radius = torch.cat([torch.cdist(part, manifold).kthvalue(k + 1).values for part in manifold.split(1000)])
-        hit = [(torch.cdist(part, manifold) <= radius).any(1) for part in points.split(1000)]
+        radii = [torch.cdist(part, manifold).kthvalue(k + 1).values for part in manifold.split(1000)]
+        hit = [(torch.cdist(part, manifold) <= torch.cat(radii)).any(1) for part in points.split(1000)]
         return float(torch.cat(hit).double().mean())
     return inside(fake, real), inside(real, fake)
 
 
-# ---------------------------------------------------------------- blocks
+# ------------------------------------------------------------ blocks
 def block_of(name, net, partition="paper"):
-    """The block that owns parameter `name`. paper: lowest resolution and mapping are mid, else enc or dec; structural:
-    the decoder's blocks after the bottleneck are dec; layers: one per residual block; a dict: by its globs."""
-    parts = name.split(".")
+    """The block that owns parameter `name`. paper: lowest resolution and mapping are mid, else enc or dec;
+    structural: the decoder's blocks after the bottleneck are dec; layers: one each; a dict: by its globs."""
     if isinstance(partition, dict):
-        block = next((block for pattern, block in partition.items() if fnmatch.fnmatchcase(name, pattern)), None)
-        if block is None:
-            raise UserError(f"--partition: no pattern owns {name}; end the file with \"*\": \"rest\"")
-        return block
+        for pattern, block in partition.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return block
+        raise UserError(f"--partition: no pattern owns {name}; end the file with \"*\": \"rest\"")
+    side, layer = name.split(".")[1:3]
     if partition == "layers":
-        return "map" if parts[1].startswith("map") else ".".join(parts[1:3])
+        return "map" if side.startswith("map") else f"{side}.{layer}"
     low = min(int(key.split("x")[0]) for key in net.model.enc)
-    lowest = parts[2].startswith(f"{low}x{low}_") and not (
-        partition == "structural" and parts[1] == "dec" and "_block" in parts[2])
-    return "mid" if parts[1] not in ("enc", "dec") or lowest else parts[1]
+    after = partition == "structural" and side == "dec" and "_block" in layer
+    lowest = layer.startswith(f"{low}x{low}_") and not after
+    return "mid" if side not in ("enc", "dec") or lowest else side
 
 
 def placebo_owners(owners, sizes, seed, draws=200):
-    """{parameter: block} at random: layers change blocks as a whole, every block keeps its number of layers and, of many
-    draws the closest, nearly its number of parameters. owners, sizes: {parameter: block}, {parameter: numel}."""
+    """{parameter: block} at random: layers change blocks as a whole, every block keeps its number of layers
+    and, the closest of many draws, nearly its size. owners, sizes: {parameter: block}, {parameter: numel}."""
     layer = {name: (block_of(name, None, "layers"), block) for name, block in owners.items()}
     layers, rng = list(dict.fromkeys(layer.values())), np.random.default_rng(seed)
     weight = np.array([sum(sizes[name] for name in owners if layer[name] == one) for one in layers])
     blocks = np.array([block for _, block in layers])
     share = lambda assigned: np.log([weight[assigned == b].sum() for b in np.unique(blocks)])
-    best = min((rng.permutation(blocks) for _ in range(draws)), key=lambda a: np.abs(share(a) - share(blocks)).max())
+    mismatch = lambda assigned: np.abs(share(assigned) - share(blocks)).max()
+    best = min((rng.permutation(blocks) for _ in range(draws)), key=mismatch)
     return {name: str(best[layers.index(layer[name])]) for name in owners}
 
 
 class Configurations:
-    """All extrapolations between two networks: one resident network whose weights are rewritten in one fused pass."""
+    """All extrapolations of two networks: one resident network, its weights rewritten in one fused pass."""
 
     def __init__(self, base, aux, owners, settings):
         ours, theirs = base.state_dict(), aux.state_dict()
-        for name in ours:
-            shapes = [tuple(t[name].shape) if name in t else "absent" for t in (ours, theirs)]
-            if shapes[0] != shapes[1]:
-                raise UserError(f"base and self-trained network differ, first at {name}: {shapes[0]} and {shapes[1]}")
-        self.theta_r, self.theta_s = ({k: v.float().to(settings.device) for k, v in t.items()}
-                                      for t in (ours, theirs))
+        for name in [*ours, *theirs]:
+            r, s = (tuple(state[name].shape) if name in state else "absent" for state in (ours, theirs))
+            if r != s:
+                raise UserError(f"base and self-trained network differ, first at {name}: {r} and {s}")
+        self.theta_r, self.theta_s = ({name: state[name].float().to(settings.device) for name in ours}
+                                      for state in (ours, theirs))
         self.owners, self.blocks = owners, list(dict.fromkeys(owners.values()))
         if {*self.blocks} <= {"enc", "mid", "dec"}:
             self.blocks.sort(key=["enc", "mid", "dec"].index)
@@ -1001,19 +1009,21 @@ class Configurations:
         norm = lambda tensors: sum(float(t.double().square().sum()) for t in tensors) ** 0.5
         rows = {}
         for block in self.blocks:
-            pairs = [(r, self.theta_s[name]) for name, r in self.theta_r.items() if self.owners[name] == block]
-            drift = norm(s - r for r, s in pairs) / norm(r for r, _ in pairs)
-            rows[block] = {"tensors": len(pairs), "parameters": sum(r.numel() for r, _ in pairs), "drift": drift}
+            names = [name for name, owner in self.owners.items() if owner == block]
+            r, s = ([theta[name] for name in names] for theta in (self.theta_r, self.theta_s))
+            drift = norm(a - b for a, b in zip(s, r)) / norm(r)
+            rows[block] = {"tensors": len(r), "parameters": sum(t.numel() for t in r), "drift": drift}
         return rows
 
     def placebo(self, seed):
         """The same networks cut into random blocks."""
         other = copy.copy(self)
-        other.owners = placebo_owners(self.owners, {name: r.numel() for name, r in self.theta_r.items()}, seed)
+        sizes = {name: r.numel() for name, r in self.theta_r.items()}
+        other.owners = placebo_owners(self.owners, sizes, seed)
         return other
 
 
-# ---------------------------------------------------------------- scoring
+# ------------------------------------------------------------ scoring
 class Scorer:
     """Fréchet distances of configs on common random numbers; finished ones are read back from grid.jsonl
     (selection seeds) and final.jsonl (final seeds)."""
@@ -1024,13 +1034,15 @@ class Scorer:
         self.restart(configs)
 
     def restart(self, configs):
-        """Read back what is finished of these configurations."""
+        """Read back what is finished of these configurations; a line that was cut off goes."""
         self.configs, self.key, self.done = configs, key_of(self.networks, configs.owners), {}
-        files = [self.out / name for name in ("grid.jsonl", "final.jsonl")]
-        for line in "".join(file.read_text() for file in files if file.exists()).splitlines():
-            row = json.loads(line)
-            if (row["key"], row["snapshot"]) == (self.key, self.kimg):
-                self.done[self.name_of(row["w"], row["images"], row["first_seed"])] = row
+        for file in filter(Path.exists, (self.out / name for name in ("grid.jsonl", "final.jsonl"))):
+            *lines, rest = file.read_text().split("\n")
+            if rest:
+                os.truncate(file, file.stat().st_size - len(rest.encode()))
+            for row in map(json.loads, lines):
+                if (row["key"], row["snapshot"]) == (self.key, self.kimg):
+                    self.done[self.name_of(row["w"], row["images"], row["first_seed"])] = row
         return self
 
     def weights(self, values):
@@ -1042,7 +1054,7 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, w, seeds, desc=None):
-        """{snapshot, w, images, fd, folds, seconds}, with precision and recall where the real images are at hand;
+        """{snapshot, w, images, fd, folds, seconds}, precision and recall where the real images are at hand.
         folds: the distance without each of FOLDS seed folds. Appended to its file, never computed twice."""
         name, begin, settings = self.name_of(w, len(seeds), seeds[0]), time.perf_counter(), self.settings
         if name in self.done:
@@ -1053,8 +1065,8 @@ class Scorer:
         if settings.rank == 0:
             found = torch.cat([f.to(settings.device) for f in found])  # [N, D]
             fd, folds = distances(self.reference.prepared, found)
-            row[0] = {"snapshot": self.kimg, "w": w, "images": len(seeds), "first_seed": int(seeds[0]), "fd": fd,
-                      "folds": folds}
+            row[0] = {"snapshot": self.kimg, "w": w, "images": len(seeds), "first_seed": int(seeds[0]),
+                      "fd": fd, "folds": folds}
             if self.reference.real is not None:
                 row[0]["precision"], row[0]["recall"] = precision_recall(self.reference.real, found)
             row[0] |= {"seconds": round(time.perf_counter() - begin, 3), "key": self.key}
@@ -1066,13 +1078,13 @@ class Scorer:
         return row[0]
 
     def score_all(self, weights, seeds, desc):
-        return [self.score(w, seeds) for w in tqdm(weights, desc=f"snapshot {self.kimg}: {desc}", leave=False,
-                                                   disable=self.settings.rank > 0)]
+        bar = dict(desc=f"snapshot {self.kimg}: {desc}", leave=False, disable=self.settings.rank > 0)
+        return [self.score(w, seeds) for w in tqdm(weights, **bar)]
 
     def distance_and_gradient(self, w, seeds, rounding=True):
-        """Distance at w and its exact gradient [blocks] with respect to all block weights. Pass one: moments; pass two:
-        each batch again, with the derivative of the distance pulled back through features and sampler to the weights,
-        one network call's activations at a time. Rounding to uint8 is passed straight through."""
+        """Distance at w and its exact gradient [blocks] in the block weights. Pass one: moments; two: every
+        batch again, the distance's derivative pulled back through features and sampler to the weights, one
+        network call's activations at a time. Rounding to uint8 is passed straight through."""
         net, n, configs, device = self.configs.set(w), len(seeds), self.configs, self.settings.device
 
         def features_of(part, differentiable):
@@ -1084,9 +1096,11 @@ class Scorer:
         def pull_back(part):
             f = features_of(part, True)
             pull = to_mean / n + 2 * (f.detach().double() - mean) @ to_cov / (n - 1)
+            gradients = torch.autograd.grad(f, list(parameters.values()), pull.to(f.dtype))
             total = dict.fromkeys(configs.blocks, 0.0)
-            for name, g in zip(parameters, torch.autograd.grad(f, list(parameters.values()), pull.to(f.dtype))):
-                total[configs.owners[name]] += float((g.double() * (configs.theta_r[name] - configs.theta_s[name])).sum())
+            for name, g in zip(parameters, gradients):
+                drift = configs.theta_r[name] - configs.theta_s[name]
+                total[configs.owners[name]] += float((g.double() * drift).sum())
             return list(total.values())
 
         with torch.no_grad():
@@ -1097,15 +1111,15 @@ class Scorer:
         to_mean, to_cov = torch.autograd.grad(fd, inputs)
         parameters = dict(net.requires_grad_(True).named_parameters())
         try:
-            batch = max(1, self.settings.batch // 4)  # back-propagation takes several times the memory of sampling
+            batch = max(1, self.settings.batch // 4)  # takes several times the memory of sampling
             return fd.item(), np.sum(self.settings.map_batches(pull_back, seeds, batch=batch), axis=0)
         finally:
             net.requires_grad_(False)
 
 
 def compare(rows, others, level=0.05):
-    """Paired difference of distances, mean over the seed sets of `rows` and `others`, and its interval: delete-one-fold
-    jackknife of the difference (Student's t), as both saw the same noise. better: lower than the others."""
+    """Paired difference of distances, mean over the seed sets of `rows` and `others`, and its interval: the
+    delete-one-fold jackknife (Student's t) of the difference, as both saw the same noise. better: lower."""
     folds = np.array([np.subtract(a["folds"], b["folds"]) for a, b in zip(rows, others)])  # [sets, FOLDS]
     full = float(np.mean([a["fd"] - b["fd"] for a, b in zip(rows, others)]))
     variance = (FOLDS - 1) / FOLDS * ((folds - folds.mean(1, keepdims=True)) ** 2).sum()
@@ -1114,9 +1128,9 @@ def compare(rows, others, level=0.05):
     return {"difference": full, "low": full - half, "high": full + half, "verdict": verdict}
 
 
-# ---------------------------------------------------------------- search
+# ------------------------------------------------------------ search
 def race(scorer, weights, seeds, level=0.05):
-    """Candidates that a fifth of the seeds does not separate from the leader: each interval of the paired difference at
+    """Candidates that a fifth of the seeds does not separate from the leader: intervals of the difference at
     level / candidates, so that the best is dropped with a probability of at most about `level`."""
     rows = scorer.score_all(weights, seeds[:max(2 * FOLDS, len(seeds) // 5)], "race")
     leader = min(rows, key=lambda row: row["fd"])
@@ -1132,17 +1146,17 @@ def best_of_grid(c, scorer, seeds, desc="grid"):
 
 
 def search_cobyqa(c, scorer, seeds, start):
-    """Derivative-free trust-region search (scipy's COBYQA) over the block weights from the best global weight."""
-    blocks = len(scorer.configs.blocks)
-    scipy.optimize.minimize(lambda x: scorer.score(scorer.weights(x), seeds)["fd"], np.full(blocks, start),
-                            method="COBYQA", bounds=[c.bounds] * blocks, options={
-                                "maxfev": c.evaluations, "initial_tr_radius": 0.5, "final_tr_radius": 0.01})
+    """Derivative-free trust-region search (scipy's COBYQA) from the best global weight."""
+    blocks, options = len(scorer.configs.blocks), {"initial_tr_radius": 0.5, "final_tr_radius": 0.01}
+    score = lambda x: scorer.score(scorer.weights(x), seeds)["fd"]
+    scipy.optimize.minimize(score, np.full(blocks, start), method="COBYQA", bounds=[c.bounds] * blocks,
+                            options=options | {"maxfev": c.evaluations})
 
 
 def search_gradient(c, scorer, seeds, start, lr=0.15, pull=0.02, patience=6):
-    """Adam on all block weights from the best global weight: fresh noise at every step and a pull towards the start,
-    against overfitting. The running average of the iterates is scored on the selection seeds, which no gradient has
-    seen; the search stops when `patience` steps bring nothing. Its state after every step is kept on disk."""
+    """Adam on all block weights from the best global weight: fresh noise at every step and a pull towards the
+    start, against overfitting. The running average of the iterates is scored on the selection seeds, which no
+    gradient has seen; `patience` steps without gain end it. The state after every step is kept on disk."""
     n, blocks = len(seeds), len(scorer.configs.blocks)
     path = scorer.out / f"search-{key_of(scorer.key, start, n, c.bounds)}.pt"
     w = torch.full([blocks], float(start), dtype=torch.float64)
@@ -1161,18 +1175,19 @@ def search_gradient(c, scorer, seeds, start, lr=0.15, pull=0.02, patience=6):
         trace.append(scorer.score(scorer.weights(average), seeds)["fd"])
         if scorer.settings.rank == 0:
             state = (w, average, trace, optimizer.state_dict())
-            write_atomically(path, bytes_of(partial(torch.save, state)))
+            write_atomically(path, partial(torch.save, state))
 
 
-# ---------------------------------------------------------------- one snapshot: grid, search, final comparison
+# ------------------------------------------------------------ one snapshot: grid, search, final comparison
 def grid_weights(c, blocks):
     """All products of the grid over the blocks; none beyond MAX_POINTS when a search takes their place."""
     lists = [getattr(c, f"grid_{block}", ()) or c.grid for block in blocks]
     points = np.prod([len(values) for values in lists], dtype=float)
-    if points > MAX_POINTS and c.search:
+    if points > MAX_POINTS and c.search and not c.placebo:
         return []
     if points > MAX_POINTS and not c.yes:
-        raise UserError(f"the grid has {points:.0f} points: use --search gradient, or add --yes if you mean it")
+        advice = "use --search gradient without --placebo, or add --yes"
+        raise UserError(f"the grid has {points:.0f} points: {advice}")
     return [dict(zip(blocks, values)) for values in itertools.product(*lists)]
 
 
@@ -1186,10 +1201,12 @@ def study(c, scorer, ledger):
     rows, best = best_of_grid(c, scorer, seeds)
     if c.search:
         {"cobyqa": search_cobyqa, "gradient": search_gradient}[c.search](c, scorer, seeds, w_global)
-        seen = [row for row in scorer.done.values() if (row["images"], row["first_seed"]) == (len(seeds), seeds[0])]
+        seen = [r for r in scorer.done.values() if (r["images"], r["first_seed"]) == (len(seeds), seeds[0])]
         winners["searched"] = min(seen, key=lambda row: row["fd"])["w"]
     winners["blockwise"] = best["w"] if best else winners["searched"]
-    finals = {name: [scorer.score(w, s, f"final: {name}") for s in ledger["final"]] for name, w in winners.items()}
+    finals = {}
+    for name, w in winners.items():
+        finals[name] = [scorer.score(w, s, f"final: {name}") for s in ledger["final"]]
     short = lambda row: {k: row[k] for k in ("w", "fd", "precision", "recall", "seconds") if k in row}
     entry = {"kimg": scorer.kimg, "blocks": scorer.configs.table(), "grid": [short(row) for row in rows],
              "sweep": [short(row) | {"w": v} for v, row in sweep.items()], "placebo": []}
@@ -1209,12 +1226,14 @@ def final_comparison(finals):
     """{model: rows of every final seed set} -> mean, all values, standard deviation, paired differences."""
     results = {}
     for name, rows in finals.items():
-        results[name] = {"w": rows[0]["w"], "images": rows[0]["images"], "all": [row["fd"] for row in rows]}
+        values = [row["fd"] for row in rows]
+        result = {"w": rows[0]["w"], "images": rows[0]["images"], "all": values}
         for key in {"fd", "precision", "recall"} & set(rows[0]):
-            results[name][key] = float(np.mean([row[key] for row in rows]))
-        results[name]["std"] = float(np.std(results[name]["all"], ddof=1)) if len(rows) > 1 else None
+            result[key] = float(np.mean([row[key] for row in rows]))
+        result["std"] = float(np.std(values, ddof=1)) if len(rows) > 1 else None
         for other in {"base": (), "global": ("base",)}.get(name, ("base", "global")):
-            results[name][f"against_{other}"] = compare(rows, finals[other])
+            result[f"against_{other}"] = compare(rows, finals[other])
+        results[name] = result
     return results
 
 
@@ -1232,17 +1251,18 @@ def warnings_of(c, entry, dim):
         if promised < against["low"]:
             notes.append(f"{name} is {-promised:.4g} below the base on the selection seeds and "
                          f"{-against['difference']:.4g} on the final ones: selection noise")
-        if final[name].get("precision", 1) < final["base"].get("precision", 0) - 0.01 and against["difference"] < 0:
+        loss = final["base"].get("precision", 0) - final[name].get("precision", 0)
+        if loss > 0.01 and against["difference"] < 0:
             notes.append(f"{name}: precision falls while the distance falls")
     return notes
 
 
-# ---------------------------------------------------------------- stages: base, synthetic set, self-training, seeds
+# ------------------------------------------------------------ stages: base, synthetic set, self-training
 def get_base(c, settings):
-    """The base network (given, downloaded, or trained from scratch) and its hash."""
+    """The base network (given, downloaded, or trained from scratch; untrained for a plan) and its hash."""
     if c.base or not c.train_base:
         path = settings.one_by_one(lambda: fetch(BASES.get(c.base or "cond", c.base), "the base network"))
-        return load_network(path), file_hash(path)[:16]
+        return load_network(path), file_hash(path)
     if c.preset != "digits" and not c.data:
         raise UserError("--train-base needs --data ZIP or folder of images")
     images, labels = digits_data() if c.preset == "digits" else read_dataset(c.data)
@@ -1257,48 +1277,50 @@ def get_base(c, settings):
     path, state_path = c.out / f"base-{key}.safetensors", c.out / f"base-{key}.pt"
     if not path.exists():
         torch.manual_seed(c.seed)
-        train(EDMPrecond(**model), images, labels, plan, settings, state_path, [kimg],
+        net = EDMPrecond(**model)
+        if c.plan:
+            return net, ""
+        train(net, images, labels, plan, settings, state_path, [kimg],
               lambda ema, k: save_network(ema, path, {"trained": plan, "kimg": k}))
     if settings.rank == 0:
         state_path.unlink(missing_ok=True)
-    return load_network(path), file_hash(path)[:16]
+    return load_network(path), file_hash(path)
 
 
-def get_synthetic(c, base, base_hash, settings):
+def get_synthetic(c, base, path, settings):
     """Images of the base at seeds 0, 1, ... with their random classes, as an EDM dataset zip."""
-    key = key_of(base_hash, c.synthetic, c.steps, c.device, c.precision)
-    path = c.out / f"synthetic-{key}.zip"
     if not path.exists():
-        net = settings.place(base)
-        parts = settings.map_batches(partial(settings.sample, net), np.arange(c.synthetic), "synthetic set")
+        sample = partial(settings.sample, settings.place(base))
+        parts = settings.map_batches(sample, np.arange(c.synthetic), "synthetic set")
         if settings.rank == 0:
             labels = torch.cat([y.cpu().argmax(1) for _, y in parts]) if base.label_dim else None
             write_dataset(path, torch.cat([x.cpu() for x, _ in parts]), labels)
         settings.one_by_one()
-    return path, key
+    return read_dataset(path)
 
 
 def get_snapshots(c, base, base_hash, settings):
-    """{kimg: path} of self-trained networks: existing files (--aux) or trained here to every --snapshot."""
-    given = Path(c.aux)
-    if c.aux and not given.is_dir():
+    """{kimg: path} of self-trained networks: existing (--aux) or trained here; a plan trains nothing."""
+    if c.aux and not (given := Path(c.aux)).is_dir():
         return {c.snapshot[0]: fetch(c.aux, "the self-trained network")}
     if c.aux:
-        files = {int(f.stem[17:]): f for kind in ("pkl", "safetensors") for f in given.glob(f"network-snapshot-*.{kind}")}
-        if not set(c.snapshot) <= set(files):
-            raise UserError(f"--aux {given} has snapshots {sorted(files)}, not all of --snapshot {c.snapshot}")
-        return {k: files[k] for k in c.snapshot}
-    data, data_key = get_synthetic(c, base, base_hash, settings)
+        files = {f.stem[17:]: f for f in sorted(given.glob("network-snapshot-*.*"))}
+        paths = {k: files.get(f"{k:06d}") for k in c.snapshot}
+        if not all(paths.values()):
+            raise UserError(f"--aux {given} has snapshots {[*files]}, not all of --snapshot {c.snapshot}")
+        return paths
+    data_key = key_of(base_hash, c.synthetic, c.steps, c.device, c.precision)
     plan = dict(name="self-training", lr=c.lr, ramp_kimg=c.ramp_kimg, augment=c.augment,
                 ema_kimg=c.ema_kimg, batch=c.batch, seed=c.seed + 1)
     folder = c.out / f"self-{key_of(data_key, plan, c.dropout)}"
     paths = {k: folder / f"network-snapshot-{k:06d}.safetensors" for k in c.snapshot}
-    if not all(path.exists() for path in paths.values()):
+    if not c.plan and not all(path.exists() for path in paths.values()):
+        images, labels = get_synthetic(c, base, c.out / f"synthetic-{data_key}.zip", settings)
         folder.mkdir(exist_ok=True)
         net = EDMPrecond(**dict(base.config, dropout=c.dropout))
         net.load_state_dict(base.state_dict())
         recipe = {"base_sha256": base_hash, "synthetic": data_key, "training": plan}
-        train(net, *read_dataset(data), plan, settings, folder / "training-state.pt", c.snapshot,
+        train(net, images, labels, plan, settings, folder / "training-state.pt", c.snapshot,
               lambda ema, k: save_network(ema, paths[k], recipe | {"kimg": k}))
         if not all(path.exists() for path in paths.values()):
             raise UserError(f"the saved training in {folder} is already past one of --snapshot {c.snapshot}: "
@@ -1307,40 +1329,39 @@ def get_snapshots(c, base, base_hash, settings):
 
 
 def seed_ledger(c):
-    """Disjoint seeds for synthetic set, selection and final sets; overlap is refused, the paper's is announced."""
-    paper = c.protocol == "paper"
-    sets = {"synthetic": (0, c.synthetic), "selection": (0, 2000) if paper else (SELECT_SEED, c.select_images)}
-    sets |= {f"final {r + 1}": (FINAL_SEED + r * c.final_images, c.final_images)
-             for r in range(c.final_repeats)}
-    for (a, (x, n)), (b, (y, m)) in itertools.combinations(sets.items(), 2):
-        if x < y + m and y < x + n and not (paper and (a, b) == ("synthetic", "selection")):
-            raise UserError(f"seeds of the {a} set ({x}-{x + n - 1}) and the {b} set ({y}-{y + m - 1}) overlap: fewer "
-                            "--synthetic or --select-images")
+    """Disjoint seeds for synthetic, selection and final sets; overlap is refused, the paper's announced."""
+    paper, n = c.protocol == "paper", c.final_images
+    sets = {"synthetic": (0, c.synthetic), "selection": (0 if paper else SELECT_SEED, c.select_images)}
+    sets |= {f"final {r + 1}": (FINAL_SEED + r * n, n) for r in range(c.final_repeats)}
+    sets = {name: np.arange(first, first + count) for name, (first, count) in sets.items()}
+    for (a, x), (b, y) in itertools.combinations(sets.items(), 2):
+        if x[0] <= y[-1] and y[0] <= x[-1] and not (paper and (a, b) == ("synthetic", "selection")):
+            raise UserError(f"seeds of the {a} set ({x[0]}-{x[-1]}) and the {b} set ({y[0]}-{y[-1]}) "
+                            "overlap: fewer --synthetic or --select-images")
     if paper:
-        print("--protocol paper: selection seeds 0-1999 overlap the synthetic training set, and 2,000 images are fewer "
-              "than 2,048 features: the covariance is singular")
-    seeds = [np.arange(x, x + n) for x, n in sets.values()]
-    return {"synthetic": seeds[0], "selection": seeds[1], "final": seeds[2:]}
+        print("--protocol paper: selection seeds 0-1999 overlap the synthetic training set, and 2,000 images "
+              "are fewer than 2,048 features: the covariance is singular")
+    return {"selection": sets["selection"], "final": list(sets.values())[2:]}
 
 
-# ---------------------------------------------------------------- report
+# ------------------------------------------------------------ report
 def write_report(summary, out):
     """summary.json and table.md; the terminal gets the table."""
     interval = lambda d: f"{d['difference']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]"
-    lines = [f"| snapshot (kimg) | model | w | selection {summary['score']} | final | against base (95%) | verdict | "
-             "precision | recall |", "|" + "---|" * 9]
-    notes = []
+    head = ["snapshot (kimg)", "model", "w", f"selection {summary['score']}", "final", "against base (95%)",
+            "verdict", "precision", "recall"]
+    rows, notes = [head, ["---"] * len(head)], []
     for entry in summary["snapshots"]:
         gains = {}
         for name, final in entry["final"].items():
             w, against = final["w"], final.get("against_base")
-            same, listed = len(set(w.values())) == 1, ", ".join(f"{b} {v:.3g}" for b, v in w.items())
-            cells = [entry["kimg"], name, f"{next(iter(w.values())):g}" if same else listed,
+            listed = ", ".join(f"{b} {v:.3g}" for b, v in w.items())
+            cells = [entry["kimg"], name, f"{w[min(w)]:g}" if len(set(w.values())) == 1 else listed,
                      f"{entry[name]['fd']:.4f}",
                      f"{final['fd']:.4f}" + ("" if final["std"] is None else f" +- {final['std']:.4f}"),
                      interval(against) if against else "", against["verdict"] if against else "",
                      *(f"{final[k]:.3f}" if k in final else "" for k in ("precision", "recall"))]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+            rows.append(map(str, cells))
             if name in ("blockwise", "searched"):
                 gains[name] = final["against_global"]
         gains |= {f"random blocks {k + 1}": p["against_global"] for k, p in enumerate(entry["placebo"])}
@@ -1349,28 +1370,29 @@ def write_report(summary, out):
         notes += [f"Warning, snapshot {entry['kimg']}: {note}." for note in entry["warnings"]]
     notes += [f"Floor at {f['images']} images: two disjoint samples of the real data are {f['fd']:.4f} apart."
               for f in summary["floors"]]
-    text = "\n".join(lines) + "\n\n" + "\n\n".join(notes)
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n\n" + "\n\n".join(notes)
     print("\n" + text)
-    write_atomically(out / "table.md", text + "\n")
-    write_atomically(out / "summary.json", json.dumps(summary, indent=1, default=str))
+    write_atomically(out / "table.md", partial(Path.write_text, data=text + "\n"))
+    content = json.dumps(summary, indent=1, default=str)
+    write_atomically(out / "summary.json", partial(Path.write_text, data=content))
 
 
 def plot_scores(plt, summary):
     """The paper's figures 3 (score against snapshot) and 1 (score, precision and recall against global w)."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4))
+    _, axes = plt.subplots(1, 3, figsize=(15, 4))
     entries = summary["snapshots"]
     for name in [name for name in entries[0]["final"] if name != "collapsed"]:
-        axes[0].plot([e["kimg"] for e in entries], [e["final"][name]["fd"] for e in entries], "o-", label=name)
+        points = [(e["kimg"], e["final"][name]["fd"]) for e in entries]
+        axes[0].plot(*zip(*points), "o-", label=name)
     for e, key in itertools.product(entries, ("fd", "precision", "recall")):
-        if key in e["sweep"][0]:
-            axes[1 if key == "fd" else 2].plot([p["w"] for p in e["sweep"]], [p[key] for p in e["sweep"]], "o-",
-                                               label=f"{'score' if key == 'fd' else key}, {e['kimg']} kimg")
+        points = [(p["w"], p[key]) for p in e["sweep"] if key in p]
+        label = f"{'score' if key == 'fd' else key}, {e['kimg']} kimg"
+        axes[1 if key == "fd" else 2].plot(*zip(*points), "o-", label=label) if points else None
     axes[0].set(xlabel="self-training (kimg)", ylabel=f"final {summary['score']}")
     axes[1].set(xlabel="w, all blocks", ylabel=f"selection {summary['score']}")
     axes[2].set(xlabel="w, all blocks")
     for axis in axes:
         axis.legend() if axis.lines else None
-    return figure
 
 
 def plot_grid(plt, rows):
@@ -1385,36 +1407,35 @@ def plot_grid(plt, rows):
         axis.set(xlabel=f"w_{last}", ylabel=f"w_{first}", title=f"w_{middle} = {m:g}", xticks=range(len(x)),
                  xticklabels=x, yticks=range(len(y)), yticklabels=y)
     figure.colorbar(image, ax=axes[0].tolist())
-    return figure
 
 
 def plot_samples(plt, pictures):
     """One image grid per model, all from the same noise."""
-    figure, axes = plt.subplots(1, len(pictures), figsize=(3 * len(pictures), 3.2))
+    _, axes = plt.subplots(1, len(pictures), figsize=(3 * len(pictures), 3.2))
     for axis, (name, images) in zip(axes, pictures.items()):
         n = int(len(images) ** 0.5)
         rows = [torch.cat(list(row), 2) for row in images[:n * n].split(n)]
         axis.imshow(torch.cat(rows, 1).permute(1, 2, 0).squeeze(2), cmap="gray")
         axis.set_title(name)
         axis.axis("off")
-    return figure
 
 
 def plot_report(summary, samples, out):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figures = {"scores.png": plot_scores(plt, summary)}
+    figures = {"scores.png": (plot_scores, summary)}
     for entry in summary["snapshots"]:
-        figures[f"samples_{entry['kimg']:06d}.png"] = plot_samples(plt, samples[entry["kimg"]])
+        figures[f"samples_{entry['kimg']:06d}.png"] = plot_samples, samples[entry["kimg"]]
         if len(entry["blocks"]) == 3 and entry["grid"]:
-            figures[f"grid_{entry['kimg']:06d}.png"] = plot_grid(plt, entry["grid"])
-    for name, figure in figures.items():
-        write_atomically(out / name, bytes_of(partial(figure.savefig, dpi=80, format="png", bbox_inches="tight")))
-    plt.close("all")
+            figures[f"grid_{entry['kimg']:06d}.png"] = plot_grid, entry["grid"]
+    for name, (plot, data) in figures.items():
+        plot(plt, data)
+        write_atomically(out / name, partial(plt.savefig, dpi=80, bbox_inches="tight"))
+        plt.close()
 
 
-# ---------------------------------------------------------------- command line
+# ------------------------------------------------------------ command line
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -1426,25 +1447,31 @@ def parse(argv):
     for f in dataclasses.fields(Config):
         how = {key: value for key, value in f.metadata.items() if value is not None}
         how = dict(action="store_true", help=how["help"]) if how["type"] is bool else how
-        parser.add_argument("--" + f.name.replace("_", "-"), **how | {"help": f"{how['help']} (default: {f.default})"})
-    values = {i for i in range(1, len(argv)) if argv[i][:1] == "-" and argv[i][1:2] in "0123456789."}
-    joined = [f"{argv[i]}={argv[i + 1]}" if i + 1 in values else argv[i] for i in range(len(argv)) if i not in values]
-    given = vars(parser.parse_args(joined))  # joined: argparse takes the -1:2:0.25 of "--sweep -1:2:0.25" for an option
-    preset = PRESETS[given.get("preset", "cifar10")]
-    return checked(Config(**{"out": Path(f"runs/{given.get('preset', 'cifar10')}"), **preset, **given}))
+        how["help"] += f" (default: {f.default})"
+        parser.add_argument("--" + f.name.replace("_", "-"), **how)
+    joined = []
+    for arg in argv:  # argparse takes the -1:2:0.25 of "--sweep -1:2:0.25" for an option
+        if joined and re.match(r"-[\d.]", arg):
+            joined[-1] += f"={arg}"
+        else:
+            joined.append(arg)
+    given = vars(parser.parse_args(joined))
+    preset = given.get("preset", "cifar10")
+    paper = {"select_images": 2000} if given.get("protocol") == "paper" else {}
+    return checked(Config(**{"out": Path(f"runs/{preset}"), **PRESETS[preset], **given, **paper}))
 
 
 def checked(c):
     """The configuration if it can run here; creates its folder."""
     if min(c.synthetic, c.select_images, c.final_images) < 2 * FOLDS or min(
             *c.snapshot, c.sample_batch, c.batch, c.steps, c.evaluations, c.final_repeats, c.placebo + 1) < 1:
-        raise UserError(f"--snapshot, batches and counts must be at least 1, numbers of images at least {2 * FOLDS}")
+        raise UserError(f"--snapshot, batches and counts must be at least 1, images at least {2 * FOLDS}")
     if len(c.bounds) != 2:
         raise UserError("--bounds: give two numbers, low,high")
     if c.placebo and c.partition == "layers":
         raise UserError("--placebo draws random blocks of several layers: use another --partition")
     if neon_ext is None:
-        raise UserError("the extension neon_ext is not built: run `pip install --no-build-isolation .` here first")
+        raise UserError("neon_ext is not built: run `pip install --no-build-isolation .` here first")
     if c.device == "cuda" and not (torch.cuda.is_available() and neon_ext.build_config()["cuda"]):
         raise UserError("--device cuda: no usable GPU, or neon_ext was built without CUDA; use --device cpu")
     if c.partition in ("paper", "structural"):
@@ -1454,7 +1481,7 @@ def checked(c):
         if not os.access(c.out, os.W_OK):
             raise OSError(None, "no permission")
     except OSError as error:
-        raise UserError(f"--out {c.out} cannot be written ({error.strerror}): choose another folder") from None
+        raise UserError(f"--out {c.out} cannot be written ({error.strerror}): choose another") from None
     return c
 
 
@@ -1473,10 +1500,10 @@ def make_settings(c):
 
 def seconds_per_image(net, settings):
     """Sampling time of one image, from one short batch; on the CPU with the faster of one and all threads."""
-    cpu = settings.device == "cpu"
-    batch, best = 2 if cpu and net.img_resolution >= 32 else 32, (float("inf"), torch.get_num_threads())
+    cpu, best = settings.device == "cpu", (math.inf, torch.get_num_threads())
+    batch = 2 if cpu and net.img_resolution >= 32 else 32
     x, labels = draw_latents(net, range(batch), settings.device)
-    for threads in [1, torch.get_num_threads()] * 2 if cpu else [1] * 3:
+    for threads in [1, best[1]] * 2 if cpu else [1] * 3:
         torch.set_num_threads(threads) if cpu else None
         begin = time.perf_counter()
         with torch.no_grad():
@@ -1486,10 +1513,11 @@ def seconds_per_image(net, settings):
     return best[0] / batch * (2 * settings.steps - 1)
 
 
-def print_plan(c, configs, seconds):
+def print_plan(c, configs, seconds, trained):
     print(f"{'block':<24}{'tensors':>8}{'parameters':>12}  drift ||theta_s - theta_r|| / ||theta_r||")
     for block, row in configs.table().items():
-        print(f"{block:<24}{row['tensors']:>8}{row['parameters']:>12}  {row['drift']:.5f}")
+        drift = f"{row['drift']:.5f}" if trained else "not trained yet"
+        print(f"{block:<24}{row['tensors']:>8}{row['parameters']:>12}  {drift}")
     scores = len(grid_weights(c, configs.blocks)) * (1 + c.placebo) + len({-1.0, 0.0, *c.grid, *c.sweep})
     scores += c.evaluations * {"": 0, "cobyqa": 1, "gradient": 6}[c.search]
     finals = (4 + bool(c.search) + c.placebo) * c.final_repeats
@@ -1503,8 +1531,8 @@ def refuse_hours(c, settings):
     if c.device == "cpu" and c.preset == "cifar10" and not (c.yes or c.plan):
         images = 30 * c.select_images + 4 * c.final_images * c.final_repeats + c.synthetic
         hours = seconds_per_image(EDMPrecond(**MODELS["cifar10"]).eval(), settings) * images / 3600
-        raise UserError(f"without a GPU this takes about {hours:.0f} hours of sampling alone: add --yes to run it all "
-                        "the same, or try --preset digits")
+        raise UserError(f"without a GPU this takes about {hours:.0f} hours of sampling alone: add --yes "
+                        "to run it all the same, or try --preset digits")
 
 
 def get_features(c):
@@ -1520,7 +1548,7 @@ def save_merged(c, configs, w, kimg, parents):
     save_network(configs.set(w), path, {"w": w, "partition": c.partition, **parents})
     if c.export_pt:
         state = {name: tensor.cpu() for name, tensor in configs.net.state_dict().items()}
-        write_atomically(path.with_suffix(".pt"), bytes_of(partial(torch.save, state)))
+        write_atomically(path.with_suffix(".pt"), partial(torch.save, state))
 
 
 def run(argv):
@@ -1529,17 +1557,19 @@ def run(argv):
     refuse_hours(c, settings)
     base, base_hash = get_base(c, settings)
     snapshots = get_snapshots(c, base, base_hash, settings)
-    features = settings.one_by_one(lambda: get_features(c))
-    reference = settings.one_by_one(lambda: Reference(c, features))
     seconds = seconds_per_image(settings.place(base), settings)
     owners = {name: block_of(name, base, c.partition) for name in base.state_dict()}
+    if c.plan:
+        for path in snapshots.values() if settings.rank == 0 else ():
+            aux = load_network(path) if path.exists() else base
+            print_plan(c, Configurations(base, aux, owners, settings), seconds, path.exists())
+        return
+    features = settings.one_by_one(lambda: get_features(c))
+    reference = settings.one_by_one(lambda: Reference(c, features))
     entries, samples = [], {}
     for kimg, path in sorted(snapshots.items()):
         configs = Configurations(base, load_network(path), owners, settings)
-        if c.plan:
-            print_plan(c, configs, seconds) if settings.rank == 0 else None
-            continue
-        parents = {"base_sha256": base_hash, "aux_sha256": file_hash(path)[:16]}
+        parents = {"base_sha256": base_hash, "aux_sha256": file_hash(path)}
         networks = key_of(parents, reference.facts, c.steps, c.precision, c.device)
         scorer = Scorer(configs, features, reference, settings, c.out, networks, kimg)
         entry, winners = study(c, scorer, ledger)
@@ -1548,34 +1578,39 @@ def run(argv):
                          for name, w in winners.items()}
         if settings.rank == 0:
             save_merged(c, configs, winners["blockwise"], kimg, parents)
-    if c.plan or settings.rank > 0:
+    if settings.rank > 0:
         return
     counts = sorted({c.select_images, c.final_images}) if reference.real is not None else ()
-    summary = {"command": " ".join(["python edm_neon.py", *argv]), "snapshots": entries, "reference": reference.facts,
-               "score": "FD (digits CNN, 64-d)" if c.preset == "digits" else "FID", "config": dataclasses.asdict(c),
-               "floors": [reference.floor(n) for n in counts], "seconds_per_image": seconds,
-               "first_seeds": {"selection": ledger["selection"][0], "final": [s[0] for s in ledger["final"]]},
-               "machine": torch.cuda.get_device_name() if c.device == "cuda" else f"{os.cpu_count()} cores",
-               "threads": torch.get_num_threads(), "world": settings.world, "neon_ext": neon_ext.build_config(),
-               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-               "seconds_total": time.perf_counter() - begin}
+    summary = {
+        "command": " ".join(["python edm_neon.py", *argv]), "config": dataclasses.asdict(c),
+        "score": "FD (digits CNN, 64-d)" if c.preset == "digits" else "FID", "reference": reference.facts,
+        "snapshots": entries, "floors": [reference.floor(n) for n in counts], "seconds_per_image": seconds,
+        "first_seeds": {"selection": ledger["selection"][0], "final": [s[0] for s in ledger["final"]]},
+        "machine": torch.cuda.get_device_name() if c.device == "cuda" else f"{os.cpu_count()} cores",
+        "threads": torch.get_num_threads(), "world": settings.world, "neon_ext": neon_ext.build_config(),
+        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, np)},
+        "seconds_total": time.perf_counter() - begin}
     write_report(summary, c.out)
     plot_report(summary, samples, c.out)
-    print(f"\n{time.perf_counter() - begin:.1f} s; summary.json, table.md, grid.jsonl, pictures, networks in {c.out}")
+    print(f"\n{summary['seconds_total']:.1f} s; summary.json, table.md, grid.jsonl, pictures in {c.out}")
 
 
 def main(argv=None):
+    message = None
     try:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        sys.exit(print(f"edm_neon: {error}", file=sys.stderr) or 2)
+        message, code = error, 2
     except OSError as error:
-        sys.exit(print(f"edm_neon: {error}; what was finished stays", file=sys.stderr) or 2)
+        message, code = f"{error}; what was finished stays", 2
     except KeyboardInterrupt:
-        sys.exit(print("\nedm_neon: stopped; finished parts are kept, the same command goes on", file=sys.stderr) or 130)
+        message, code = "stopped; finished parts are kept, the same command goes on", 130
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+    if message is not None:
+        print(f"edm_neon: {message}", file=sys.stderr)
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import edm_neon as edm
 import neon_ext
 
 SCRIPT = Path(edm.__file__)
+torch.set_num_threads(1)  # tiny networks: a second thread only waits
 TINY = dict(img_resolution=8, img_channels=3, label_dim=10, augment_dim=9, model_channels=16, channel_mult=[1, 2],
             num_blocks=1, attn_resolutions=[4], dropout=0.0)
 NCSN = dict(embedding_type="fourier", channel_mult_noise=2, encoder_type="residual", resample_filter=[1, 3, 3, 1])
