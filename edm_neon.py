@@ -27,12 +27,14 @@ import pickletools
 import platform
 import re
 import sys
+import tempfile
 import time
 import urllib.request
 import zipfile
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -353,18 +355,12 @@ class Inert:
         self.state = state
 
 
-class Function:
-    """What a name in the pickle may compute; the pickle cannot set its attributes."""
-    __slots__ = ("work",)
-
-    def __init__(self, work):
-        self.work = work
+class Function(NamedTuple):
+    """What a name in the pickle may compute; a tuple, as the pickle must not set its attributes."""
+    work: Callable
 
     def __call__(self, *args):
         return self.work(*args)
-
-    def __setstate__(self, state):
-        raise pickle.UnpicklingError("it changes a function")
 
 
 class SafeUnpickler(pickle.Unpickler):
@@ -463,11 +459,14 @@ def load_network(path):
             return build_network(*pickled_network(path), path)
         with safetensors.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return build_network(json.loads(file.metadata()["config"]), tensors, path)
+            config = json.loads(file.metadata()["config"])
+            config.pop("recipe", None)
+            return build_network(config, tensors, path)
 
 
 def save_network(net, path, recipe):
-    metadata = {"config": json.dumps(net.config), "recipe": json.dumps(recipe)}
+    """Weights in float32, options and recipe in one entry of the metadata: the order of several is random."""
+    metadata = {"config": json.dumps({**net.config, "recipe": recipe})}
     tensors = {name: tensor.float().contiguous().cpu() for name, tensor in net.state_dict().items()}
     write_atomically(path, partial(safetensors.torch.save_file, tensors, metadata=metadata))
 
@@ -475,15 +474,14 @@ def save_network(net, path, recipe):
 # ------------------------------------------------------------ files and images
 def write_atomically(path, write):
     """write(temporary path), then rename: an interrupted run leaves the old file or the new one."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+            part = Path(folder) / path.name  # torch.save writes the name into the file
+            write(part)
+            os.replace(part, path)
     except (RuntimeError, safetensors.SafetensorError) as error:  # theirs for a full disk
         reason = str(error).splitlines()[0]
         raise OSError(f"{path} cannot be written, is the disk full? ({reason})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def key_of(*parts):
@@ -928,6 +926,16 @@ class Reference:
         return {"images": n, "fd": float(neon_ext.frechet_distance(*moments))}
 
 
+def get_reference(c):
+    """The feature network and the statistics of the real data in it."""
+    if c.preset == "digits":
+        features = DigitsFeatures(c.out / "digits-cnn.pt")
+    else:
+        check = "6726825d" if c.detector == INCEPTION else ""
+        features = InceptionFeatures(fetch(c.detector, "the Inception weights", check))
+    return features, Reference(c, features.to(c.device))
+
+
 def distances(prepared, features):
     """Distance of features [N, D] to the reference, and without each of FOLDS contiguous folds."""
     moments = neon_ext.Moments(features.shape[1], FOLDS, features.device)
@@ -1268,9 +1276,11 @@ def get_base(c, settings):
     images, labels = digits_data() if c.preset == "digits" else read_dataset(c.data)
     if labels is None:
         raise UserError(f"{c.data} has no labels, but the network is conditional: add dataset.json")
-    model = dict(MODELS[c.preset], dropout=c.dropout, img_resolution=images.shape[-1],
-                 img_channels=images.shape[1], label_dim=int(labels.max()) + 1)
-    kimg = c.train_base
+    (channels, height, width), kimg = images.shape[1:], c.train_base
+    model = dict(MODELS[c.preset], dropout=c.dropout, img_resolution=width, img_channels=channels,
+                 label_dim=int(labels.max()) + 1)
+    if height != width or width % 2 ** (len(model["channel_mult"]) - 1):
+        raise UserError(f"{c.data}: {height} x {width} images; the network needs squares it can halve twice")
     plan = dict(name="base", lr=c.base_lr, ramp_kimg=kimg / 20, ema_kimg=kimg / 20, augment=c.augment,
                 batch=c.batch, seed=c.seed, ramp_ratio=0.05)
     key = key_of(model, kimg, plan, hashlib.sha256(images.numpy().tobytes()).hexdigest())
@@ -1379,19 +1389,18 @@ def write_report(summary, out):
 
 def plot_scores(plt, summary):
     """The paper's figures 3 (score against snapshot) and 1 (score, precision and recall against global w)."""
-    _, axes = plt.subplots(1, 3, figsize=(15, 4))
-    entries = summary["snapshots"]
+    (scores, sweep, precisions), entries = plt.subplots(1, 3, figsize=(15, 4))[1], summary["snapshots"]
     for name in [name for name in entries[0]["final"] if name != "collapsed"]:
         points = [(e["kimg"], e["final"][name]["fd"]) for e in entries]
-        axes[0].plot(*zip(*points), "o-", label=name)
+        scores.plot(*zip(*points), "o-", label=name)
     for e, key in itertools.product(entries, ("fd", "precision", "recall")):
         points = [(p["w"], p[key]) for p in e["sweep"] if key in p]
-        label = f"{'score' if key == 'fd' else key}, {e['kimg']} kimg"
-        axes[1 if key == "fd" else 2].plot(*zip(*points), "o-", label=label) if points else None
-    axes[0].set(xlabel="self-training (kimg)", ylabel=f"final {summary['score']}")
-    axes[1].set(xlabel="w, all blocks", ylabel=f"selection {summary['score']}")
-    axes[2].set(xlabel="w, all blocks")
-    for axis in axes:
+        axis = sweep if key == "fd" else precisions
+        axis.plot(*zip(*points), "o-", label=f"{key}, {e['kimg']} kimg") if points else None
+    scores.set(xlabel="self-training (kimg)", ylabel=f"final {summary['score']}")
+    sweep.set(xlabel="w, all blocks", ylabel=f"selection {summary['score']}")
+    precisions.set(xlabel="w, all blocks")
+    for axis in (scores, sweep, precisions):
         axis.legend() if axis.lines else None
 
 
@@ -1401,9 +1410,9 @@ def plot_grid(plt, rows):
     x, columns, y = (sorted({row["w"][b] for row in rows}) for b in (last, middle, first))
     table = {tuple(row["w"].values()): row["fd"] for row in rows}
     figure, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns), 3.5), squeeze=False)
+    limits = dict(vmin=min(table.values()), vmax=max(table.values()))
     for axis, m in zip(axes[0], columns):
-        image = axis.imshow([[table.get((a, m, b), np.nan) for b in x] for a in y], vmin=min(table.values()),
-                            vmax=max(table.values()))
+        image = axis.imshow([[table.get((a, m, b), np.nan) for b in x] for a in y], **limits)
         axis.set(xlabel=f"w_{last}", ylabel=f"w_{first}", title=f"w_{middle} = {m:g}", xticks=range(len(x)),
                  xticklabels=x, yticks=range(len(y)), yticklabels=y)
     figure.colorbar(image, ax=axes[0].tolist())
@@ -1413,11 +1422,9 @@ def plot_samples(plt, pictures):
     """One image grid per model, all from the same noise."""
     _, axes = plt.subplots(1, len(pictures), figsize=(3 * len(pictures), 3.2))
     for axis, (name, images) in zip(axes, pictures.items()):
-        n = int(len(images) ** 0.5)
-        rows = [torch.cat(list(row), 2) for row in images[:n * n].split(n)]
-        axis.imshow(torch.cat(rows, 1).permute(1, 2, 0).squeeze(2), cmap="gray")
-        axis.set_title(name)
-        axis.axis("off")
+        rows = [torch.cat(list(row), 2) for row in images.split(6)]
+        axis.imshow(torch.cat(rows, 1).permute(1, 2, 0).squeeze(2).numpy(), cmap="gray")
+        axis.set(title=name, xticks=[], yticks=[])
 
 
 def plot_report(summary, samples, out):
@@ -1476,12 +1483,10 @@ def checked(c):
         raise UserError("--device cuda: no usable GPU, or neon_ext was built without CUDA; use --device cpu")
     if c.partition in ("paper", "structural"):
         grid_weights(c, ("enc", "mid", "dec"))
-    try:
+    with reading(f"--out {c.out} cannot be written, choose another folder"):
         c.out.mkdir(parents=True, exist_ok=True)
         if not os.access(c.out, os.W_OK):
-            raise OSError(None, "no permission")
-    except OSError as error:
-        raise UserError(f"--out {c.out} cannot be written ({error.strerror}): choose another") from None
+            raise PermissionError("no permission")
     return c
 
 
@@ -1535,13 +1540,6 @@ def refuse_hours(c, settings):
                         "to run it all the same, or try --preset digits")
 
 
-def get_features(c):
-    if c.preset == "digits":
-        return DigitsFeatures(c.out / "digits-cnn.pt").to(c.device)
-    check = "6726825d" if c.detector == INCEPTION else ""
-    return InceptionFeatures(fetch(c.detector, "the Inception weights", check)).to(c.device)
-
-
 def save_merged(c, configs, w, kimg, parents):
     """The repaired network with its recipe, and on request as a plain state dict."""
     path = c.out / f"adaptive-neon-{kimg:06d}.safetensors"
@@ -1556,6 +1554,8 @@ def run(argv):
     settings, ledger = make_settings(c), seed_ledger(c)
     refuse_hours(c, settings)
     base, base_hash = get_base(c, settings)
+    if c.preset == "digits" and (base.img_resolution, base.img_channels) != (8, 1):
+        raise UserError("--preset digits needs a base of 8 x 8 grey images: use --preset cifar10 for others")
     snapshots = get_snapshots(c, base, base_hash, settings)
     seconds = seconds_per_image(settings.place(base), settings)
     owners = {name: block_of(name, base, c.partition) for name in base.state_dict()}
@@ -1564,8 +1564,7 @@ def run(argv):
             aux = load_network(path) if path.exists() else base
             print_plan(c, Configurations(base, aux, owners, settings), seconds, path.exists())
         return
-    features = settings.one_by_one(lambda: get_features(c))
-    reference = settings.one_by_one(lambda: Reference(c, features))
+    features, reference = settings.one_by_one(lambda: get_reference(c))
     entries, samples = [], {}
     for kimg, path in sorted(snapshots.items()):
         configs = Configurations(base, load_network(path), owners, settings)

@@ -1,12 +1,16 @@
 """edm_neon.py: each stage on tiny networks, in seconds."""
+import http.server
 import io
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
+import threading
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -106,6 +110,13 @@ def test_images_do_not_depend_on_the_batch():
                     for s in (settings(10), settings(3)))
     assert whole.dtype == torch.uint8 and whole.shape == (10, 3, 8, 8)
     assert (whole.int() - parts.int()).abs().max() <= 1  # float32 rounding may move a value across a step
+
+
+def test_images_that_are_not_finite_are_refused():
+    net = network()
+    net.model.map_layer0.bias.data[0] = float("nan")
+    with pytest.raises(edm.UserError, match="images that are not finite"):
+        settings().sample(net, [0, 1])
 
 
 # ---------------------------------------------------------------- augmentation, loss, training
@@ -254,6 +265,25 @@ def test_huge_or_broken_pickles(tmp_path, data):
         edm.load_network(tmp_path / "net.pkl")
 
 
+@pytest.mark.parametrize("build", [b"}Vwork\nK\x01sb.", b"N}Vwork\nK\x01s\x86b."], ids=["attributes", "slots"])
+def test_pickles_do_not_change_what_reads_them(tmp_path, build):
+    (tmp_path / "net.pkl").write_bytes(b"ccollections\nOrderedDict\n" + build)
+    with pytest.raises(edm.UserError, match="refused"):
+        edm.load_network(tmp_path / "net.pkl")
+
+
+def test_pickles_that_would_inflate_are_refused(tmp_path):
+    net, archive = network(model_channels=64), io.BytesIO()
+    for p in net.parameters():
+        p.data = torch.zeros(1).expand(p.shape)  # every element of the network from one in the file
+    torch.save(torch.zeros(10).untyped_storage(), archive)
+    compressed = pickle.dumps({"ema": Evil(torch.storage._load_from_bytes, archive.getvalue())})
+    for data, message in ((fake_snapshot(net), "tensors are larger"), (compressed, "compressed storage")):
+        (tmp_path / "net.pkl").write_bytes(data)
+        with pytest.raises(edm.UserError, match=message):
+            edm.load_network(tmp_path / "net.pkl")
+
+
 def test_truncated_and_foreign_networks(tmp_path):
     data = fake_snapshot(network())
     for name, content in (("short.pkl", data[:-1000]), ("vp.pkl", fake_snapshot(network(), "VPPrecond")),
@@ -311,8 +341,11 @@ def test_merge_is_the_formula():
         if step == 0:
             assert torch.equal(merged[name], r)
     assert sum(row["parameters"] for row in configurations.table().values()) == sum(t.numel() for t in merged.values())
-    with pytest.raises(edm.UserError, match="first at model"):
-        edm.Configurations(base, network(2, model_channels=32), owners, settings())
+    other = network(2, num_blocks=2)  # more layers: in whichever order
+    more = {name: edm.block_of(name, other) for name in other.state_dict()}
+    for networks in ((base, network(2, model_channels=32), owners), (base, other, owners), (other, base, more)):
+        with pytest.raises(edm.UserError, match="first at model"):
+            edm.Configurations(*networks, settings())
 
 
 # ---------------------------------------------------------------- statistics
@@ -386,6 +419,22 @@ def test_placebo_blocks_keep_their_sizes():
             same = [n for n in placebo if edm.block_of(n, net, "layers") == edm.block_of(name, net, "layers")]
             assert len({placebo[n] for n in same}) == 1
     assert edm.placebo_owners(owners, sizes, 0) == edm.placebo_owners(owners, sizes, 0)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"features": "digits-cnn-64"}, "of digits-cnn-64, the features are"), ({"mu": np.zeros(3)}, r"has \(3,\)"),
+    ({"sigma": np.full((4, 4), np.nan)}, "no usable mu and sigma"), ({"sigma": np.eye(3)}, "no usable mu and sigma")])
+def test_statistics_that_do_not_fit_are_refused(tmp_path, change, message):
+    features = SimpleNamespace(name="inception-0-tf1", dim=4)
+    good = {"mu": np.zeros(4), "sigma": np.eye(4)}
+    for content in (good, {**good, **change}):
+        np.savez(tmp_path / "ref.npz", **content)
+        config = edm.Config(ref=str(tmp_path / "ref.npz"), device="cpu", out=tmp_path)
+        if content is good:
+            assert edm.Reference(config, features).facts["images"] == 50_000
+        else:
+            with pytest.raises(edm.UserError, match=message):
+                edm.Reference(config, features)
 
 
 def test_precision_and_recall_limits():
@@ -530,6 +579,15 @@ def test_gradient_search_resumes_to_the_same_end(tmp_path):
     assert min(fd for _, fd in ends[0]) < scorer.score({"enc": 0.5, "mid": 0.5, "dec": 0.5}, seeds)["fd"]
 
 
+def test_a_line_that_was_cut_off_is_scored_again(tmp_path):
+    scorer, w = tiny_scorer(tmp_path), {"enc": 0.0, "mid": 0.0, "dec": 0.0}
+    row, file = scorer.score(w, np.arange(40)), tmp_path / "grid.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole[:50])
+    again = tiny_scorer(tmp_path)
+    assert file.read_bytes() == whole and list(again.done.values()) == [row]
+
+
 # ---------------------------------------------------------------- the script
 SMALL = ("--preset", "digits", "--train-base", "2", "--snapshot", "1", "--grid", "0.5,1.0", "--synthetic", "100",
          "--select-images", "80", "--final-images", "80")
@@ -539,10 +597,13 @@ def launch(*args, program=(sys.executable,), **kwargs):
     return subprocess.run([*program, str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=300, **kwargs)
 
 
+SEARCHED = (*SMALL, "--sweep", "-1:1:1", "--search", "cobyqa", "--evaluations", "5", "--export-pt")
+
+
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("edm")
-    done = launch(*SMALL, "--sweep", "-1:1:1", "--search", "cobyqa", "--evaluations", "5", "--export-pt", "--out", out)
+    done = launch(*SEARCHED, "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -574,6 +635,89 @@ def test_rerun_skips_what_is_there(small_run):
     assert launch(*SMALL, "--out", out).returncode == 0
     assert (out / "grid.jsonl").read_bytes() == before
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps and len(stamps) >= 4
+
+
+def test_killed_at_each_stage_it_ends_with_the_same_bytes(small_run, tmp_path, monkeypatch):
+    for owner, name, calls in ((edm, "edm_loss", 20), (edm.Settings, "sample", 0), (edm, "edm_loss", 10),
+                               (edm, "distances", 3), (edm, "distances", 8), (edm, "plot_report", 0)):
+        real, left = getattr(owner, name), iter(range(calls))
+
+        def dying(*args, **kwargs):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(owner, name, dying)
+            edm.main([*SEARCHED, "--out", str(tmp_path)])
+        assert stop.value.code == 130
+    edm.main([*SEARCHED, "--out", str(tmp_path)])
+    paths = [p.relative_to(small_run[0]) for p in small_run[0].rglob("*.*")]
+    same = [p for p in paths if p.suffix in (".safetensors", ".zip", ".npz", ".pt")]
+    assert len(same) == 8 and all((tmp_path / p).read_bytes() == (small_run[0] / p).read_bytes() for p in same)
+    assert {p.relative_to(tmp_path) for p in tmp_path.rglob("*.*")} == set(paths)
+    for name in ("grid.jsonl", "final.jsonl"):
+        ours, theirs = ([json.loads(line) | {"seconds": 0} for line in (folder / name).read_text().splitlines()]
+                        for folder in (tmp_path, small_run[0]))
+        assert ours == theirs
+
+
+def test_a_plan_trains_nothing(tmp_path):
+    done = launch("--preset", "digits", "--plan", "--out", tmp_path)
+    assert done.returncode == 0 and "not trained yet" in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_full_disk(tmp_path):
+    """A limit on the size of files fails in the middle of a write, as a full disk does."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    done = launch(*SMALL, "--out", tmp_path, preexec_fn=limit)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "cannot be written, is the disk full?" in last and "base-" in last
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_data_and_aux_that_do_not_fit(tmp_path, capsys):
+    edm.write_dataset(tmp_path / "plain.zip", torch.zeros(50, 3, 32, 32, dtype=torch.uint8), None)
+    edm.write_dataset(tmp_path / "odd.zip", torch.zeros(50, 3, 30, 30, dtype=torch.uint8), torch.arange(50) % 10)
+    edm.save_network(network(), tmp_path / "base.safetensors", {})
+    (tmp_path / "network-snapshot-best.pkl").touch()
+    base = ("--base", str(tmp_path / "base.safetensors"))
+    for args, message in ((("--train-base", "1", "--data", str(tmp_path / "plain.zip")), "has no labels"),
+                          (("--train-base", "1", "--data", str(tmp_path / "none.zip")), "none.zip cannot be read"),
+                          (("--train-base", "1", "--data", str(tmp_path)), "cannot be read"),
+                          (("--train-base", "1", "--data", str(tmp_path / "odd.zip")), "30 x 30 images"),
+                          ((*base, "--preset", "digits"), "needs a base of 8 x 8 grey images"),
+                          ((*base, "--aux", str(tmp_path)), "has snapshots ['best'], not all of")):
+        with pytest.raises(SystemExit) as stop:
+            edm.main(["--yes", "--device", "cpu", "--out", str(tmp_path / "out"), *args])
+        printed = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and message in printed[-1] and len(printed) == 1
+
+
+@pytest.mark.parametrize("have", [0, 300, 1000])
+def test_downloads_go_on_where_they_stopped(tmp_path, monkeypatch, have):
+    data, asked = bytes(range(250)) * 4, []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            asked.append(start)
+            self.send_response(416 if start >= len(data) else 206 if start else 200)
+            self.send_header("Content-Length", str(len(data) - start))
+            self.end_headers()
+            self.wfile.write(data[start:])
+
+        def log_message(self, *args):
+            pass
+    monkeypatch.setenv("NEON_CACHE", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "*")
+    (tmp_path / "net.pkl.part").write_bytes(data[:have])
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            path = edm.fetch(f"http://127.0.0.1:{server.server_port}/net.pkl", "a network")
+        finally:
+            server.shutdown()
+    assert path.read_bytes() == data and path.name == "net.pkl" and asked == [max(have - 1, 0)]
 
 
 def test_two_ranks_score_as_one_process(small_run, tmp_path):
