@@ -473,11 +473,11 @@ def save_network(net, path, recipe):
 
 # ------------------------------------------------------------ files and images
 def write_atomically(path, write):
-    """write(temporary path), then rename: an interrupted run leaves the old file or the new one."""
+    """Text, or what write(temporary path) leaves, then rename: the old file or the new one, never half."""
     try:
         with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
             part = Path(folder) / path.name  # torch.save writes the name into the file
-            write(part)
+            part.write_text(write, "utf-8") if isinstance(write, str) else write(part)
             os.replace(part, path)
     except (RuntimeError, safetensors.SafetensorError) as error:  # theirs for a full disk
         reason = str(error).splitlines()[0]
@@ -1382,9 +1382,8 @@ def write_report(summary, out):
               for f in summary["floors"]]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n\n" + "\n\n".join(notes)
     print("\n" + text)
-    write_atomically(out / "table.md", partial(Path.write_text, data=text + "\n"))
-    content = json.dumps(summary, indent=1, default=str)
-    write_atomically(out / "summary.json", partial(Path.write_text, data=content))
+    write_atomically(out / "table.md", text + "\n")
+    write_atomically(out / "summary.json", json.dumps(summary, indent=1, default=str))
 
 
 def plot_scores(plt, summary):
