@@ -52,8 +52,8 @@ def edm_side(path, config, args, precision):
 
 
 def our_side(config, args, precision):
-    net = random_network(config, args.seed).to(args.device)
     settings = edm_neon.Settings(args.device, args.batch, args.steps, precision)
+    net = settings.place(random_network(config, args.seed))
     return lambda: settings.sample(net, range(args.seed, args.seed + args.batch))[0]
 
 
@@ -116,7 +116,7 @@ def main():
             lines[-1] += f"{seconds / median:>11.2f}{int(error.max()):>9}{share:>15.4%}"
     print("\n".join(lines))
     if args.out:
-        edm_neon.write_atomically(args.out, lambda part: part.write_text("\n".join(lines) + "\n"))
+        edm_neon.write_atomically(args.out, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Build with CUDA, run every CUDA test and print the GPU benchmark tables; under 8 minutes on one data-centre GPU.
-# Needs an environment with a CUDA build of torch, pytest, scipy, pybind11 and ninja. PYTHON picks the interpreter.
+# Needs an environment with a CUDA build of torch, pytest, scipy, pybind11 and ninja. PYTHON picks the interpreter; EDM is
+# a checkout of github.com/NVlabs/edm to compare sampling with (optional).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -16,3 +17,4 @@ fi
 $python tests/bench_extrapolate.py --device cuda
 $python tests/bench_frechet.py --device cuda
 $python tests/bench_toy.py --device cuda --configurations 100 --large
+$python tests/bench_edm.py --device cuda --preset cifar10 --repeats 3 --precision fp32 tf32 bf16 fp16 ${EDM:+--edm "$EDM"}
