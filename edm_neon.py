@@ -349,7 +349,8 @@ class Inert:
 
     def __init__(self, meta=None, *_):
         meta = meta if isinstance(meta, dict) else {}
-        self.name, self.state = str(meta.get("class_name"))[:80], meta.get("state", {})
+        name, self.state = meta.get("class_name"), meta.get("state", {})
+        self.name = name[:80] if isinstance(name, str) else None
 
     def __setstate__(self, state):
         self.state = state
