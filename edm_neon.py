@@ -168,7 +168,7 @@ PRESETS = {  # the paper's FIDs on CIFAR-10: base 1.78, best global 1.43 to 1.74
     "cifar10": {},
     "digits": dict(snapshot=(5,), grid=(0.5, 1.0, 1.5), train_base=10.0, base_lr=3e-3, synthetic=1000,
                    lr=2e-4, ramp_kimg=0.0, ema_kimg=0.5, dropout=0.0, augment=0.0, select_images=1000,
-                   final_images=1500, sample_batch=250)}  # FD (digits CNN, 64-d): base 34.8, w = -1: 80.7, w = 1: 20.3
+                   final_images=1500, sample_batch=250)}  # FD: base 34.8, w = -1: 80.7, w = 1: 20.3
 
 
 # ------------------------------------------------------------ network: DDPM++ and NCSN++, names as in EDM
