@@ -1000,12 +1000,13 @@ class Configurations:
             r, s = (tuple(state[name].shape) if name in state else "absent" for state in (ours, theirs))
             if r != s:
                 raise UserError(f"base and self-trained network differ, first at {name}: {r} and {s}")
-        self.theta_r, self.theta_s = ({name: state[name].float().to(settings.device) for name in ours}
+        self.net = settings.place(base)
+        like = self.net.state_dict()  # its memory format too, so that set() is one pass without copies
+        self.theta_r, self.theta_s = ({name: torch.empty_like(like[name]).copy_(state[name]) for name in ours}
                                       for state in (ours, theirs))
         self.owners, self.blocks = owners, list(dict.fromkeys(owners.values()))
         if {*self.blocks} <= {"enc", "mid", "dec"}:
             self.blocks.sort(key=["enc", "mid", "dec"].index)
-        self.net = settings.place(base)
 
     def set(self, w):
         """w: {block: weight} -> the resident network with those weights."""
@@ -1238,7 +1239,7 @@ def final_comparison(finals):
     for name, rows in finals.items():
         values = [row["fd"] for row in rows]
         result = {"w": rows[0]["w"], "images": rows[0]["images"], "all": values}
-        for key in {"fd", "precision", "recall"} & set(rows[0]):
+        for key in [key for key in ("fd", "precision", "recall") if key in rows[0]]:
             result[key] = float(np.mean([row[key] for row in rows]))
         result["std"] = float(np.std(values, ddof=1)) if len(rows) > 1 else None
         for other in {"base": (), "global": ("base",)}.get(name, ("base", "global")):
@@ -1256,7 +1257,7 @@ def warnings_of(c, entry, dim):
             notes.append(f"w_{block} = {value:g} lies on the edge of the grid")
     if c.select_images <= dim:
         notes.append(f"{c.select_images} selection images for {dim} features: the covariance is singular")
-    for name in {"blockwise", "searched"} & set(final):
+    for name in [name for name in ("blockwise", "searched") if name in final]:
         against, base = final[name]["against_base"], final["base"]["fd"]
         promised = entry[name]["fd"] / entry["base"]["fd"] - 1  # of the base: sets differ in size, so in bias
         if promised < against["low"] / base:
