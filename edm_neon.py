@@ -1,40 +1,63 @@
-"""Adaptive NEON on EDM: repair a diffusion model that was trained on its own samples, block by block.
+"""Adaptive NEON: repair a generative model that was trained on its own samples, block by block.
 
     theta = theta_r - w_block * (theta_s - theta_r)  w > 0 away from collapse, w < 0 towards it, -1: theta_s
 
-theta_r: the base network (EDM, arXiv 2206.00364); theta_s: its EMA after self-training on its own samples
-(NEON, arXiv 2510.03597); blocks: encoder, middle, decoder of the U-Net (Adaptive NEON, section 4.2). All
-configurations see the same starting noise and labels; selection and final comparison use disjoint seeds.
+theta_r: the base network; theta_s: its weight average after training on its own samples (NEON, arXiv
+2510.03597); blocks: encoder, middle, decoder of the network, its layers, or any partition (Adaptive NEON,
+section 4.2). All weights are scored on the same starting noise and labels; the search and the final
+comparison use disjoint seeds. The pipeline knows no network: EDM's (arXiv 2206.00364) are built in, and
+--model FILE.py puts one of your own in their place.
 
     python edm_neon.py --preset digits --snapshot 5 --grid 0.5,1.0,1.5   laptop, nothing to download, minutes
     python edm_neon.py --snapshot 1551 --grid 0.75,1.0,1.25              CIFAR-10: a GPU and a connection
     torchrun --nproc_per_node=8 edm_neon.py --snapshot 1551 --grid 0.75,1.0,1.25
+    python edm_neon.py --model mine.py --base mine.pt --data images.zip --partition layers --search gradient
 
 Recorded figures and their commands: results/edm and the README. CIFAR-10 has not been run on a GPU yet.
 """
+
+# ruff: noqa: E402  imports follow the signal handler on purpose
+import os
+import signal
+import sys
+
+
+def leave_quietly(number, frame):
+    os._exit(128 + number)
+
+
+if (
+    __name__ == "__main__"
+):  # the imports take seconds: a Ctrl-C in them is no fault of ours to be traced
+    signal.signal(signal.SIGINT, leave_quietly)
+
 import argparse
+import contextlib
 import copy
 import dataclasses
+import datetime
+import fcntl
 import fnmatch
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
 import math
-import os
 import pickle
 import pickletools
 import platform
 import re
-import sys
+import shutil
 import tempfile
 import time
+import traceback
 import urllib.request
 import zipfile
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import PIL.Image
@@ -51,149 +74,2483 @@ from tqdm.contrib.concurrent import thread_map
 
 try:
     import neon_ext
-except ImportError:  # reported by checked(), in one line
+except ImportError:  # reported by check_machine(), in one line
     neon_ext = None
 
-EDM = "https://nvlabs-fi-cdn.nvidia.com/edm"
-BASES = {kind: f"{EDM}/pretrained/edm-cifar10-32x32-{kind}-vp.pkl" for kind in ("cond", "uncond")}
-INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" \
-            "pt_inception-2015-12-05-6726825d.pth"
-FOLDS = 20  # of every score's moments: jackknife intervals need no new samples
+FOLDS = 20  # of the seeds of every score: jackknife intervals need no new samples
 MAX_POINTS = 10_000  # of a grid, without --yes
+MAX_POINTS_BESIDE_SEARCH = 100  # of a grid that runs in addition to a search
+MAX_HOURS = 2.0  # on a CPU, without --yes
 SELECT_SEED, FINAL_SEED, SEARCH_SEED = 10_000, 50_000, 10_000_000  # the first seeds of each
+
+EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm"
+BASES = {
+    "cond": f"{EDM_URL}/pretrained/edm-cifar10-32x32-cond-vp.pkl",
+    "uncond": f"{EDM_URL}/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
+}
+CIFAR10_STATISTICS = f"{EDM_URL}/fid-refs/cifar10-32x32.npz"
+INCEPTION = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
 
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
 
 
-@contextmanager
-def reading(what):
-    """Whatever is wrong with a file ends in one line that begins with `what`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise UserError(f"{what} ({type(error).__name__}: {reason})") from None
-
-
-# ------------------------------------------------------------ configuration: every field is an option
+# ============================================================ 1. configuration: every field is an option
 def numbers(text, kind=float):
+    """Different numbers in increasing order, from text separated by commas."""
     try:
         values = tuple(sorted({kind(part) for part in text.split(",")}))
-        if all(np.isfinite(values)):
-            return values
     except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"give numbers separated by commas, not {text!r}")
+        values = ()
+    if not values or not all(math.isfinite(value) for value in values):
+        raise argparse.ArgumentTypeError(f"give numbers separated by commas, not {text!r}")
+    return values
+
+
+def integers(text):
+    return numbers(text, int)
 
 
 def sweep_values(text):
+    """start:stop:step -> the values, both ends included."""
     try:
         start, stop, step = (float(part) for part in text.split(":"))
-        if step > 0 and (stop - start) / step < MAX_POINTS:
-            return tuple(np.arange(start, stop + step / 2, step).round(6).tolist())
+        points = (stop - start) / step if step > 0 else math.inf
     except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"give start:stop:step with a positive step, not {text!r}")
+        points = math.inf
+    if not 0 <= points < MAX_POINTS:
+        raise argparse.ArgumentTypeError(f"give start:stop:step with a positive step, not {text!r}")
+    return tuple(np.arange(start, stop + step / 2, step).round(6).tolist())
 
 
 def read_partition(text):
+    """The name of a partition, or the content of a JSON file {glob: block}, both strings."""
+    if text in ("paper", "structural", "layers"):
+        return text
+    message = f"{text} is not paper, structural, layers or a JSON file {{glob: block}}"
     try:
-        return text if text in ("paper", "structural", "layers") else dict(json.loads(Path(text).read_text()))
-    except (OSError, ValueError, TypeError):
-        message = f"{text} is not paper, structural, layers or a JSON file {{glob: block}}"
+        table = json.loads(Path(text).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
         raise argparse.ArgumentTypeError(message) from None
+    if not isinstance(table, dict) or not all(isinstance(block, str) for block in table.values()):
+        raise argparse.ArgumentTypeError(f"{message}: its blocks must be strings")
+    return table
 
 
-def option(default, text, kind=None, choices=None):
-    """A field of Config; kind: from the option's text to its value."""
-    metadata = dict(help=text, type=kind or type(default), choices=choices)
+def option(default, text, kind=None, choices=None, low=-math.inf, high=math.inf):
+    """A field of Config. kind: from the option's text to its value; low, high: allowed range of each number."""
+    kind = kind or type(default)
+    metadata = {"help": text, "kind": kind, "choices": choices, "low": low, "high": high}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+GPU = torch.cuda.is_available()
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """--select-images 2000 sets select_images. Defaults: NEON's for CIFAR-10, at the paper's batch of 64
     (snapshots 550, 1051, 1551, ... are multiples of 782 x 64 images). kimg: 1000 images."""
-    preset: str = option("cifar10", "what to study", choices=("cifar10", "digits"))
-    snapshot: tuple = option((1551,), "self-training lengths in kimg, by commas", partial(numbers, kind=int))
-    grid: tuple = option((0.75, 1.0, 1.25), "weights of the block-wise grid, for every block", numbers)
-    grid_enc: tuple = option((), "other weights for the encoder", numbers)
-    grid_mid: tuple = option((), "other weights for the middle", numbers)
-    grid_dec: tuple = option((), "other weights for the decoder", numbers)
-    sweep: tuple = option((), "also these global weights, start:stop:step", sweep_values)
-    partition: str = option("paper", "paper, structural, layers, or JSON file {glob: block}", read_partition)
-    plan: bool = option(False, "print blocks, drift and a time estimate, then stop")
-    race: bool = option(False, "drop grid points that are surely worse after a fifth of the seeds")
-    placebo: int = option(0, "this many random partitions, their blocks as large, go through the same grid")
-    search: str = option("", "after the grid; gradient scales to layers", choices=("cobyqa", "gradient"))
-    evaluations: int = option(12, "of the search: scores of cobyqa, steps of gradient")
-    bounds: tuple = option((-1.0, 4.0), "of the search, low,high", numbers)
-    base: str = option("", "cond, uncond, a path or URL (.pkl of EDM or .safetensors of this program)")
-    train_base: float = option(0.0, "train the base from scratch on --data for this many kimg")
-    base_lr: float = option(1e-3, "learning rate of --train-base")
-    data: str = option("", "real images: EDM dataset zip or folder")
+
+    # What is studied
+    preset: str = option("cifar10", "data, features and defaults", choices=("cifar10", "digits"))
+    model: str = option("", "Python file of a model of your own (see adapters/)")
+    base: str = option(
+        "", "cond, uncond, a path or URL (.pkl of EDM, .safetensors of this program)"
+    )
     aux: str = option("", "existing self-trained network, or a folder of network-snapshot-*")
-    synthetic: int = option(6000, "images in the synthetic set")
-    batch: int = option(64, "training batch")
-    lr: float = option(1e-4, "self-training learning rate")
-    ramp_kimg: float = option(10_000.0, "the learning rate grows linearly over this many kimg")
-    ema_kimg: float = option(500.0, "half-life of the weight average")
-    dropout: float = option(0.13, "in training")
-    augment: float = option(0.12, "probability of each augmentation; 0: none")
-    steps: int = option(18, "sampler steps")
-    select_images: int = option(10_000, "images per score of the selection")
-    final_images: int = option(50_000, "images per score of the final comparison")
-    final_repeats: int = option(1, "disjoint sets of final seeds")
-    protocol: str = option("disjoint", "paper: 2,000 seeds, trained on", choices=("disjoint", "paper"))
-    ref: str = option(f"{EDM}/fid-refs/cifar10-32x32.npz", "npz with mu and sigma of the real features")
+    data: str = option("", "real images: EDM dataset zip or folder")
+    ref: str = option("", "npz with mu and sigma of the real features, path or URL, or cifar10")
+    partition: str = option(
+        "paper", "paper, structural, layers, or JSON file {glob: block}", read_partition
+    )
+
+    # Training: the base, if it is trained here, and the self-training
+    snapshot: tuple = option(
+        (1551,), "self-training lengths in kimg, by commas", integers, low=1, high=1e8
+    )
+    train_base: float = option(
+        0.0, "train the base from scratch for this many kimg", low=0, high=1e8
+    )
+    base_lr: float = option(1e-3, "learning rate of --train-base", low=0, high=1e3)
+    synthetic: int = option(6000, "images in the synthetic set", low=2 * FOLDS, high=1e8)
+    batch: int = option(64, "training batch", low=1, high=1e6)
+    lr: float = option(1e-4, "self-training learning rate", low=0, high=1e3)
+    ramp_kimg: float = option(
+        10_000.0, "the learning rate grows linearly over this", low=0, high=1e9
+    )
+    ema_kimg: float = option(500.0, "half-life of the weight average", low=0, high=1e9)
+    dropout: float = option(0.13, "in training, of EDM's networks", low=0, high=0.99)
+    augment: float = option(0.12, "probability of EDM's augmentations; 0: none", low=0, high=1)
+    train_precision: str = option("fp32", "of training", choices=("fp32", "tf32", "bf16"))
+    seed: int = option(0, "of training", low=0, high=2**32)
+
+    # Sampling
+    steps: int = option(18, "sampler steps", low=1, high=10_000)
+    sample_batch: int = option(256, "images sampled at once", low=1, high=1e6)
+    precision: str = option("tf32" if GPU else "fp32", "of sampling", choices=PRECISIONS)
+    confirm_precision: str = option(
+        "", "of the final comparison, default --precision", choices=PRECISIONS
+    )
+    device: str = option("cuda" if GPU else "cpu", "where", choices=("cuda", "cpu"))
+    threads: int = option(
+        0, "CPU threads of one batch; 0: 1 for small presets, else all", low=0, high=1024
+    )
+
+    # Scoring
+    select_images: int = option(
+        10_000, "images per score of the selection", low=2 * FOLDS, high=1e8
+    )
+    final_images: int = option(
+        50_000, "images per score of the final comparison", low=2 * FOLDS, high=1e8
+    )
+    final_repeats: int = option(1, "disjoint sets of final seeds", low=1, high=1000)
+    protocol: str = option(
+        "disjoint", "paper: 2,000 seeds, trained on", choices=("disjoint", "paper")
+    )
     detector: str = option(INCEPTION, "Inception weights (PyTorch port)")
-    precision: str = option("fp32", "of the network", choices=("fp32", "tf32", "bf16", "fp16"))
-    sample_batch: int = option(256, "images sampled at once")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where", choices=("cuda", "cpu"))
-    seed: int = option(0, "of training")
+
+    # Search over the block weights
+    grid: tuple = option(
+        (0.75, 1.0, 1.25), "weights of the grid, for every block", numbers, low=-1e6, high=1e6
+    )
+    grid_enc: tuple = option((), "other weights for the encoder", numbers, low=-1e6, high=1e6)
+    grid_mid: tuple = option((), "other weights for the middle", numbers, low=-1e6, high=1e6)
+    grid_dec: tuple = option((), "other weights for the decoder", numbers, low=-1e6, high=1e6)
+    sweep: tuple = option(
+        (), "also these global weights, start:stop:step", sweep_values, low=-1e6, high=1e6
+    )
+    race: bool = option(False, "drop grid points that are surely worse after a fifth of the seeds")
+    placebo: int = option(
+        0, "this many random partitions go through the same grid", low=0, high=1000
+    )
+    search: str = option(
+        "", "after the grid; gradient scales to layers", choices=("cobyqa", "gradient")
+    )
+    evaluations: int = option(
+        12, "of the search: scores of cobyqa, steps of gradient", low=1, high=100_000
+    )
+    bounds: tuple = option((-1.0, 4.0), "of the search, low,high", numbers, low=-1e6, high=1e6)
+
+    # The run
     out: Path = option(None, "folder of the results, default runs/<preset>", Path)
-    export_pt: bool = option(False, "also the merged weights as a plain state dict in EDM's names")
+    export_pt: bool = option(False, "also the merged weights as a plain state dict")
+    plan: bool = option(False, "print blocks, drift and a time estimate, then stop")
     yes: bool = option(False, "run even if it takes very long")
 
+    def grid_of(self, block):
+        """The grid's weights for one block."""
+        return getattr(self, f"grid_{block}", ()) or self.grid
 
-MODELS = {"cifar10": dict(img_resolution=32, img_channels=3, label_dim=10, augment_dim=9, model_channels=128,
-                          channel_mult=[2, 2, 2], num_blocks=4, attn_resolutions=[16]),
-          "digits": dict(img_resolution=8, img_channels=1, label_dim=10, augment_dim=0, model_channels=16,
-                         channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])}
-PRESETS = {  # the paper's FIDs on CIFAR-10: base 1.78, best global 1.43 to 1.74, block-wise 1.43 to 1.71
-    "cifar10": {},
-    "digits": dict(snapshot=(5,), grid=(0.5, 1.0, 1.5), train_base=10.0, base_lr=3e-3, synthetic=1000,
-                   lr=2e-4, ramp_kimg=0.0, ema_kimg=0.5, dropout=0.0, augment=0.0, select_images=1000,
-                   final_images=1500, sample_batch=250)}  # FD: base 34.8, w = -1: 80.7, w = 1: 20.3
+
+class Cifar10:
+    """EDM on CIFAR-10. The paper's FIDs: base 1.78, best global 1.43 to 1.74, block-wise 1.43 to 1.71."""
+
+    name = "cifar10"
+    defaults: dict = {}
+    threads = 0  # all
+    network = {
+        "img_resolution": 32,
+        "img_channels": 3,
+        "label_dim": 10,
+        "augment_dim": 9,
+        "model_channels": 128,
+        "channel_mult": [2, 2, 2],
+        "num_blocks": 4,
+        "attn_resolutions": [16],
+    }
+
+    def real_images(self, c):
+        """uint8 [N, C, H, W], int64 labels [N] (or None), name of the source; None without --data."""
+        if not c.data:
+            return None
+        images, labels = read_dataset(c.data)
+        return RealImages(images, labels, c.data)
+
+    def features(self, c):
+        check = "6726825d" if c.detector == INCEPTION else ""
+        return InceptionFeatures(fetch(c.detector, "the Inception weights", check))
+
+
+class Digits(Cifar10):
+    """scikit-learn's digits and a small classifier of them: minutes on a laptop, nothing to download.
+    FD of the digits CNN on 1,000 images: base 34.8, w = -1: 80.7, w = 1: 20.3."""
+
+    name = "digits"
+    threads = 1  # 8 x 8 images: one thread trains faster than two
+    defaults = {
+        "snapshot": (5,),
+        "grid": (0.5, 1.0, 1.5),
+        "train_base": 10.0,
+        "base_lr": 3e-3,
+        "synthetic": 1000,
+        "lr": 2e-4,
+        "ramp_kimg": 0.0,
+        "ema_kimg": 0.5,
+        "dropout": 0.0,
+        "augment": 0.0,
+        "select_images": 1000,
+        "final_images": 1500,
+        "sample_batch": 250,
+    }
+    network = {
+        "img_resolution": 8,
+        "img_channels": 1,
+        "label_dim": 10,
+        "augment_dim": 0,
+        "model_channels": 16,
+        "channel_mult": [1, 2],
+        "num_blocks": 1,
+        "attn_resolutions": [4],
+    }
+
+    def real_images(self, c):
+        return RealImages(*digits_data(), "digits")
+
+    def features(self, c):
+        return DigitsFeatures(c.out / "digits-cnn.pt")
+
+
+PRESETS = {"cifar10": Cifar10(), "digits": Digits()}
+
+
+# ============================================================ 2. the seam: what the pipeline needs of a model
+class Model(Protocol):
+    """A generative model, as the pipeline sees it: EdmModel, or FileModel around --model FILE.py."""
+
+    identity: (
+        str  # of everything but the network's weights that decides an image; part of every key
+    )
+    encodes: bool  # whether encode() is worth doing once for all images, as through a VAE
+
+    def load(self, path: Path) -> nn.Module:
+        """The network that is moved: eval mode, float32, on the CPU."""
+
+    def load_like(self, base: nn.Module, path: Path) -> nn.Module:
+        """A self-trained relative of the base: what load() reads, or a snapshot of this program."""
+
+    def create(self, images: torch.Tensor, labels: torch.Tensor | None, c: Config) -> nn.Module:
+        """An untrained network for these real images, for --train-base."""
+
+    def trainable(self, base: nn.Module, c: Config) -> nn.Module:
+        """A copy of the base as it is self-trained: with dropout, for example."""
+
+    def noise_shape(self, net: nn.Module) -> tuple[int, ...]: ...
+
+    def image_shape(self, net: nn.Module) -> tuple[int, int, int]: ...
+
+    def classes(self, net: nn.Module) -> int:
+        """Labels are int64 in [0, classes); 0: the model takes none."""
+
+    def sample(self, net, noise, labels, steps):
+        """noise [N, *noise_shape], int64 labels [N] (or None) -> images [N, C, H, W] in [-1, 1]; each a
+        function of its own noise, its label and the network alone, differentiable in the weights."""
+
+    def encode(self, images):
+        """uint8 [N, C, H, W] -> what loss() trains on."""
+
+    def loss(self, net, x, labels):
+        """Training loss of each sample, [N] or [N, ...]; randomness from torch's global generator."""
+
+    def block(self, name: str, net: nn.Module) -> str:
+        """The block of a parameter in --partition paper."""
+
+    def layer(self, name: str) -> str:
+        """The layer of a parameter in --partition layers."""
+
+    def save(self, net: nn.Module, path: Path, recipe: dict) -> None:
+        """A snapshot that load_like() reads back."""
+
+    def export(self, net: nn.Module, path: Path, recipe: dict) -> None:
+        """The repaired network, in the form the model's users know; path has no suffix yet."""
+
+
+# ============================================================ 3. the run
+def run(argv):
+    """Base, synthetic set, self-training; then each snapshot's grid, search and final comparison; report."""
+    begin = time.perf_counter()
+    c = parse(argv)
+    processes = start_processes(c)
+    with processes.alone_in(c.out, c.plan):
+        study_all(c, argv, processes, begin)
+
+
+def study_all(c, argv, processes, begin):
+    ledger = seed_ledger(c)
+    model = get_model(c, processes)
+    real = processes.one_by_one(partial(PRESETS[c.preset].real_images, c))
+    base = get_base(c, model, real, processes)
+    check_fit(c, model, base, real)
+    sampler = Sampler(model, base, processes, c.steps, c.sample_batch)
+    seconds = seconds_per_image(base, sampler, c.precision)
+    refuse_hours(c, seconds)
+    owners = partition_owners(model, base, c.partition)
+    check_grid(c, list(dict.fromkeys(owners.values())))
+
+    snapshots = get_snapshots(c, model, base, sampler)
+    if c.plan:
+        print_plans(c, model, base, snapshots, owners, sampler, seconds)
+        return
+
+    judge = get_judge(c, model, base, real, processes)
+    log = ScoreLog(c.out)
+    entries = []
+    samples = {}
+    for kimg, path in sorted(snapshots.items()):
+        merger = Merger(base, model.load_like(base, path), owners, sampler)
+        parents = {"base_weights": weights_hash(base), "aux_weights": merger.aux_hash}
+        scorer = Scorer(merger, judge, sampler, log, parents, kimg, c)
+        entry = study(c, scorer, model, ledger)
+        entries.append(entry)
+
+        # Pictures of all models from the same noise, and the repaired network.
+        samples[kimg] = {}
+        for name, result in entry.models.items():
+            with network_calls(merger.net, c.precision):
+                images, _ = sampler.images(merger.set(result.w), ledger.finals[0].seeds[:36])
+            samples[kimg][name] = images.cpu()
+        if processes.rank == 0:
+            save_merged(c, model, merger, entry, parents)
+
+    if processes.rank == 0:
+        summary = summarise(c, argv, entries, judge, ledger, seconds, processes, begin)
+        write_report(summary, c.out)
+        plot_report(summary, samples, c.out)
+        print(
+            f"\n{summary['seconds_total']:.1f} s; summary.json, table.md, grid.jsonl, pictures in {c.out}"
+        )
+
+
+# ------------------------------------------------------------ stages: base, synthetic set, self-training
+@dataclasses.dataclass(frozen=True)
+class RealImages:
+    """images: uint8 [N, C, H, W]; labels: int64 [N] or None; source: where they come from."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    source: str
+
+    @property
+    def identity(self):
+        labels = b"" if self.labels is None else self.labels.numpy().tobytes()
+        return hashlib.sha256(self.images.numpy().tobytes() + labels).hexdigest()
+
+
+def get_model(c, processes):
+    """--model FILE.py, or EDM's networks."""
+    if c.model:
+        return processes.one_by_one(partial(FileModel, c.model))
+    return EdmModel(PRESETS[c.preset], c)
+
+
+def get_base(c, model, real, processes):
+    """The base network: given, downloaded, or trained from scratch (untrained for a plan)."""
+    if c.base or not c.train_base:
+        source = BASES.get(c.base or "cond", c.base)
+        if c.model and not c.base:
+            raise UserError(
+                f"--model {c.model} needs --base FILE for its load(), or --train-base KIMG"
+            )
+        if source in BASES.values():
+            refuse_download(c, model, processes)
+        path = processes.one_by_one(partial(fetch, source, "the base network"))
+        return model.load(path)
+
+    if real is None:
+        raise UserError("--train-base needs --data ZIP or folder of images")
+    recipe = Recipe(
+        name="base",
+        batch=c.batch,
+        lr=c.base_lr,
+        ramp_kimg=c.train_base / 20,
+        ema_kimg=c.train_base / 20,
+        seed=c.seed,
+        ramp_ratio=0.05,
+        precision=c.train_precision,
+    )
+    torch.manual_seed(c.seed)
+    net = model.create(real.images, real.labels, c)
+    if c.plan:
+        return net
+
+    initial = weights_hash(net)
+    inputs = {
+        "initial": initial,
+        "kimg": c.train_base,
+        "data": real.identity,
+        "model": model.training_identity,
+    }
+    key = key_of(TRAINING_VERSION, inputs, dataclasses.asdict(recipe))
+    path = c.out / f"base-{key}.safetensors"
+    state_path = c.out / f"base-{key}.pt"
+    if not processes.decide(path.exists):
+
+        def save(ema, kimg):
+            model.save(ema, path, {"trained": dataclasses.asdict(recipe), "kimg": kimg})
+
+        train(
+            model,
+            net,
+            real.images,
+            real.labels,
+            recipe,
+            processes,
+            state_path,
+            [c.train_base],
+            save,
+        )
+    if processes.rank == 0:
+        state_path.unlink(missing_ok=True)
+    return model.load_like(net, path)
+
+
+def get_synthetic(c, base, path, sampler):
+    """Images of the base at seeds 0, 1, ... with their random classes, as an EDM dataset zip."""
+    processes = sampler.processes
+    if not processes.decide(path.exists):
+        net = sampler.place(base)
+        seeds = np.arange(c.synthetic)
+        with network_calls(net, c.precision):
+            parts = processes.map_batches(
+                partial(sampler.images, net), seeds, sampler.batch, "synthetic set"
+            )
+        if processes.rank == 0:
+            images = torch.cat([images.cpu() for images, _ in parts])
+            labels = torch.cat([labels.cpu() for _, labels in parts]) if sampler.classes else None
+            write_dataset(path, images, labels)
+        processes.barrier()
+    return read_dataset(path)
+
+
+def get_snapshots(c, model, base, sampler):
+    """{kimg: path} of self-trained networks: existing (--aux) or trained here; a plan trains nothing."""
+    if c.aux:
+        return given_snapshots(c, sampler.processes)
+    processes = sampler.processes
+    recipe = Recipe(
+        name="self-training",
+        batch=c.batch,
+        lr=c.lr,
+        ramp_kimg=c.ramp_kimg,
+        ema_kimg=c.ema_kimg,
+        seed=c.seed + 1,
+        precision=c.train_precision,
+    )
+    data_key = key_of(
+        SAMPLING_VERSION,
+        weights_hash(base),
+        model.identity,
+        c.synthetic,
+        c.steps,
+        c.device,
+        c.precision,
+    )
+    key = key_of(TRAINING_VERSION, data_key, model.training_identity, dataclasses.asdict(recipe))
+    folder = c.out / f"self-{key}"
+    paths = {kimg: folder / f"network-snapshot-{kimg:06d}.safetensors" for kimg in c.snapshot}
+    if c.plan or processes.decide(lambda: all(path.exists() for path in paths.values())):
+        return paths
+
+    images, labels = get_synthetic(c, base, c.out / f"synthetic-{data_key}.zip", sampler)
+    folder.mkdir(exist_ok=True)
+    remove_orphans(folder)
+    parents = {
+        "base_weights": weights_hash(base),
+        "synthetic": data_key,
+        "training": dataclasses.asdict(recipe),
+    }
+
+    def save(ema, kimg):
+        model.save(ema, paths[kimg], {**parents, "kimg": kimg})
+
+    net = model.trainable(base, c)
+    train(
+        model,
+        net,
+        images,
+        labels,
+        recipe,
+        processes,
+        folder / "training-state.pt",
+        c.snapshot,
+        save,
+    )
+    if not processes.decide(lambda: all(path.exists() for path in paths.values())):
+        raise UserError(
+            f"the saved training in {folder} is already past one of --snapshot "
+            f"{', '.join(map(str, c.snapshot))}: delete its training-state.pt to train again from the base"
+        )
+    return paths
+
+
+def given_snapshots(c, processes):
+    """{kimg: path} from --aux: one network, or a folder of network-snapshot-*."""
+    folder = Path(c.aux)
+    if not folder.is_dir() or not any(folder.glob("network-snapshot-*")):
+        path = processes.one_by_one(partial(fetch, c.aux, "the self-trained network"))
+        return {c.snapshot[0]: path}
+    files = {}
+    for path in sorted(folder.glob("network-snapshot-*.*")):
+        files[path.stem.removeprefix("network-snapshot-")] = path
+    wanted = {kimg: files.get(f"{kimg:06d}") for kimg in c.snapshot}
+    if None in wanted.values():
+        raise UserError(
+            f"--aux {folder} has snapshots {[*files]}, not all of --snapshot {c.snapshot}"
+        )
+    return wanted
+
+
+def check_fit(c, model, base, real):
+    """The base's images and classes are those of the real data, before anything is trained."""
+    if real is None:
+        return
+    shape = tuple(model.image_shape(base))
+    theirs = tuple(real.images.shape[1:])
+    if shape != theirs:
+        raise UserError(
+            f"the base makes images of shape {shape} (channels, height, width), the real ones of "
+            f"{real.source} are {theirs}: choose other --data, or another --preset than {c.preset}"
+        )
+
+
+def save_merged(c, model, merger, entry, parents):
+    """The best network on the selection seeds with its recipe, and on request as a plain state dict."""
+    name = min(entry.models, key=lambda name: entry.models[name].fd)
+    w = entry.models[name].w
+    path = c.out / f"adaptive-neon-{entry.kimg:06d}"
+    recipe = {"model": name, "w": w, "partition": c.partition, **parents}
+    model.export(merger.set(w), path, recipe)
+    if c.export_pt:
+        state = {name: tensor.cpu() for name, tensor in merger.net.state_dict().items()}
+        write_atomically(path.with_suffix(".pt"), partial(torch.save, state))
+
+
+# ------------------------------------------------------------ one snapshot: grid, search, final comparison
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A model of the final comparison: its weights by block and its distance on the selection seeds."""
+
+    w: dict
+    fd: float
+    w_global: float | None = None  # the one weight of all blocks, of "global" alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One snapshot's results."""
+
+    kimg: int
+    blocks: dict  # {block: tensors, parameters, drift}
+    sweep: list  # [Score] of global weights
+    grid: list  # [Score] of the block-wise grid; empty if there was none
+    models: dict  # {base, collapsed, global, blockwise, searched: Candidate}
+    final: dict  # {model: final_comparison()}
+    placebo: list  # best of each random partition, against global
+    warnings: list
+
+    def as_json(self):
+        def short(score):
+            row = {"w": score.w, "fd": score.fd, "seconds": score.seconds}
+            if score.precision is not None:
+                row |= {"precision": score.precision, "recall": score.recall}
+            return row
+
+        sweep = [short(score) | {"w_global": next(iter(score.w.values()))} for score in self.sweep]
+        models = {}
+        for name, candidate in self.models.items():
+            models[name] = {"w": candidate.w, "fd": candidate.fd}
+            if candidate.w_global is not None:
+                models[name]["w_global"] = candidate.w_global
+        return {
+            "kimg": self.kimg,
+            "blocks": self.blocks,
+            "grid": [short(score) for score in self.grid],
+            "sweep": sweep,
+            **models,
+            "final": self.final,
+            "placebo": self.placebo,
+            "warnings": self.warnings,
+        }
+
+
+def study(c, scorer, model, ledger):
+    """Sweep, grid, search and placebo on the selection seeds; then the winners once more on seeds that no
+    selection has seen -> Entry."""
+    blocks = scorer.merger.blocks
+    selection = ledger.selection
+
+    # Global weights: the base is 0, the collapsed network -1 and no candidate.
+    values = sorted({-1.0, 0.0, *c.grid, *c.sweep})
+    sweep = scorer.score_all(
+        [dict.fromkeys(blocks, value) for value in values], selection, "global weight"
+    )
+    by_value = dict(zip(values, sweep, strict=True))
+    if not math.isfinite(by_value[0.0].fd):
+        raise UserError("the base network's images are not finite: are its weights sound?")
+    w_global = min((value for value in values if value != -1), key=lambda value: by_value[value].fd)
+
+    models = {
+        "base": Candidate(by_value[0.0].w, by_value[0.0].fd),
+        "collapsed": Candidate(by_value[-1.0].w, by_value[-1.0].fd),
+        "global": Candidate(by_value[w_global].w, by_value[w_global].fd, w_global),
+    }
+
+    # One weight per block: a grid, unless it is left to a search; each returns what it scored itself.
+    grid = score_grid(c, scorer, selection, "grid")
+    if grid:
+        winner = best_of(grid)
+        models["blockwise"] = Candidate(winner.w, winner.fd)
+    if c.search:
+        winner = best_of(SEARCHES[c.search](c, scorer, selection, w_global))
+        models["searched"] = Candidate(winner.w, winner.fd)
+
+    finals = {}
+    for name, candidate in models.items():
+        finals[name] = [
+            scorer.score(candidate.w, seeds, f"final: {name}") for seeds in ledger.finals
+        ]
+    final = final_comparison(finals)
+
+    placebo = []
+    for k in range(c.placebo):
+        random_blocks = scorer.with_owners(placebo_owners(scorer.merger, model, k))
+        winner = best_of(score_grid(c, random_blocks, selection, f"random blocks {k + 1}"))
+        scores = [random_blocks.score(winner.w, seeds) for seeds in ledger.finals]
+        gain = compare(scores, finals["global"])
+        placebo.append({"w": winner.w, "fd": winner.fd, "against_global": gain})
+
+    warnings = warnings_of(c, models, final, bool(grid), scorer.judge.features.dim)
+    table = scorer.merger.table()
+    return Entry(scorer.kimg, table, sweep, grid, models, final, placebo, warnings)
+
+
+def final_comparison(finals):
+    """{model: [Score] of every final seed set} -> mean, all values, spread, paired differences."""
+    results = {}
+    for name, scores in finals.items():
+        values = [score.fd for score in scores]
+        result = {"w": scores[0].w, "images": scores[0].images, "all": values}
+        result["fd"] = float(np.mean(values))
+        if scores[0].precision is not None:
+            result["precision"] = float(np.mean([score.precision for score in scores]))
+            result["recall"] = float(np.mean([score.recall for score in scores]))
+        result["std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        if name != "base":
+            result["against_base"] = compare(scores, finals["base"])
+        if name not in ("base", "global"):
+            result["against_global"] = compare(scores, finals["global"])
+        results[name] = result
+    return results
+
+
+def warnings_of(c, models, final, had_grid, dim):
+    """What a careful reader would want to know."""
+    notes = []
+    if had_grid:
+        for block, value in models["blockwise"].w.items():
+            values = c.grid_of(block)
+            if len(values) > 1 and value in (values[0], values[-1]):
+                notes.append(f"w_{block} = {value:g} lies on the edge of the grid")
+    if c.select_images <= dim:
+        notes.append(
+            f"{c.select_images} selection images for {dim} features: the covariance is singular"
+        )
+
+    for name in ("blockwise", "searched"):
+        if name not in final:
+            continue
+        # Both gains in shares of the base: the seed sets differ in size, and so in bias.
+        against, base = final[name]["against_base"], final["base"]["fd"]
+        promised = models[name].fd / models["base"].fd - 1
+        if promised < against["low"] / base:
+            notes.append(
+                f"{name} is {-promised:.1%} below the base on the selection seeds and "
+                f"{-against['difference'] / base:.1%} on the final ones: selection noise"
+            )
+        loss = final["base"].get("precision", 0) - final[name].get("precision", 0)
+        if loss > 0.01 and against["difference"] < 0:
+            notes.append(f"{name}: precision falls while the distance falls")
+    for name, candidate in models.items():
+        if not math.isfinite(candidate.fd):
+            notes.append(f"{name}: the sampler diverges")
+    return notes
+
+
+# ------------------------------------------------------------ seeds: who may see which
+@dataclasses.dataclass(frozen=True)
+class SeedSet:
+    """Consecutive seeds and what they are for."""
+
+    purpose: str
+    first: int
+    count: int
+
+    @property
+    def seeds(self):
+        return np.arange(self.first, self.first + self.count)
+
+    @property
+    def last(self):
+        return self.first + self.count - 1
+
+    @property
+    def is_final(self):
+        return self.purpose.startswith("final")
+
+    def start(self, count):
+        """Its first seeds."""
+        return dataclasses.replace(self, count=count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    selection: SeedSet
+    finals: list
+
+    def as_json(self):
+        return {"selection": self.selection.first, "final": [seeds.first for seeds in self.finals]}
+
+
+def search_seeds(step, count):
+    """Fresh seeds for one step of the gradient search."""
+    return SeedSet("search", SEARCH_SEED + step * count, count)
+
+
+def seed_ledger(c):
+    """Disjoint seeds for synthetic, selection, final and search sets; the paper's overlap is announced."""
+    paper = c.protocol == "paper"
+    synthetic = SeedSet("synthetic", 0, c.synthetic)
+    selection = SeedSet("selection", 0 if paper else SELECT_SEED, c.select_images)
+    finals = []
+    for repeat in range(c.final_repeats):
+        first = FINAL_SEED + repeat * c.final_images
+        finals.append(SeedSet(f"final {repeat + 1}", first, c.final_images))
+    sets = [synthetic, selection, *finals]
+    if c.search == "gradient":
+        sets.append(SeedSet("search", SEARCH_SEED, c.evaluations * c.select_images))
+
+    for one, other in itertools.combinations(sets, 2):
+        announced = paper and (one.purpose, other.purpose) == ("synthetic", "selection")
+        if one.first <= other.last and other.first <= one.last and not announced:
+            raise UserError(
+                f"seeds of the {one.purpose} set ({one.first}-{one.last}) and the {other.purpose} set "
+                f"({other.first}-{other.last}) overlap: fewer --synthetic, --select-images, --final-images "
+                "or --final-repeats"
+            )
+    if max(seeds.last for seeds in sets) >= 2**32:
+        raise UserError(
+            "the run needs more than 2^32 seeds, which repeat: fewer images or --evaluations"
+        )
+    if paper:
+        print(
+            "--protocol paper: selection seeds 0-1999 overlap the synthetic training set, and 2,000 images "
+            "are fewer than 2,048 features: the covariance is singular"
+        )
+    return Ledger(selection, finals)
+
+
+# ============================================================ 4. self-training
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a network is trained; all of it is in the key of the result."""
+
+    name: str
+    batch: int
+    lr: float
+    ramp_kimg: float  # the learning rate grows linearly over this
+    ema_kimg: float  # half-life of the weight average
+    seed: int
+    ramp_ratio: float | None = (
+        None  # the half-life is at most this share of what was seen; None: no limit
+    )
+    precision: str = "fp32"
+
+
+def ema_beta(batch, half_life, seen=None, ramp_ratio=None):
+    """Share the average keeps at a step of `batch` images; half_life in images, at most seen * ramp_ratio."""
+    if ramp_ratio is not None:
+        half_life = min(half_life, seen * ramp_ratio)
+    return 0.5 ** (batch / max(half_life, 1e-8))
+
+
+def shuffled(positions, n, seed):
+    """Indices at these positions of an endless sequence of permutations of range(n)."""
+    epochs = {}
+    for epoch in {int(position) // n for position in positions}:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        epochs[epoch] = torch.randperm(n, generator=generator)
+    indices = [epochs[int(position) // n][int(position) % n] for position in positions]
+    return torch.stack(indices) if indices else torch.zeros(0, dtype=torch.int64)
+
+
+def encode_once(model, images):
+    """What loss() trains on, if making it is work (a VAE); else the uint8 images, converted batch by batch."""
+    if not model.encodes:
+        return images
+    parts = [model.encode(part) for part in tqdm(images.split(256), desc="encode", leave=False)]
+    return torch.cat(parts)
+
+
+def gradients_of_step(model, net, x, labels, parameters, processes, batch):
+    """Leaves in every parameter the gradient of the loss, summed over all ranks' images, divided by `batch`.
+    A parameter that no loss uses gets zero on several ranks and none on one; Adam leaves it alone in both."""
+    for parameter in parameters:
+        parameter.grad = None
+    if len(x):
+        (model.loss(net, x, labels).sum() * (processes.world / batch)).backward()
+    if processes.world > 1:
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat.div_(processes.world))
+        for parameter, grad in zip(
+            parameters, flat.split([p.numel() for p in parameters]), strict=True
+        ):
+            parameter.grad = grad.view(parameter.shape)
+
+    # As EDM: a loss that overflows now and then must not end the training.
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.nan_to_num_(0.0, 1e5, -1e5)
+
+
+def train(model, net, images, labels, recipe, processes, state_path, snapshots, save):
+    """Adam on the model's loss. Every step has its own seed: a resumed run repeats an uninterrupted one.
+    images: uint8 [N, C, H, W]; snapshots: kimg at which save(ema, kimg) is called on the first rank."""
+    device, rank, batch = processes.device, processes.rank, recipe.batch
+    net = net.to(device).train()
+    parameters = movable_parameters(net)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    parameters = list(parameters.values())
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    averages = list(movable_parameters(ema, like=net).values())
+    optimizer = torch.optim.Adam(parameters, lr=recipe.lr, fused=True)
+    seen = 0
+
+    # Go on where an earlier run stopped.
+    parts = {"net": net, "ema": ema, "optimizer": optimizer}
+    if processes.decide(state_path.exists):
+        with reading(f"{state_path} is damaged, delete it to train from the start"):
+            state = torch.load(state_path, weights_only=True, map_location=device)
+            seen = state["seen"]
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+
+    x_all = encode_once(model, images)
+    total = int(max(snapshots) * 1000)
+    tick = max(batch, min(50_000, total // 4))
+    saved = seen
+    bar = tqdm(
+        total=total,
+        initial=seen,
+        unit="img",
+        unit_scale=True,
+        desc=recipe.name,
+        leave=False,
+        disable=rank > 0,
+    )
+    while seen < max(snapshots) * 1000:
+        # This rank's share of the batch, and the random stream of this step.
+        positions = torch.arange(seen, seen + batch)[rank :: processes.world]
+        index = shuffled(positions, len(images), recipe.seed)
+        torch.manual_seed(((recipe.seed * 2**20 + seen // batch) * 64 + rank) % 2**63)
+        x = x_all[index].to(device)
+        if not model.encodes:
+            x = model.encode(x)
+        y = None if labels is None else labels[index].to(device)
+
+        # Gradient and Adam step; the learning rate starts at zero.
+        with network_calls(net, recipe.precision):
+            gradients_of_step(model, net, x, y, parameters, processes, batch)
+        ramp = min(seen / max(recipe.ramp_kimg * 1000, 1e-8), 1)
+        optimizer.param_groups[0]["lr"] = recipe.lr * ramp
+        optimizer.step()
+
+        # Weight average.
+        beta = ema_beta(batch, recipe.ema_kimg * 1000, seen, recipe.ramp_ratio)
+        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - beta)
+
+        # Snapshots, and the state to resume from.
+        due = [kimg for kimg in snapshots if seen < kimg * 1000 <= seen + batch]
+        seen += batch
+        bar.update(batch)
+        if rank == 0 and (due or seen - saved >= tick):
+            for kimg in due:
+                save(ema, kimg)
+            saved = seen
+            state = {name: part.state_dict() for name, part in parts.items()} | {"seen": seen}
+            write_atomically(state_path, partial(torch.save, state))
+    bar.close()
+    processes.barrier()  # now the first rank's files are there
+
+
+# ============================================================ 5. blocks, and merging them
+def movable_parameters(net, like=None):
+    """{name: parameter} that training moves and extrapolation steps: all, or those that `like` (default: the
+    network itself) lets learn, if it tells them apart. Tied parameters appear once; buffers never do."""
+    learns = {name: parameter.requires_grad for name, parameter in (like or net).named_parameters()}
+    frozen = any(learns.values())
+    return {name: p for name, p in net.named_parameters() if learns[name] or not frozen}
+
+
+def glob_owner(name, table):
+    """The block that the first fitting pattern of --partition FILE gives a parameter, and that pattern."""
+    for pattern, block in table.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            return block, pattern
+    raise UserError(f'--partition: no pattern owns {name}; end the file with "*": "rest"')
+
+
+def partition_owners(model, net, partition):
+    """{parameter: block} for every parameter that moves."""
+    names = list(movable_parameters(net))
+    if isinstance(partition, dict):
+        owners, used = {}, set()
+        for name in names:
+            owners[name], pattern = glob_owner(name, partition)
+            used.add(pattern)
+        for pattern in partition:
+            if pattern not in used and pattern != "*":
+                raise UserError(
+                    f"--partition: {printable(pattern)} matches no parameter that earlier patterns leave; "
+                    f"the names look like {names[0]}"
+                )
+        return owners
+    if partition == "layers":
+        return {name: model.layer(name) for name in names}
+    return {name: model.block(name, net, partition) for name in names}
+
+
+def block_order(owners):
+    """The blocks: encoder, middle, decoder in this order, others as they appear in the network."""
+    blocks = list(dict.fromkeys(owners.values()))
+    if set(blocks) <= {"enc", "mid", "dec"}:
+        blocks.sort(key=["enc", "mid", "dec"].index)
+    return blocks
+
+
+def placebo_owners(merger, model, seed, draws=200):
+    """{parameter: block} at random: layers change blocks as a whole, every block keeps its number of layers
+    and, the closest of many draws, nearly its size."""
+    layer_of = {name: (model.layer(name), block) for name, block in merger.owners.items()}
+    layers = list(dict.fromkeys(layer_of.values()))
+    sizes = dict.fromkeys(layers, 0)
+    for name, layer in layer_of.items():
+        sizes[layer] += merger.theta_r[name].numel()
+    sizes = np.array([sizes[layer] for layer in layers])
+    blocks = np.array([block for _, block in layers])
+
+    def log_sizes(assigned):
+        return np.log([sizes[assigned == block].sum() for block in np.unique(blocks)])
+
+    rng = np.random.default_rng(seed)
+    best, least = None, math.inf
+    for _ in range(draws):
+        assigned = rng.permutation(blocks)
+        mismatch = np.abs(log_sizes(assigned) - log_sizes(blocks)).max()
+        if mismatch < least:
+            best, least = assigned, mismatch
+    return {name: str(best[layers.index(layer)]) for name, layer in layer_of.items()}
+
+
+class Merger:
+    """All extrapolations of two networks: one resident network, its weights rewritten in one fused pass.
+    Buffers and frozen parameters stay the base's: an extrapolated variance could be negative."""
+
+    def __init__(self, base, aux, owners, sampler):
+        ours, theirs = dict(base.named_parameters()), dict(aux.named_parameters())
+        for name in [*ours, *theirs]:
+            r, s = (
+                tuple(side[name].shape) if name in side else "absent" for side in (ours, theirs)
+            )
+            if r != s:
+                raise UserError(
+                    f"base and self-trained network differ, first at {name}: {r} and {s}"
+                )
+        self.aux_hash = weights_hash(aux)
+        self.net = sampler.place(base)
+        self.use(owners)
+
+        # In the network's memory format, so that set() is one pass without copies.
+        resident = dict(self.net.named_parameters())
+        self.targets = [resident[name].detach() for name in owners]
+        self.theta_r = {name: resident[name].detach().clone() for name in owners}
+        self.theta_s = {}
+        for name in owners:
+            self.theta_s[name] = torch.empty_like(self.theta_r[name]).copy_(theirs[name].detach())
+
+    def use(self, owners):
+        """owners: {parameter: block}."""
+        self.owners = owners
+        self.blocks = block_order(owners)
+        self.index = [self.blocks.index(block) for block in owners.values()]
+
+    def with_owners(self, owners):
+        """The same networks cut into other blocks."""
+        other = copy.copy(self)
+        other.use({name: owners[name] for name in self.owners})
+        return other
+
+    def set(self, w):
+        """w: {block: weight} -> the resident network with those weights."""
+        values = [float(w[block]) for block in self.blocks]
+        theta_r, theta_s = list(self.theta_r.values()), list(self.theta_s.values())
+        neon_ext.extrapolate(theta_r, theta_s, self.index, values, out=self.targets)
+        return self.net
+
+    def table(self):
+        """{block: tensors, parameters, relative drift ||theta_s - theta_r|| / ||theta_r||}."""
+
+        def norm(tensors):
+            return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+
+        rows = {}
+        for block in self.blocks:
+            names = [name for name, owner in self.owners.items() if owner == block]
+            moved = norm([self.theta_s[name] - self.theta_r[name] for name in names])
+            size = norm([self.theta_r[name] for name in names])
+            rows[block] = {
+                "tensors": len(names),
+                "parameters": sum(self.theta_r[name].numel() for name in names),
+                "drift": moved / size if size else 0.0 if moved == 0 else math.inf,
+            }
+        return rows
+
+
+# ============================================================ 6. sampling: seeds, batches, precision
+def draw_noise(shape, classes, seeds, device):
+    """One generator per seed, as EDM: noise [N, *shape] float32, labels [N] int64 (or None)."""
+    noise, labels = [], []
+    for seed in seeds:
+        generator = torch.Generator(device).manual_seed(int(seed) % 2**32)
+        noise.append(torch.randn(shape, generator=generator, device=device))
+        if classes:
+            labels.append(torch.randint(classes, [], generator=generator, device=device))
+    return torch.stack(noise), torch.stack(labels) if classes else None
+
+
+def to_pixels(images):
+    """[-1, 1] -> [0, 255], not rounded yet; EDM truncates after adding 128."""
+    return (images * 127.5 + 128).clip(0, 255)
+
+
+class Diverged(Exception):
+    """The sampler gave images that are not finite."""
+
+
+class Sampler:
+    """From seeds to images of one model: a seed decides its noise and label, whatever the batch or rank."""
+
+    def __init__(self, model, base, processes, steps, batch):
+        self.model, self.processes, self.steps, self.batch = model, processes, steps, batch
+        self.shape, self.classes = tuple(model.noise_shape(base)), model.classes(base)
+
+    def place(self, net):
+        """A copy of the network to sample from; compiled on a GPU: its weights are rewritten in place."""
+        device = self.processes.device
+        net = copy.deepcopy(net).to(device).eval().requires_grad_(False)
+        if device == "cuda":
+            net.to(memory_format=torch.channels_last)
+            net.forward = torch.compile(net.forward, dynamic=False)
+        return net
+
+    def floats(self, net, seeds):
+        """Images [N, C, H, W] in [-1, 1] and labels [N] (or None) of one batch of seeds."""
+        seeds = list(seeds)
+        # One shape for the compiled network: the surplus images are dropped.
+        surplus = self.batch - len(seeds) if self.processes.device == "cuda" else 0
+        padded = seeds + seeds[-1:] * max(surplus, 0)
+        noise, labels = draw_noise(self.shape, self.classes, padded, self.processes.device)
+        images = self.model.sample(net, noise, labels, self.steps)[: len(seeds)]
+        return images, None if labels is None else labels[: len(seeds)]
+
+    @torch.no_grad()
+    def images(self, net, seeds):
+        """uint8 images [N, C, H, W] and labels [N] (or None) of one batch of seeds."""
+        images, labels = self.floats(net, seeds)
+        if not images.isfinite().all():
+            raise Diverged("the sampler gave images that are not finite: are the weights sound?")
+        return to_pixels(images).to(torch.uint8), labels
+
+
+def allow_tf32(precision):
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def as_float32(out):
+    """Half-precision outputs of a network, in whatever containers, as float32."""
+    if isinstance(out, torch.Tensor):
+        return out.float() if out.dtype in (torch.float16, torch.bfloat16) else out
+    if isinstance(out, (tuple, list)):
+        return type(out)(as_float32(part) for part in out)
+    return out
+
+
+@contextlib.contextmanager
+def network_calls(net, precision, checkpointed=False):
+    """For a whole pass over the seeds, in all of its threads: how the network itself computes. tf32 sets
+    torch's flags, bf16 and fp16 put the network under autocast (the sampler around it stays as it is).
+    checkpointed: a backward pass keeps the activations of one network call at a time."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    device = next(net.parameters()).device.type
+    forward = net.forward
+    own = "forward" in vars(net)
+
+    def in_half_precision(*args, **kwargs):
+        with torch.autocast(device, dtype):
+            return as_float32(forward(*args, **kwargs))
+
+    call = forward if dtype is None else in_half_precision
+    allow_tf32(precision)
+    if checkpointed:
+        net.forward = partial(checkpoint, call, use_reentrant=False)
+    elif dtype is not None:
+        net.forward = call
+    try:
+        yield
+    finally:
+        if own:
+            net.forward = forward
+        else:
+            vars(net).pop("forward", None)
+
+
+# ============================================================ 7. features, reference, precision and recall
+class InceptionFeatures(nn.Module):
+    """Inception-v3 of the FID graph: uint8 [N, 3, H, W] (or float in [0, 255]) -> pool [N, 2048] float32.
+    path: the public PyTorch port of its weights (pt_inception-2015-12-05). TF1-style resize to 299 and
+    (v - 128) / 128: comparable with EDM's FID. Batch normalisation is folded into the convolutions."""
+
+    dim = 2048
+    score = "FID"
+    kind = "inception"
+    MIXED = {  # chains of convolutions side by side: name of the chain, its length; then a pooled branch
+        "5b": {"1x1": 1, "5x5": 2, "3x3dbl": 3},
+        "5c": {"1x1": 1, "5x5": 2, "3x3dbl": 3},
+        "5d": {"1x1": 1, "5x5": 2, "3x3dbl": 3},
+        "6a": {"3x3": 1, "3x3dbl": 3},
+        "6b": {"1x1": 1, "7x7": 3, "7x7dbl": 5},
+        "6c": {"1x1": 1, "7x7": 3, "7x7dbl": 5},
+        "6d": {"1x1": 1, "7x7": 3, "7x7dbl": 5},
+        "6e": {"1x1": 1, "7x7": 3, "7x7dbl": 5},
+        "7a": {"3x3": 2, "7x7x3": 4},
+        "7b": {"1x1": 1, "3x3": 2, "3x3dbl": 3},
+        "7c": {"1x1": 1, "3x3": 2, "3x3dbl": 3},
+    }
+
+    def __init__(self, path):
+        super().__init__()
+        with reading(f"{path} is not the PyTorch port of the FID Inception"):
+            weights = torch.load(path, weights_only=True, map_location="cpu")
+            for key in [key for key in weights if key.endswith(".conv.weight")]:
+                name = key.removesuffix(".conv.weight").replace(".", "_")
+                bn = key.replace("conv.weight", "bn.")
+                scale = (
+                    weights[f"{bn}weight"].double()
+                    / (weights[f"{bn}running_var"].double() + 1e-3).sqrt()
+                )
+                bias = weights[f"{bn}bias"].double() - weights[f"{bn}running_mean"].double() * scale
+                self.register_buffer(
+                    name, (weights[key].double() * scale.view(-1, 1, 1, 1)).float()
+                )
+                self.register_buffer(f"{name}_bias", bias.float())
+            try:
+                self(torch.zeros(1, 3, 8, 8))  # every layer is there and fits
+            except AttributeError as error:
+                raise KeyError(str(error)) from error
+        self.name = f"inception-{weights_hash(self)[:8]}-tf1"
+        self.identity = weights_hash(self)
+
+    def conv(self, x, name, stride=1, padding=None):
+        """Convolution and ReLU; by default stride 1 keeps the size and stride 2 is unpadded."""
+        weight, bias = getattr(self, name), getattr(self, f"{name}_bias")
+        if padding is None:
+            padding = [k // 2 for k in weight.shape[2:]] if stride == 1 else 0
+        return F.relu(F.conv2d(x, weight, bias, stride, padding))
+
+    def mixed(self, x, block):
+        stride = 2 if block in ("6a", "7a") else 1
+        outs = []
+        for branch, length in self.MIXED[block].items():
+            prefix = f"Mixed_{block}_branch{branch}"
+            h = x
+            for i in range(1, length):
+                h = self.conv(h, f"{prefix}_{i}")
+            last = f"{prefix}_{length}" if length > 1 else prefix
+            # These chains end in two convolutions side by side.
+            split = block in ("7b", "7c") and length > 1
+            for end in ("a", "b") if split else ("",):
+                outs.append(self.conv(h, last + end, stride))
+
+        if stride == 2:
+            return torch.cat([*outs, F.max_pool2d(x, 3, 2)], 1)
+        if block == "7c":
+            pooled = F.max_pool2d(x, 3, 1, 1)
+        else:
+            pooled = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        return torch.cat([*outs, self.conv(pooled, f"Mixed_{block}_branch_pool")], 1)
+
+    @staticmethod
+    def resize(x, size=299):
+        """TensorFlow 1's bilinear: source coordinate j * W / 299, no half-pixel shift; x, then y; float32."""
+        for axis in (3, 2):
+            n = x.shape[axis]
+            at = torch.arange(size, dtype=torch.float32, device=x.device) * (n / size)
+            low = at.floor().long().clamp_max(n - 1)
+            part = (at - low).view([size if a == axis else 1 for a in range(4)])
+            first = x.index_select(axis, low)
+            x = first + (x.index_select(axis, (low + 1).clamp_max(n - 1)) - first) * part
+        return x
+
+    def forward(self, images):
+        x = (self.resize(images.float()) - 128).expand(-1, 3, -1, -1) / 128
+        x = self.conv(x, "Conv2d_1a_3x3", 2)
+        x = self.conv(x, "Conv2d_2a_3x3", padding=0)
+        x = F.max_pool2d(self.conv(x, "Conv2d_2b_3x3"), 3, 2)
+        x = self.conv(x, "Conv2d_3b_1x1")
+        x = F.max_pool2d(self.conv(x, "Conv2d_4a_3x3", padding=0), 3, 2)
+        for block in self.MIXED:
+            x = self.mixed(x, block)
+        return x.mean((2, 3))
+
+
+class DigitsFeatures(nn.Module):
+    """Small classifier of scikit-learn's digits, trained here (seeded, seconds): [N, 1, 8, 8] -> [N, 64]."""
+
+    dim = 64
+    kind = name = "digits-cnn-64"
+    score = "FD (digits CNN, 64-d)"
+
+    def __init__(self, path, epochs=40):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            conv = partial(nn.Conv2d, kernel_size=3, padding=1)
+            self.body = nn.Sequential(
+                conv(1, 32),
+                nn.ReLU(),
+                conv(32, 64, stride=2),
+                nn.ReLU(),
+                conv(64, 64, stride=2),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(256, 64),
+                nn.ReLU(),
+            )
+            self.head = nn.Linear(64, 10)
+            if not path.exists():
+                self.fit(epochs)
+                write_atomically(path, partial(torch.save, self.state_dict()))
+        with reading(f"{path} is damaged, delete it"):
+            self.load_state_dict(torch.load(path, weights_only=True))
+        self.eval().requires_grad_(False)
+        self.identity = weights_hash(self)
+
+    def fit(self, epochs):
+        images, labels = digits_data()
+        optimizer = torch.optim.Adam(self.parameters(), lr=2e-3)
+        for _ in range(epochs):
+            for index in torch.randperm(len(images)).split(128):
+                optimizer.zero_grad()
+                F.cross_entropy(self.head(self(images[index])), labels[index]).backward()
+                optimizer.step()
+
+    def forward(self, images):
+        return self.body(images.float() / 127.5 - 1)
+
+
+class FileFeatures:
+    """features(images) of a model file: uint8-valued [N, C, H, W] -> [N, D]."""
+
+    def __init__(self, model, example):
+        found = model.call("features", example)
+        if not isinstance(found, torch.Tensor) or found.ndim != 2 or len(found) != len(example):
+            raise UserError(f"{model.path}: features() must give a tensor [{len(example)}, D]")
+        if not found.is_floating_point() or not found.isfinite().all():
+            raise UserError(f"{model.path}: features() must give finite floating-point numbers")
+        self.model, self.dim = model, found.shape[1]
+        self.kind = self.name = f"{model.path.stem}-{self.dim}"
+        self.score = f"FD (features of {model.path.name}, {self.dim}-d)"
+        self.identity = model.identity
+
+    def __call__(self, images):
+        return self.model.call("features", images)
+
+    def to(self, device):
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Statistics of the real data in one feature network. prepared: neon_ext.FrechetReference; real: the
+    features themselves [N, D] where they are at hand; facts: features, source, images, for the report."""
+
+    prepared: object
+    real: torch.Tensor | None
+    facts: dict
+    identity: str  # hash of mean, covariance and features
+
+    def floor(self, images):
+        """Distance between two disjoint samples of the real data, at most `images` each: bias alone."""
+        n = min(images, len(self.real) // 2)
+        order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0))
+        first, second = (self.real[part.to(self.real.device)] for part in order[: 2 * n].split(n))
+        moments = (*neon_ext.feature_moments(first), *neon_ext.feature_moments(second))
+        return {"images": n, "fd": float(neon_ext.frechet_distance(*moments))}
+
+
+def reference_of(statistics, features, source, device, real=None):
+    """Reference from {mu [D], sigma [D, D], images, features}, if they are of these features and usable."""
+    kind, shape = str(statistics["features"]), np.shape(statistics["mu"])
+    if shape != (features.dim,) or kind not in (features.name, features.kind):
+        raise UserError(
+            f"reference {source} has {shape} statistics of {kind}, the features are "
+            f"{features.name}, {features.dim}-d: use statistics of the same features"
+        )
+    count = int(statistics["images"])
+    with reading(f"reference {source} has no usable mu and sigma"):
+        mu, cov = (torch.as_tensor(statistics[key]).double().to(device) for key in ("mu", "sigma"))
+        prepared = neon_ext.FrechetReference(mu, cov, count)
+    facts = {"features": features.name, "source": str(source), "images": count}
+    identity = key_of(
+        tensor_hash(mu), tensor_hash(cov), count, None if real is None else tensor_hash(real)
+    )
+    return Reference(prepared, real, facts, identity)
+
+
+def reference_from_images(real, features, out, device):
+    """Reference of real images; reference.npz in the run's folder keeps its statistics."""
+    with torch.no_grad():
+        found = torch.cat([features(part.to(device)) for part in real.images.split(256)])  # [N, D]
+    mu, cov = (moment.cpu().numpy() for moment in neon_ext.feature_moments(found))
+    statistics = {"mu": mu, "sigma": cov, "images": len(real.images), "features": features.name}
+
+    def write(part):
+        np.savez(part, **statistics)
+
+    write_atomically(out / "reference.npz", write)
+    return reference_of(statistics, features, real.source, device, found)
+
+
+def reference_from_file(path, features, device):
+    """Reference of an npz with mu and sigma, as EDM's (which leaves features and images out)."""
+    with reading(f"reference {path} has no usable mu and sigma"), np.load(path) as file:
+        statistics = {"features": "inception", "images": 50_000} | dict(file)
+        statistics["mu"], statistics["sigma"], statistics["images"]  # noqa: B018  KeyError names what is absent
+    return reference_of(statistics, features, path, device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """A feature network and the real data seen through it: what a score is."""
+
+    features: object  # callable with dim, name, kind, score, identity
+    reference: Reference
+
+    @property
+    def identity(self):
+        return key_of(self.features.identity, self.reference.identity)
+
+
+def get_judge(c, model, base, real, processes):
+    """The features of the model's own file, or the preset's, and the reference in them."""
+    allow_tf32(c.precision)
+
+    def build():
+        features = model.own_features(base) or PRESETS[c.preset].features(c)
+        features = features.to(c.device)
+        if real is not None:
+            return Judge(features, reference_from_images(real, features, c.out, c.device))
+        path = fetch(reference_source(c, model), "the reference statistics")
+        return Judge(features, reference_from_file(path, features, c.device))
+
+    return processes.one_by_one(build)
+
+
+def reference_source(c, model):
+    """--ref; CIFAR-10's own statistics only for EDM's CIFAR-10 networks, or when they are asked for."""
+    if c.ref == "cifar10":
+        return CIFAR10_STATISTICS
+    if c.ref:
+        return c.ref
+    if c.model or c.base not in ("", *BASES, *BASES.values()):
+        raise UserError(
+            "a network of your own needs real images or statistics to be scored against: give --data IMAGES "
+            "or --ref STATISTICS.npz (--ref cifar10 for CIFAR-10's own)"
+        )
+    return CIFAR10_STATISTICS
+
+
+def fold_distances(prepared, features):
+    """Distance of features [N, D] to the reference, and without each of FOLDS contiguous folds."""
+    moments = neon_ext.Moments(features.shape[1], FOLDS, features.device)
+    for k, fold in enumerate(features.tensor_split(FOLDS)):
+        moments.update(fold, k)
+    distances = []
+    for k in range(FOLDS):
+        others = [j for j in range(FOLDS) if j != k]
+        distances.append(float(prepared.distance(moments.mean(others), moments.cov(others))))
+    return float(prepared.distance(moments.mean(None), moments.cov(None))), distances
+
+
+@torch.no_grad()
+def precision_recall(real, fake, k=5, most=10_000):
+    """Improved precision and recall (arXiv 1904.06991), k nearest neighbours, at most `most` of each."""
+    real, fake = real[:most].double(), fake[:most].double()
+
+    def share_inside(points, manifold):
+        # A point's own zero distance is its first neighbour, hence k + 1.
+        radii = [
+            torch.cdist(part, manifold).kthvalue(k + 1).values for part in manifold.split(1000)
+        ]
+        radii = torch.cat(radii)
+        hits = [(torch.cdist(part, manifold) <= radii).any(1) for part in points.split(1000)]
+        return float(torch.cat(hits).double().mean())
+
+    return share_inside(fake, real), share_inside(real, fake)
+
+
+# ============================================================ 8. scores, their log, comparisons
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One network's distance to the real data, on one set of seeds."""
+
+    snapshot: float  # kimg
+    w: dict  # {block: weight}
+    images: int
+    first_seed: int
+    fd: float  # inf where the sampler diverged
+    folds: list  # the distance without each of FOLDS seed folds
+    precision: float | None
+    recall: float | None
+    arithmetic: str  # of the sampling network: fp32, tf32, bf16, fp16
+    seconds: float
+    key: str  # hash of all that decides the score
+
+    def as_line(self):
+        """One line of JSON, which knows no infinity."""
+        row = dataclasses.asdict(self)
+        if not math.isfinite(self.fd):
+            row |= {"fd": None, "folds": None}
+        return json.dumps(row, allow_nan=False)
+
+    @classmethod
+    def from_line(cls, line):
+        """The score of a line of our own; ValueError says what is wrong with it."""
+        row = json.loads(line)
+        if not isinstance(row, dict) or set(row) != {
+            field.name for field in dataclasses.fields(cls)
+        }:
+            raise ValueError("it has other entries than a score")
+        if row["fd"] is None:
+            row |= {"fd": math.inf, "folds": [math.inf] * FOLDS}
+        numbers = [row["fd"], row["seconds"], *row["folds"], *row["w"].values()]
+        if row["precision"] is not None:
+            numbers += [row["precision"], row["recall"]]
+        if not all(isinstance(number, (int, float)) and number == number for number in numbers):
+            raise ValueError("it has entries that are no numbers")
+        if len(row["folds"]) != FOLDS or row["fd"] < -1e-6 * abs(row["fd"]) - 1e-3:
+            raise ValueError("its distance or folds are impossible")
+        return cls(**row)
+
+    @property
+    def name(self):
+        """What is scored with the same key only once."""
+        return json.dumps([self.w, self.images, self.first_seed], sort_keys=True)
+
+
+class ScoreLog:
+    """Finished scores: grid.jsonl (selection seeds) and final.jsonl (final seeds), a line each."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.scores = {}
+        for path in (folder / "grid.jsonl", folder / "final.jsonl"):
+            if path.exists():
+                self.read(path)
+
+    def read(self, path):
+        # What follows the last line break was cut off by a kill; add() takes it away.
+        *lines, _ = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                self.keep(Score.from_line(line.decode("utf-8")))
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise UserError(
+                    f"{path}, line {number}, is damaged ({printable(error)}): delete the line, or the file"
+                ) from error
+
+    def keep(self, score):
+        self.scores[score.key, score.name] = score
+
+    def find(self, key, w, seeds):
+        name = json.dumps([w, seeds.count, int(seeds.first)], sort_keys=True)
+        return self.scores.get((key, name))
+
+    def add(self, score, seeds):
+        """Append to the file of these seeds; the lock keeps lines of several processes apart."""
+        self.keep(score)
+        path = self.folder / ("final.jsonl" if seeds.is_final else "grid.jsonl")
+        with open(path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            content = file.read()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                file.truncate(whole)
+            file.write(score.as_line().encode() + b"\n")
+
+
+class Scorer:
+    """Scores of one snapshot's extrapolations; what is finished is read back from the log."""
+
+    def __init__(self, merger, judge, sampler, log, parents, kimg, c):
+        self.merger, self.judge, self.sampler, self.log = merger, judge, sampler, log
+        self.parents, self.kimg = parents, kimg
+        self.selection_precision = c.precision
+        self.final_precision = c.confirm_precision or c.precision
+
+    def with_owners(self, owners):
+        """The same networks cut into other blocks."""
+        other = copy.copy(self)
+        other.merger = self.merger.with_owners(owners)
+        return other
+
+    def weights(self, values):
+        """Numbers in the order of the blocks -> {block: weight}, rounded: the same key after a resume."""
+        return {
+            block: round(float(v), 6) for block, v in zip(self.merger.blocks, values, strict=True)
+        }
+
+    def arithmetic(self, seeds):
+        return self.final_precision if seeds.is_final else self.selection_precision
+
+    def key(self, seeds):
+        sampler = self.sampler
+        inputs = {
+            "networks": self.parents,
+            "owners": self.merger.owners,
+            "model": sampler.model.identity,
+            "judge": self.judge.identity,
+            "steps": sampler.steps,
+            "precision": self.arithmetic(seeds),
+            "device": sampler.processes.device,
+            "torch": torch.__version__,
+            "folds": FOLDS,
+            "snapshot": self.kimg,
+        }
+        return key_of(SCORING_VERSION, SAMPLING_VERSION, inputs)
+
+    def features(self, w, seeds, desc=None):
+        """Features [N, D] of the images at these seeds, in their order, on every rank; None: it diverged."""
+        net = self.merger.set(w)
+        processes = self.sampler.processes
+
+        def work(part):
+            images, _ = self.sampler.images(net, part)
+            found = self.judge.features(images)
+            return found.cpu() if processes.world > 1 else found
+
+        try:
+            with network_calls(net, self.arithmetic(seeds)):
+                parts = processes.map_batches(work, seeds.seeds, self.sampler.batch, desc)
+        except Diverged:
+            return None
+        return torch.cat(parts).to(processes.device)
+
+    @torch.no_grad()
+    def score(self, w, seeds, desc=None):
+        """Score of the weights w on a SeedSet; precision and recall where real images are at hand."""
+        begin = time.perf_counter()
+        processes = self.sampler.processes
+        key = self.key(seeds)
+        done = processes.decide(partial(self.log.find, key, w, seeds))
+        if done is not None:
+            return done
+        found = self.features(w, seeds, desc)
+
+        def assess():
+            fd, folds, precision, recall = math.inf, [math.inf] * FOLDS, None, None
+            if found is not None:
+                fd, folds = fold_distances(self.judge.reference.prepared, found)
+            else:
+                print(f"{printable(json.dumps(w))}: the sampler diverges, the score is infinite")
+            if found is not None and self.judge.reference.real is not None:
+                precision, recall = precision_recall(self.judge.reference.real, found)
+            score = Score(
+                snapshot=self.kimg,
+                w=w,
+                images=seeds.count,
+                first_seed=int(seeds.first),
+                fd=fd,
+                folds=folds,
+                precision=precision,
+                recall=recall,
+                arithmetic=self.arithmetic(seeds),
+                seconds=round(time.perf_counter() - begin, 3),
+                key=key,
+            )
+            self.log.add(score, seeds)
+            return score
+
+        return processes.decide(assess)
+
+    def score_all(self, weights, seeds, desc):
+        quiet = self.sampler.processes.rank > 0
+        bar = tqdm(weights, desc=f"snapshot {self.kimg}: {desc}", leave=False, disable=quiet)
+        return [self.score(w, seeds) for w in bar]
+
+
+def best_of(scores):
+    return min(scores, key=fd_of)
+
+
+def fd_of(score):
+    return score.fd
+
+
+def compare(scores, others, level=0.05):
+    """Paired difference of distances, mean over the seed sets of `scores` and `others`, and its interval: the
+    delete-one-fold jackknife (Student's t) of the difference, as both saw the same noise. better: lower."""
+    ours, theirs = (float(np.mean([score.fd for score in side])) for side in (scores, others))
+    if not math.isfinite(ours) or not math.isfinite(theirs):
+        difference = 0.0 if ours == theirs else ours - theirs
+        verdict = (
+            "no significant difference"
+            if ours == theirs
+            else "better"
+            if ours < theirs
+            else "worse"
+        )
+        return {"difference": difference, "low": difference, "high": difference, "verdict": verdict}
+
+    pairs = list(zip(scores, others, strict=True))
+    full = float(np.mean([one.fd - other.fd for one, other in pairs]))
+    folds = np.array([np.subtract(one.folds, other.folds) for one, other in pairs])  # [sets, FOLDS]
+    variance = (FOLDS - 1) / FOLDS * ((folds - folds.mean(1, keepdims=True)) ** 2).sum()
+    quantile = scipy.stats.t.ppf(1 - level / 2, len(pairs) * (FOLDS - 1))
+    half = float(quantile * variance**0.5 / len(pairs))
+    verdict = "no significant difference"
+    if abs(full) > half:
+        verdict = "better" if full < 0 else "worse"
+    return {"difference": full, "low": full - half, "high": full + half, "verdict": verdict}
+
+
+# ============================================================ 9. grid and search over block weights
+def grid_weights(c, blocks):
+    """All products of the grid over the blocks; none when a search takes the place of a large one."""
+    lists = [c.grid_of(block) for block in blocks]
+    points = math.prod(len(values) for values in lists)
+    if c.search and points > MAX_POINTS_BESIDE_SEARCH and not c.placebo:
+        return []
+    return [dict(zip(blocks, values, strict=True)) for values in itertools.product(*lists)]
+
+
+def check_grid(c, blocks):
+    """Refuse a grid that takes for ever, announce a large one."""
+    points = math.prod(len(c.grid_of(block)) for block in blocks)
+    if c.search and not c.placebo:
+        return
+    if points > MAX_POINTS and not c.yes:
+        advice = "use --search gradient without --placebo, or add --yes"
+        raise UserError(f"the grid has {points} points over {len(blocks)} blocks: {advice}")
+    if points > MAX_POINTS_BESIDE_SEARCH:
+        print(
+            f"the grid has {points} points over {len(blocks)} blocks; --search gradient needs no grid"
+        )
+
+
+def race(scorer, weights, seeds, level=0.05):
+    """Candidates that a fifth of the seeds does not separate from the leader: intervals of the difference at
+    level / candidates, so that the best is dropped with a probability of at most about `level`."""
+    few = seeds.start(min(seeds.count, max(2 * FOLDS, seeds.count // 5)))
+    scores = scorer.score_all(weights, few, "race")
+    leader = best_of(scores)
+    return [
+        score.w for score in scores if compare([score], [leader], level / len(scores))["low"] <= 0
+    ]
+
+
+def score_grid(c, scorer, seeds, desc):
+    """Scores of the grid (of what a race leaves of it); none if the grid is left to the search."""
+    weights = grid_weights(c, scorer.merger.blocks)
+    if c.race and len(weights) > 1:
+        weights = race(scorer, weights, seeds)
+    return scorer.score_all(weights, seeds, desc)
+
+
+def search_cobyqa(c, scorer, seeds, start):
+    """Derivative-free trust-region search (scipy's COBYQA) from the best global weight -> its scores."""
+    scores = []
+
+    def distance(x):
+        scores.append(scorer.score(scorer.weights(x), seeds))
+        return scores[-1].fd
+
+    blocks = len(scorer.merger.blocks)
+    x = np.full(blocks, float(np.clip(start, *c.bounds)))
+    options = {"initial_tr_radius": 0.5, "final_tr_radius": 0.01, "maxfev": c.evaluations}
+    scipy.optimize.minimize(
+        distance, x, method="COBYQA", bounds=[c.bounds] * blocks, options=options
+    )
+    return scores
+
+
+def search_gradient(c, scorer, seeds, start, lr=0.15, pull=0.02, patience=6):
+    """Adam on all block weights from the best global weight: fresh noise at every step and a pull towards the
+    start, against overfitting. The running average of the iterates is scored on the selection seeds, which no
+    gradient has seen; `patience` steps without gain end it. The state after every step is kept on disk.
+    -> the scores of the averages."""
+    processes = scorer.sampler.processes
+    blocks = scorer.merger.blocks
+    precision = gradient_precision(scorer.selection_precision)
+    settings = [scorer.key(seeds), start, seeds.first, seeds.count, c.bounds, lr, pull, precision]
+    path = scorer.log.folder / f"search-{key_of(SEARCH_VERSION, settings)}.pt"
+    w = torch.full([len(blocks)], float(start), dtype=torch.float64)
+    average = w.clone()
+    averages = []  # {block: weight} after every step
+    optimizer = torch.optim.Adam([w], lr=lr, betas=(0.8, 0.95))
+    if processes.decide(path.exists):
+        with reading(f"{path} is damaged, delete it to search from the start"):
+            w[:], average, averages, adam = torch.load(path, weights_only=True)
+            optimizer.load_state_dict(adam)
+
+    scores = scorer.score_all(averages, seeds, "gradient search")
+    quiet = processes.rank > 0
+    for step in tqdm(
+        range(len(averages), c.evaluations), desc="gradient search", leave=False, disable=quiet
+    ):
+        if scores and len(scores) - int(np.argmin([score.fd for score in scores])) > patience:
+            break
+        fresh = search_seeds(step, seeds.count)
+        _, gradient = distance_and_gradient(scorer, scorer.weights(w), fresh, precision)
+        w.grad = torch.tensor([gradient[block] for block in blocks], dtype=torch.float64)
+        w.grad += pull * (w - start)
+        optimizer.step()
+        w.clamp_(*c.bounds)
+        average = average + max(1 / (step + 2), 0.3) * (w - average)
+        averages.append(scorer.weights(average))
+        scores.append(scorer.score(averages[-1], seeds))
+        if processes.rank == 0:
+            state = (w, average, averages, optimizer.state_dict())
+            write_atomically(path, partial(torch.save, state))
+    return scores
+
+
+SEARCHES = {"cobyqa": search_cobyqa, "gradient": search_gradient}
+
+
+def gradient_precision(precision):
+    """fp16 has no exponents for small derivatives: a block's gradient would change its sign."""
+    return "fp32" if precision == "fp16" else precision
+
+
+def distance_and_gradient(scorer, w, seeds, precision, rounding=True):
+    """Distance at w, and {block: its exact derivative in the block's weight}. Pass one: moments of the
+    features; two: every batch again, the distance's derivative pulled back through features and sampler to
+    the weights, one network call's activations at a time. Rounding to uint8 is passed straight through.
+    Where the sampler diverges: infinity, and a gradient of zero."""
+    merger, sampler, judge = scorer.merger, scorer.sampler, scorer.judge
+    processes = sampler.processes
+    net = merger.set(w)
+    n = seeds.count
+
+    def features_of(part):
+        images, _ = sampler.floats(net, part)
+        if not images.isfinite().all():
+            raise Diverged
+        x = to_pixels(images)
+        return judge.features(x + (x.floor() - x).detach() if rounding else x)
+
+    def features_alone(part):
+        with torch.no_grad():  # per thread
+            return features_of(part).cpu() if processes.world > 1 else features_of(part)
+
+    # Pass one: the moments, and the distance's derivative in them.
+    try:
+        with network_calls(net, precision):
+            parts = processes.map_batches(features_alone, seeds.seeds, sampler.batch)
+    except Diverged:
+        return math.inf, dict.fromkeys(merger.blocks, 0.0)
+    mean, cov = neon_ext.feature_moments(torch.cat(parts).to(processes.device))
+    inputs = mean.clone().requires_grad_(), cov.requires_grad_()
+    fd = judge.reference.prepared.distance(*inputs)
+    to_mean, to_cov = torch.autograd.grad(fd, inputs)
+
+    # Pass two: d theta / d w_block = theta_r - theta_s.
+    resident = dict(net.named_parameters())
+    names = list(merger.owners)
+    parameters = [resident[name] for name in names]
+
+    def pull_back(part):
+        with torch.enable_grad():
+            features = features_of(part)
+        pull = to_mean / n + 2 * (features.detach().double() - mean) @ to_cov / (n - 1)
+        gradients = torch.autograd.grad(
+            features, parameters, pull.to(features.dtype), allow_unused=True
+        )
+        total = dict.fromkeys(merger.blocks, 0.0)
+        for name, gradient in zip(names, gradients, strict=True):
+            if (
+                gradient is not None
+            ):  # sampling may not use a parameter, as EDM's augmentation labels
+                drift = merger.theta_r[name] - merger.theta_s[name]
+                total[merger.owners[name]] += float((gradient.double() * drift).sum())
+        return list(total.values())
+
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        batch = max(1, sampler.batch // 2)  # takes several times the memory of sampling
+        with network_calls(net, precision, checkpointed=True):
+            totals = processes.map_batches(pull_back, seeds.seeds, batch)
+    finally:
+        net.requires_grad_(False)
+    return fd.item(), dict(zip(merger.blocks, np.sum(totals, axis=0), strict=True))
+
+
+# ============================================================ 10. report
+def summarise(c, argv, entries, judge, ledger, seconds, processes, begin):
+    """What summary.json holds."""
+    real = judge.reference.real
+    most = 0 if real is None else len(real) // 2
+    counts = sorted({min(c.select_images, most), min(c.final_images, most)} - {0})
+    machine = torch.cuda.get_device_name() if c.device == "cuda" else f"{os.cpu_count()} cores"
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+    return {
+        "command": " ".join(["python edm_neon.py", *argv]),
+        "config": dataclasses.asdict(c),
+        "score": judge.features.score,
+        "reference": judge.reference.facts,
+        "snapshots": [entry.as_json() for entry in entries],
+        "floors": [judge.reference.floor(count) for count in counts],
+        "seconds_per_image": seconds,
+        "first_seeds": ledger.as_json(),
+        "machine": machine,
+        "threads": torch.get_num_threads(),
+        "world": processes.world,
+        "neon_ext": neon_ext.build_config(),
+        "versions": versions,
+        "seconds_total": time.perf_counter() - begin,
+    }
+
+
+def interval(gain):
+    return f"{gain['difference']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]"
+
+
+def weights_text(w):
+    """One number where all blocks agree, else every block's."""
+    values = set(w.values())
+    if len(values) == 1:
+        return f"{values.pop():g}"
+    return ", ".join(f"{block} {value:.3g}" for block, value in w.items())
+
+
+def table_row(entry, name):
+    """The cells of one model of one snapshot."""
+    final = entry["final"][name]
+    final_text = f"{final['fd']:.4f}"
+    if final["std"] is not None:
+        final_text += f" +- {final['std']:.4f}"
+    gain, verdict = "", ""
+    if "against_base" in final:
+        gain = interval(final["against_base"])
+        verdict = final["against_base"]["verdict"]
+    precision, recall = "", ""
+    if "precision" in final:
+        precision, recall = f"{final['precision']:.3f}", f"{final['recall']:.3f}"
+    selection = f"{entry[name]['fd']:.4f}"
+    return [
+        f"{entry['kimg']:g}",
+        name,
+        weights_text(final["w"]),
+        selection,
+        final_text,
+        gain,
+        verdict,
+        precision,
+        recall,
+    ]
+
+
+def entry_notes(entry):
+    """Paired comparisons with the best global weight, and warnings."""
+    kimg = f"{entry['kimg']:g}"
+    notes = []
+    for name in ("searched", "blockwise"):
+        if name in entry["final"]:
+            gain = entry["final"][name]["against_global"]
+            notes.append(
+                f"Snapshot {kimg}: {name} against global {interval(gain)}: {gain['verdict']}."
+            )
+    for k, placebo in enumerate(entry["placebo"], 1):
+        gain = placebo["against_global"]
+        notes.append(
+            f"Snapshot {kimg}: random blocks {k} against global {interval(gain)}: {gain['verdict']}."
+        )
+    for note in entry["warnings"]:
+        notes.append(f"Warning, snapshot {kimg}: {note}.")
+    return notes
+
+
+def strict(value):
+    """The same data in strict JSON: infinities are null, other objects text."""
+    if isinstance(value, dict):
+        return {str(key): strict(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
+
+
+def write_report(summary, out):
+    """summary.json and table.md; the terminal gets the table."""
+    head = [
+        "snapshot (kimg)",
+        "model",
+        "w",
+        f"selection {summary['score']}",
+        "final",
+        "against base (95%)",
+        "verdict",
+        "precision",
+        "recall",
+    ]
+    rows = [head, ["---"] * len(head)]
+    notes = []
+    for entry in summary["snapshots"]:
+        for name in entry["final"]:
+            rows.append(table_row(entry, name))
+        notes += entry_notes(entry)
+    for floor in summary["floors"]:
+        notes.append(
+            f"Floor at {floor['images']} images: two disjoint samples of the real data are "
+            f"{floor['fd']:.4f} apart."
+        )
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    text = table + "\n\n" + "\n\n".join(notes)
+    print("\n" + text)
+    write_atomically(out / "table.md", text + "\n")
+    write_atomically(out / "summary.json", json.dumps(strict(summary), indent=1, allow_nan=False))
+
+
+def plot_scores(plt, summary):
+    """The paper's figures 3 (score against snapshot) and 1 (score, precision and recall against global w)."""
+    entries = summary["snapshots"]
+    _, (scores, sweep, precisions) = plt.subplots(1, 3, figsize=(15, 4))
+    for name in entries[0]["final"]:
+        if name != "collapsed":
+            x = [entry["kimg"] for entry in entries]
+            scores.plot(x, [entry["final"][name]["fd"] for entry in entries], "o-", label=name)
+    for entry in entries:
+        for key in ("fd", "precision", "recall"):
+            points = [(row["w_global"], row[key]) for row in entry["sweep"] if key in row]
+            if points:
+                x, y = zip(*points, strict=True)
+                axis = sweep if key == "fd" else precisions
+                axis.plot(x, y, "o-", label=f"{key}, {entry['kimg']} kimg")
+    scores.set(xlabel="self-training (kimg)", ylabel=f"final {summary['score']}")
+    sweep.set(xlabel="w, all blocks", ylabel=f"selection {summary['score']}")
+    precisions.set(xlabel="w, all blocks")
+    for axis in (scores, sweep, precisions):
+        if axis.lines:
+            axis.legend()
+
+
+def plot_grid(plt, rows):
+    """Heat maps over the first and last block, one for each weight of the middle one."""
+    first, middle, last = rows[0]["w"]
+    columns = {block: sorted({row["w"][block] for row in rows}) for block in (first, middle, last)}
+    table = {tuple(row["w"].values()): row["fd"] for row in rows}
+    figure, axes = plt.subplots(
+        1, len(columns[middle]), figsize=(4 * len(columns[middle]), 3.5), squeeze=False
+    )
+    finite = [fd for fd in table.values() if math.isfinite(fd)]
+    for axis, m in zip(axes[0], columns[middle], strict=True):
+        cells = [[table.get((y, m, x), np.nan) for x in columns[last]] for y in columns[first]]
+        image = axis.imshow(cells, vmin=min(finite, default=0), vmax=max(finite, default=1))
+        axis.set(xlabel=f"w_{last}", ylabel=f"w_{first}", title=f"w_{middle} = {m:g}")
+        axis.set(xticks=range(len(columns[last])), xticklabels=columns[last])
+        axis.set(yticks=range(len(columns[first])), yticklabels=columns[first])
+    figure.colorbar(image, ax=axes[0].tolist())
+
+
+def plot_samples(plt, pictures):
+    """One image grid per model, all from the same noise."""
+    _, axes = plt.subplots(1, len(pictures), figsize=(3 * len(pictures), 3.2))
+    for axis, (name, images) in zip(axes, pictures.items(), strict=True):
+        rows = [torch.cat(list(row), 2) for row in images.split(6) if len(row) == 6]
+        axis.imshow(torch.cat(rows, 1).permute(1, 2, 0).squeeze(2).numpy(), cmap="gray")
+        axis.set(title=name, xticks=[], yticks=[])
+
+
+def plot_report(summary, samples, out):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figures = {"scores.png": (plot_scores, summary)}
+    for entry in summary["snapshots"]:
+        figures[f"samples_{entry['kimg']:06d}.png"] = plot_samples, samples[entry["kimg"]]
+        if len(entry["blocks"]) == 3 and entry["grid"]:
+            figures[f"grid_{entry['kimg']:06d}.png"] = plot_grid, entry["grid"]
+    for name, (plot, data) in figures.items():
+        plot(plt, data)
+        write_atomically(out / name, partial(plt.savefig, dpi=80, bbox_inches="tight"))
+        plt.close()
+
+
+# ============================================================ 11. a model of one's own: --model FILE.py
+class FileModel:
+    """The functions of a Python file behind the seam; the README and adapters/ show such a file."""
+
+    NEEDED = ("SHAPE", "CLASSES", "load", "sample")
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"--model {path} does not exist")
+        self.file, self.identity = self.import_file(self.path), file_hash(self.path)
+        self.check_names()
+        self.training_identity = self.identity
+        self.encodes = hasattr(self.file, "encode")
+
+    @staticmethod
+    def import_file(path):
+        spec = importlib.util.spec_from_file_location(f"neon_model_{path.stem}", path)
+        if spec is None:
+            raise UserError(f"--model {path} is no Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses and pickle look their module up
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise UserError(
+                f"--model {path} cannot be imported: {where_in(path, error)}"
+            ) from error
+        return module
+
+    def check_names(self):
+        missing = [name for name in self.NEEDED if not hasattr(self.file, name)]
+        if missing:
+            raise UserError(f"--model {self.path} lacks {', '.join(missing)}")
+        shape, classes = self.file.SHAPE, self.file.CLASSES
+        if not isinstance(shape, (tuple, list)) or not all(type(n) is int and n > 0 for n in shape):
+            raise UserError(
+                f"--model {self.path}: SHAPE must be a tuple of positive integers, not {shape!r}"
+            )
+        if type(classes) is not int or classes < 0:
+            raise UserError(
+                f"--model {self.path}: CLASSES must be an integer from 0, not {classes!r}"
+            )
+
+    def call(self, name, *args):
+        """A function of the file; its errors name it and the line."""
+        try:
+            return getattr(self.file, name)(*args)
+        except (UserError, Diverged):
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{self.path}: {name}() failed: {where_in(self.path, error)}"
+            ) from error
+
+    def load(self, path):
+        net = self.call("load", path)
+        if not isinstance(net, nn.Module):
+            raise UserError(
+                f"{self.path}: load() must give a torch.nn.Module, not {type(net).__name__}"
+            )
+        return net.eval()
+
+    def load_like(self, base, path):
+        path = Path(path)
+        if not is_safetensors(path):
+            return self.load(path)
+        with reading(f"network {path} is refused"):
+            tensors = safetensors.torch.load_file(path)
+        net = copy.deepcopy(base)
+        state = self.tensors_of(net)
+        for name in [*state, *tensors]:
+            ours, theirs = (
+                tuple(side[name].shape) if name in side else None for side in (state, tensors)
+            )
+            if ours != theirs:
+                raise UserError(f"{path}: {name} has shape {theirs}, the base's is {ours}")
+        with torch.no_grad():
+            for name, tensor in state.items():
+                tensor.copy_(tensors[name])
+        return net
+
+    @staticmethod
+    def tensors_of(net):
+        """Parameters, tied ones once, and buffers that belong to the state."""
+        tensors = dict(net.named_parameters())
+        every = dict(net.named_parameters(remove_duplicate=False))
+        tensors.update(
+            {name: t for name, t in net.state_dict(keep_vars=True).items() if name not in every}
+        )
+        return tensors
+
+    def create(self, images, labels, c):
+        if not hasattr(self.file, "create"):
+            raise UserError(
+                f"--train-base needs a function create() in {self.path}, or give --base"
+            )
+        net = self.call("create")
+        if not isinstance(net, nn.Module):
+            raise UserError(
+                f"{self.path}: create() must give a torch.nn.Module, not {type(net).__name__}"
+            )
+        return net
+
+    def trainable(self, base, c):
+        if not hasattr(self.file, "loss"):
+            raise UserError(f"self-training needs a function loss() in {self.path}, or give --aux")
+        return copy.deepcopy(base)
+
+    def noise_shape(self, net):
+        return tuple(self.file.SHAPE)
+
+    def classes(self, net):
+        return self.file.CLASSES
+
+    def image_shape(self, net):
+        return self.example.shape[1:]
+
+    def sample(self, net, noise, labels, steps):
+        return self.call("sample", net, noise, labels, steps)
+
+    def encode(self, images):
+        if self.encodes:
+            return self.call("encode", images)
+        return images.float() / 127.5 - 1
+
+    def loss(self, net, x, labels):
+        return self.call("loss", net, x, labels)
+
+    def block(self, name, net, partition):
+        if partition == "structural" or not hasattr(self.file, "block"):
+            raise UserError(
+                f"--partition {partition} needs a function block() in {self.path}: write one, or use "
+                "--partition layers or a JSON file {glob: block}"
+            )
+        return self.named("block", name)
+
+    def layer(self, name):
+        if hasattr(self.file, "layer"):
+            return self.named("layer", name)
+        return ".".join(name.split(".")[:-1][:3]) or name
+
+    def named(self, function, name):
+        found = self.call(function, name)
+        if not isinstance(found, str) or not found:
+            raise UserError(f"{self.path}: {function}({name!r}) must give a string, not {found!r}")
+        return found
+
+    def save(self, net, path, recipe):
+        tensors = {name: t.detach().contiguous().cpu() for name, t in self.tensors_of(net).items()}
+        metadata = {"config": json.dumps({"recipe": recipe})}
+        write_atomically(path, partial(safetensors.torch.save_file, tensors, metadata=metadata))
+
+    def export(self, net, path, recipe):
+        if hasattr(self.file, "save"):
+            self.call("save", net, path)
+        else:
+            self.save(net, path.with_suffix(".safetensors"), recipe)
+
+    def own_features(self, base):
+        return FileFeatures(self, self.example) if hasattr(self.file, "features") else None
+
+    def start_check(self, base, c):
+        """What the pipeline relies on, tried on four images before anything long begins."""
+        device = c.device
+        net = copy.deepcopy(base).to(device).requires_grad_(False)
+        noise, labels = draw_noise(self.file.SHAPE, self.file.CLASSES, range(4), device)
+        with torch.no_grad():
+            images = self.checked_images(self.sample(net, noise, labels, c.steps))
+            again = self.checked_images(self.sample(net, noise, labels, c.steps))
+            few = None if labels is None else labels[1:3]
+            part = self.checked_images(self.sample(net, noise[1:3], few, c.steps), 2)
+
+        # Common random numbers: half a grey level is more than rounding.
+        if (images - again).abs().max() > 4e-3:
+            raise UserError(
+                f"{self.path}: sample() gave other images for the same noise: a random state in it?"
+            )
+        if (images[1:3] - part).abs().max() > 4e-3:
+            raise UserError(
+                f"{self.path}: sample() gave other images for the same noise in another batch"
+            )
+        outside = float((images.abs() > 1.1).float().mean())
+        if not c.plan and (outside > 0.5 or images.abs().max() > 10):
+            raise UserError(
+                f"{self.path}: sample() must give images in [-1, 1], these reach from {images.min():.3g} to "
+                f"{images.max():.3g}"
+            )
+        self.example = to_pixels(images).to(torch.uint8)
+
+        if c.search == "gradient":
+            self.check_gradient(net, noise, labels, c)
+        if not c.aux:
+            self.check_loss(base, labels, c)
+
+    def checked_images(self, images, count=4):
+        if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+            kind = getattr(images, "dtype", type(images).__name__)
+            raise UserError(f"{self.path}: sample() must give a floating-point tensor, not {kind}")
+        if images.ndim != 4 or len(images) != count or images.shape[1] not in (1, 3):
+            raise UserError(
+                f"{self.path}: sample() must give images [{count}, 1 or 3, H, W], not {list(images.shape)}"
+            )
+        if not images.isfinite().all():
+            raise UserError(
+                f"{self.path}: sample() gave images that are not finite: are the weights sound?"
+            )
+        return images
+
+    def check_gradient(self, net, noise, labels, c):
+        why_not = getattr(self.file, "why_not", None)
+        if getattr(self.file, "differentiable", True) is False:
+            raise UserError(
+                f"--search gradient: {why_not or 'this model cannot be differentiated'}"
+            )
+        net.requires_grad_(True)
+        with torch.enable_grad():
+            images = self.sample(net, noise[:1], None if labels is None else labels[:1], c.steps)
+        advice = "a torch.no_grad(), detach() or .data in it?"
+        if not images.requires_grad:
+            raise UserError(f"{self.path}: no gradient comes through sample(): {advice}")
+        grads = torch.autograd.grad(
+            images.square().sum(), list(net.parameters()), allow_unused=True
+        )
+        if all(grad is None or not grad.any() for grad in grads):
+            raise UserError(
+                f"{self.path}: sample() does not depend on the network's weights: {advice}"
+            )
+        if hasattr(self.file, "features"):
+            with torch.enable_grad():
+                pixels = to_pixels(images.detach()).requires_grad_(True)
+                if not self.call("features", pixels).requires_grad:
+                    raise UserError(f"{self.path}: no gradient comes through features(): {advice}")
+
+    def check_loss(self, base, labels, c):
+        net = self.trainable(base, c).to(c.device).train()
+        for parameter in movable_parameters(net).values():
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            loss = self.loss(net, self.encode(self.example), labels)
+        if not isinstance(loss, torch.Tensor) or loss.shape != (4,):
+            shape = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise UserError(f"{self.path}: loss() must give one number a sample, [4], not {shape}")
+        if not loss.isfinite().all():
+            raise UserError(f"{self.path}: loss() gave numbers that are not finite")
+        if not loss.requires_grad:
+            raise UserError(f"{self.path}: no gradient comes from loss(): a torch.no_grad() in it?")
+
+
+def where_in(path, error):
+    """Kind and text of an error, and the line of this file where it arose."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == str(path)
+    ]
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines = [error.lineno]
+    place = f"line {lines[-1]}: " if lines else ""
+    return f"{place}{type(error).__name__}: {printable(error)}"
+
+
+# ============================================================ 12. EDM's networks: sampler, loss, U-Net, augmentation
+class EdmModel:
+    """EDM's networks behind the seam: EDMPrecond around DDPM++ or NCSN++, its sampler, loss and augmentation."""
+
+    identity = "edm, Heun, 1"
+    encodes = False
+
+    def __init__(self, preset, c):
+        self.preset, self.augment_p = preset, c.augment
+        self.training_identity = f"edm, augment {c.augment}, dropout {c.dropout}, 1"
+
+    def load(self, path):
+        return load_network(path)
+
+    def load_like(self, base, path):
+        return load_network(path)
+
+    def create(self, images, labels, c):
+        """The preset's network, in the size of the images."""
+        if labels is None:
+            raise UserError(
+                f"{c.data} has no labels, but the network is conditional: add dataset.json"
+            )
+        channels, height, width = images.shape[1:]
+        options = dict(self.preset.network)
+        if height != width or width % 2 ** (len(options["channel_mult"]) - 1):
+            raise UserError(
+                f"{c.data}: {height} x {width} images; the network needs squares it can halve twice"
+            )
+        options |= {"dropout": c.dropout, "img_resolution": width, "img_channels": channels}
+        options["label_dim"] = int(labels.max()) + 1
+        return EDMPrecond(**options)
+
+    def trainable(self, base, c):
+        net = EDMPrecond(**dict(base.config, dropout=c.dropout))
+        net.load_state_dict(base.state_dict())
+        return net
+
+    def noise_shape(self, net):
+        return (net.img_channels, net.img_resolution, net.img_resolution)
+
+    def image_shape(self, net):
+        return self.noise_shape(net)
+
+    def classes(self, net):
+        return net.label_dim
+
+    def sample(self, net, noise, labels, steps):
+        return edm_sampler(net, noise, one_hot(net, labels), steps)
+
+    def encode(self, images):
+        return images.float() / 127.5 - 1
+
+    def loss(self, net, x, labels):
+        return edm_loss(net, x, one_hot(net, labels), self.augment_p)
+
+    def block(self, name, net, partition):
+        return edm_block(name, net, partition)
+
+    def layer(self, name):
+        return edm_layer(name)
+
+    def save(self, net, path, recipe):
+        save_network(net, path, recipe)
+
+    def export(self, net, path, recipe):
+        save_network(net, path.with_suffix(".safetensors"), recipe)
+
+    def own_features(self, base):
+        return None
+
+    def start_check(self, base, c):
+        """Nothing to try: the tests have."""
+
+
+def one_hot(net, labels):
+    """int64 labels [N] -> float32 [N, K]; None for an unconditional network."""
+    return F.one_hot(labels, net.label_dim).float() if net.label_dim else None
+
+
+def edm_layer(name):
+    """model.enc.8x8_block0.conv0.weight -> enc.8x8_block0; all embeddings are one layer, map."""
+    side, layer = name.split(".")[1:3]
+    return "map" if side.startswith("map") else f"{side}.{layer}"
+
+
+def edm_block(name, net, partition):
+    """paper: lowest resolution and mapping are mid, else enc or dec; structural: the decoder's blocks after
+    the bottleneck are dec."""
+    side, layer = name.split(".")[1:3]
+    if side not in ("enc", "dec"):
+        return "mid"
+    lowest = min(int(key.split("x")[0]) for key in net.model.enc)
+    if not layer.startswith(f"{lowest}x{lowest}_"):
+        return side
+    after_bottleneck = side == "dec" and "_block" in layer
+    return "dec" if partition == "structural" and after_bottleneck else "mid"
+
+
+# ------------------------------------------------------------ sampler and loss
+def sigma_steps(net, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """EDM's time steps [num_steps + 1] float64, ending in 0 (equation 5)."""
+    low, high = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
+    ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
+    steps = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    return F.pad(net.round_sigma(steps), (0, 1))
+
+
+def edm_sampler(
+    net, noise, class_labels=None, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0
+):
+    """Heun's second-order deterministic sampler (EDM, algorithm 1).
+    noise [N, C, H, W], one-hot labels [N, K] (or None) -> images in [-1, 1] float64."""
+    t = sigma_steps(net, num_steps, sigma_min, sigma_max, rho).to(noise.device)
+    x = noise.double() * t[0]
+    for i in range(num_steps):
+        # Euler step.
+        denoised = net(x.float(), t[i], class_labels).double()
+        d = (x - denoised) / t[i]
+        x_next = x + (t[i + 1] - t[i]) * d
+
+        # Second-order correction, except at the end, where the slope is undefined.
+        if i < num_steps - 1:
+            denoised = net(x_next.float(), t[i + 1], class_labels).double()
+            d_next = (x_next - denoised) / t[i + 1]
+            x_next = x + (t[i + 1] - t[i]) * ((d + d_next) / 2)
+        x = x_next
+    return x
+
+
+def edm_loss(net, images, labels, augment_p, P_mean=-1.2, P_std=1.2, sigma_data=0.5):
+    """EDM's loss [N, C, H, W]: lambda(sigma) (D(y + n; sigma) - y)^2, ln sigma ~ N(P_mean, P_std^2)."""
+    sigma = (torch.randn(len(images), 1, 1, 1, device=images.device) * P_std + P_mean).exp()
+    augment_labels = None
+    if augment_p:
+        images, augment_labels = augment(images, augment_p)
+    noise = torch.randn_like(images) * sigma
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    return weight * (net(images + noise, sigma, labels, augment_labels) - images).square()
 
 
 # ------------------------------------------------------------ network: DDPM++ and NCSN++, names as in EDM
 class Conv(nn.Conv2d):
     """2-D convolution after resampling by a small filter (fused: before it, as NCSN++'s residual path)."""
 
-    def __init__(self, into, out, kernel, up=False, down=False, resample_filter=(1, 1), fused=False):
-        super().__init__(into, out, kernel, padding=kernel // 2)
-        self.up, self.fused, self.simple = up, fused, list(resample_filter) == [1, 1]
+    def __init__(
+        self, c_in, c_out, kernel, up=False, down=False, resample_filter=(1, 1), fused=False
+    ):
+        super().__init__(c_in, c_out, kernel, padding=kernel // 2)
+        self.up, self.fused = up, fused
+        self.simple = list(resample_filter) == [1, 1]
         f = torch.as_tensor(resample_filter, dtype=torch.float32)
-        outer = (f[:, None] * f / f.sum() ** 2)[None, None]
+        outer = (f[:, None] * f / f.sum() ** 2)[None, None]  # [1, 1, k, k]
         self.register_buffer("resample_filter", outer if up or down else None)
 
     def forward(self, x):
         if self.resample_filter is None:
             return super().forward(x)
         if self.simple:
-            return super().forward(F.interpolate(x, scale_factor=2) if self.up else F.avg_pool2d(x, 2))
-        f_pad, f = (self.resample_filter.shape[-1] - 1) // 2, self.resample_filter.to(x.dtype)
+            x = F.interpolate(x, scale_factor=2) if self.up else F.avg_pool2d(x, 2)
+            return super().forward(x)
+
+        f = self.resample_filter.to(x.dtype)
+        f_pad = (f.shape[-1] - 1) // 2
         if self.fused:
             x = F.conv2d(x, self.weight, padding=self.padding[0] + f_pad)
-            return F.conv2d(x, f.expand(x.shape[1], 1, -1, -1), self.bias, stride=2, groups=x.shape[1])
-        resample, f = (F.conv_transpose2d, f * 4) if self.up else (F.conv2d, f)
-        f = f.expand(x.shape[1], 1, -1, -1)
-        return super().forward(resample(x, f, stride=2, padding=f_pad, groups=x.shape[1]))
+            return F.conv2d(
+                x, f.expand(x.shape[1], 1, -1, -1), self.bias, stride=2, groups=x.shape[1]
+            )
+        if self.up:
+            f = (f * 4).expand(x.shape[1], 1, -1, -1)
+            x = F.conv_transpose2d(x, f, stride=2, padding=f_pad, groups=x.shape[1])
+        else:
+            f = f.expand(x.shape[1], 1, -1, -1)
+            x = F.conv2d(x, f, stride=2, padding=f_pad, groups=x.shape[1])
+        return super().forward(x)
 
 
 def group_norm(channels):
@@ -203,75 +2560,133 @@ def group_norm(channels):
 class UNetBlock(nn.Module):
     """Residual block with noise embedding, optional resampling and single-head self-attention."""
 
-    def __init__(self, into, out, emb, dropout, resample_filter, up=False, down=False, attention=False):
+    def __init__(
+        self, c_in, c_out, c_emb, dropout, resample_filter, up=False, down=False, attention=False
+    ):
         super().__init__()
-        self.dropout, resample = dropout, dict(up=up, down=down, resample_filter=resample_filter)
-        self.norm0, self.conv0 = group_norm(into), Conv(into, out, 3, **resample)
-        self.affine, self.norm1, self.conv1 = nn.Linear(emb, out), group_norm(out), Conv(out, out, 3)
-        self.skip = Conv(into, out, 1, **resample) if into != out or up or down else None
-        self.norm2 = group_norm(out) if attention else None
+        self.dropout = dropout
+        resample = {"up": up, "down": down, "resample_filter": resample_filter}
+        self.norm0 = group_norm(c_in)
+        self.conv0 = Conv(c_in, c_out, 3, **resample)
+        self.affine = nn.Linear(c_emb, c_out)
+        self.norm1 = group_norm(c_out)
+        self.conv1 = Conv(c_out, c_out, 3)
+        self.skip = Conv(c_in, c_out, 1, **resample) if c_in != c_out or up or down else None
+        self.norm2 = group_norm(c_out) if attention else None
         if attention:
-            self.qkv, self.proj = Conv(out, 3 * out, 1), Conv(out, out, 1)
+            self.qkv = Conv(c_out, 3 * c_out, 1)
+            self.proj = Conv(c_out, c_out, 1)
 
     def forward(self, x, emb):
-        silu = partial(F.silu, inplace=not torch.is_grad_enabled())
-        h = self.conv0(silu(self.norm0(x))).add_(self.affine(emb)[:, :, None, None])
-        h = self.conv1(F.dropout(silu(self.norm1(h)), self.dropout, self.training))
-        x = h.add_(x if self.skip is None else self.skip(x)).mul_(0.5 ** 0.5)
+        inplace = not torch.is_grad_enabled()
+        h = self.conv0(F.silu(self.norm0(x), inplace))
+        h = h.add_(self.affine(emb)[:, :, None, None])
+        h = F.dropout(F.silu(self.norm1(h), inplace), self.dropout, self.training)
+        h = self.conv1(h)
+        x = h.add_(x if self.skip is None else self.skip(x)).mul_(0.5**0.5)
         if self.norm2 is not None:
-            n, c, height, width = x.shape
-            qkv = self.qkv(self.norm2(x)).reshape(n, 1, c, 3, height * width)  # interleaved channels
-            q, k, v = (t.transpose(-1, -2) for t in qkv.unbind(3))  # [N, 1, HW, C]
-            a = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).contiguous().view(x.shape)
-            x = self.proj(a).add_(x).mul_(0.5 ** 0.5)
+            x = self.attend(x)
         return x
+
+    def attend(self, x):
+        n, c, height, width = x.shape
+        qkv = self.qkv(self.norm2(x)).reshape(
+            n, 1, c, 3, height * width
+        )  # channels are interleaved
+        q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(3))  # [N, 1, HW, C]
+        a = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
+        # Contiguous, or dropout would draw its mask in another order than EDM's.
+        a = self.proj(a.contiguous().view(x.shape))
+        return a.add_(x).mul_(0.5**0.5)
 
 
 class SongUNet(nn.Module):
     """DDPM++ (positional embedding, standard encoder) and NCSN++ (Fourier embedding, residual encoder)."""
 
-    def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0,
-                 model_channels=128, channel_mult=(1, 2, 2, 2), channel_mult_emb=4, num_blocks=4,
-                 attn_resolutions=(16,), dropout=0.10, label_dropout=0, embedding_type="positional",
-                 channel_mult_noise=1, encoder_type="standard", decoder_type="standard",
-                 resample_filter=(1, 1)):
+    def __init__(
+        self,
+        img_resolution,
+        in_channels,
+        out_channels,
+        label_dim=0,
+        augment_dim=0,
+        model_channels=128,
+        channel_mult=(1, 2, 2, 2),
+        channel_mult_emb=4,
+        num_blocks=4,
+        attn_resolutions=(16,),
+        dropout=0.10,
+        label_dropout=0,
+        embedding_type="positional",
+        channel_mult_noise=1,
+        encoder_type="standard",
+        decoder_type="standard",
+        resample_filter=(1, 1),
+    ):
         super().__init__()
         if encoder_type not in ("standard", "residual") or decoder_type != "standard":
-            raise UserError(f"encoder {encoder_type!r} with decoder {decoder_type!r} is not supported")
-        noise, emb = model_channels * channel_mult_noise, model_channels * channel_mult_emb
-        self.label_dropout, self.noise, self.map_noise = label_dropout, noise, None
+            raise UserError(
+                f"encoder {encoder_type!r} with decoder {decoder_type!r} is not supported"
+            )
+        self.label_dropout = label_dropout
+        c_noise = model_channels * channel_mult_noise
+        c_emb = model_channels * channel_mult_emb
+
+        # Embeddings of noise level, label and augmentation.
+        self.noise = c_noise
+        self.map_noise = None
         if embedding_type == "fourier":
             self.map_noise = nn.Module()
-            self.map_noise.register_buffer("freqs", torch.randn(noise // 2) * 16)
-        self.map_label = nn.Linear(label_dim, noise) if label_dim else None
-        self.map_augment = nn.Linear(augment_dim, noise, bias=False) if augment_dim else None
-        self.map_layer0, self.map_layer1 = nn.Linear(noise, emb), nn.Linear(emb, emb)
-        block = partial(UNetBlock, emb=emb, dropout=dropout, resample_filter=resample_filter)
-        self.enc, self.dec, skips, c, aux = nn.ModuleDict(), nn.ModuleDict(), [], in_channels, in_channels
-        sizes = [img_resolution >> level for level in range(len(channel_mult))]
-        levels = [(f"{size}x{size}", size in attn_resolutions, model_channels * mult)
-                  for size, mult in zip(sizes, channel_mult)]
-        for r, attention, width in levels:
-            if not skips:
-                self.enc[f"{r}_conv"] = Conv(c, c := model_channels, 3)
+            self.map_noise.register_buffer("freqs", torch.randn(c_noise // 2) * 16)
+        self.map_label = nn.Linear(label_dim, c_noise) if label_dim else None
+        self.map_augment = nn.Linear(augment_dim, c_noise, bias=False) if augment_dim else None
+        self.map_layer0 = nn.Linear(c_noise, c_emb)
+        self.map_layer1 = nn.Linear(c_emb, c_emb)
+
+        block = partial(UNetBlock, c_emb=c_emb, dropout=dropout, resample_filter=resample_filter)
+        levels = []  # (name of the resolution, attention there, channels)
+        for level, multiplier in enumerate(channel_mult):
+            size = img_resolution >> level
+            levels.append((f"{size}x{size}", size in attn_resolutions, model_channels * multiplier))
+
+        # Encoder.
+        self.enc = nn.ModuleDict()
+        skips = []  # channels of every output that the decoder will see
+        c_out = c_aux = in_channels
+        for level, (resolution, attention, width) in enumerate(levels):
+            if level == 0:
+                self.enc[f"{resolution}_conv"] = Conv(c_out, model_channels, 3)
+                c_out = model_channels
             else:
-                self.enc[f"{r}_down"] = block(c, c, down=True)
+                self.enc[f"{resolution}_down"] = block(c_out, c_out, down=True)
                 if encoder_type == "residual":
-                    residual = dict(down=True, fused=True, resample_filter=resample_filter)
-                    self.enc[f"{r}_aux_residual"] = Conv(aux, aux := c, 3, **residual)
-            skips.append(c)
+                    self.enc[f"{resolution}_aux_residual"] = Conv(
+                        c_aux, c_out, 3, down=True, fused=True, resample_filter=resample_filter
+                    )
+                    c_aux = c_out
+            skips.append(c_out)
             for i in range(num_blocks):
-                self.enc[f"{r}_block{i}"] = block(c, c := width, attention=attention)
-                skips.append(c)
-        for r, attention, width in reversed(levels):
-            if r == levels[-1][0]:
-                self.dec[f"{r}_in0"], self.dec[f"{r}_in1"] = block(c, c, attention=True), block(c, c)
+                self.enc[f"{resolution}_block{i}"] = block(c_out, width, attention=attention)
+                c_out = width
+                skips.append(c_out)
+
+        # Decoder; attention in the last block of a level, and at the bottom always.
+        self.dec = nn.ModuleDict()
+        for level, (resolution, attention, width) in reversed(list(enumerate(levels))):
+            if level == len(levels) - 1:
+                self.dec[f"{resolution}_in0"] = block(c_out, c_out, attention=True)
+                self.dec[f"{resolution}_in1"] = block(c_out, c_out)
             else:
-                self.dec[f"{r}_up"] = block(c, c, up=True)
+                self.dec[f"{resolution}_up"] = block(c_out, c_out, up=True)
             for i in range(num_blocks + 1):
-                attend = attention and i == num_blocks
-                self.dec[f"{r}_block{i}"] = block(c + skips.pop(), c := width, attention=attend)
-        self.dec[f"{r}_aux_norm"], self.dec[f"{r}_aux_conv"] = group_norm(c), Conv(c, out_channels, 3)
+                last = i == num_blocks
+                c_in = c_out + skips.pop()
+                self.dec[f"{resolution}_block{i}"] = block(
+                    c_in, width, attention=attention and last
+                )
+                c_out = width
+        self.dec[f"{resolution}_aux_norm"] = group_norm(c_out)
+        self.dec[f"{resolution}_aux_conv"] = Conv(c_out, out_channels, 3)
         self.initialise()
 
     def initialise(self):
@@ -279,71 +2694,229 @@ class SongUNet(nn.Module):
         for name, p in self.named_parameters():
             layer = name.split(".")[-2]
             if p.ndim > 1:
-                small = layer in ("conv1", "proj") or layer.endswith("aux_conv")
-                nn.init.xavier_uniform_(p, 1e-5 if small else 0.2 ** 0.5 if layer == "qkv" else 1.0)
+                gain = 1.0
+                if layer in ("conv1", "proj") or layer.endswith("aux_conv"):
+                    gain = 1e-5
+                elif layer == "qkv":
+                    gain = 0.2**0.5
+                nn.init.xavier_uniform_(p, gain)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def embed(self, c_noise, labels, augment_labels):
-        i = torch.arange(self.noise // 2, dtype=torch.float32, device=c_noise.device)
-        frequency = (1 / 10000) ** (i / (self.noise // 2 - 1))
-        if self.map_noise is not None:
+        """The embedding [N, c_emb] that every block adds."""
+        if self.map_noise is None:
+            i = torch.arange(self.noise // 2, dtype=torch.float32, device=c_noise.device)
+            frequency = (1 / 10000) ** (i / (self.noise // 2 - 1))
+        else:
             frequency = 2 * np.pi * self.map_noise.freqs
         t = c_noise.outer(frequency.to(c_noise.dtype))
         e = torch.cat([t.sin(), t.cos()], 1).to(self.map_layer0.weight.dtype)
+
         if self.map_label is not None:
             if self.training and self.label_dropout:
-                labels = labels * (torch.rand(len(labels), 1, device=labels.device) >= self.label_dropout)
+                kept = torch.rand(len(labels), 1, device=labels.device) >= self.label_dropout
+                labels = labels * kept
             e = e + self.map_label(labels * labels.shape[1] ** 0.5)
         if self.map_augment is not None and augment_labels is not None:
             e = e + self.map_augment(augment_labels)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(e))))
 
     def forward(self, x, c_noise, labels, augment_labels=None):
-        emb, aux, skips = self.embed(c_noise, labels, augment_labels), x, []
+        emb = self.embed(c_noise, labels, augment_labels)
+        aux = x
+        skips = []
         for name, layer in self.enc.items():
             if name.endswith("aux_residual"):
-                x = skips[-1] = aux = (x + layer(aux)) / 2 ** 0.5
+                x = skips[-1] = aux = (x + layer(aux)) / 2**0.5
                 continue
             x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
             skips.append(x)
         for name, layer in self.dec.items():
-            if "_aux_" in name:
-                x = F.silu(layer(x)) if name.endswith("norm") else layer(x)
+            if name.endswith("aux_norm"):
+                x = F.silu(layer(x))
+            elif name.endswith("aux_conv"):
+                x = layer(x)
+            elif "_block" in name:
+                x = layer(torch.cat([x, skips.pop()], 1), emb)
             else:
-                x = layer(torch.cat([x, skips.pop()], 1) if "_block" in name else x, emb)
+                x = layer(x, emb)
         return x
 
 
 class EDMPrecond(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4), the denoised x [N, C, H, W] (EDM, table 1)."""
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, sigma_min=0, sigma_max=math.inf,
-                 sigma_data=0.5, **model):
+    def __init__(
+        self,
+        img_resolution,
+        img_channels,
+        label_dim=0,
+        sigma_min=0,
+        sigma_max=math.inf,
+        sigma_data=0.5,
+        **model,
+    ):
         super().__init__()
-        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        self.img_resolution, self.img_channels, self.label_dim = (
+            img_resolution,
+            img_channels,
+            label_dim,
+        )
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
-        self.model = SongUNet(img_resolution, img_channels, img_channels, label_dim=label_dim, **model)
-        sizes = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim)
+        self.model = SongUNet(
+            img_resolution, img_channels, img_channels, label_dim=label_dim, **model
+        )
+        sizes = {
+            "img_resolution": img_resolution,
+            "img_channels": img_channels,
+            "label_dim": label_dim,
+        }
         self.config = sizes | model
-        self.precision = "fp32"  # fp16 and bf16: the U-Net under autocast; input and output stay float32
 
     def forward(self, x, sigma, class_labels=None, augment_labels=None):
-        x, sigma = x.float(), torch.as_tensor(sigma, device=x.device).float().reshape(-1, 1, 1, 1)
-        if self.label_dim and class_labels is None:
-            class_labels = torch.zeros(1, self.label_dim, device=x.device)
-        labels = class_labels.float().reshape(-1, self.label_dim) if self.label_dim else None
+        x = x.float()
+        sigma = torch.as_tensor(sigma, device=x.device).float().reshape(-1, 1, 1, 1)
+        labels = None
+        if self.label_dim:
+            if class_labels is None:
+                class_labels = torch.zeros(1, self.label_dim, device=x.device)
+            labels = class_labels.float().reshape(-1, self.label_dim)
+
         total = sigma.square() + self.sigma_data**2
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision)
-        with torch.autocast(x.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            out = self.model(x / total.sqrt(), sigma.flatten().log() / 4, labels, augment_labels)
-        return self.sigma_data**2 / total * x + sigma * self.sigma_data / total.sqrt() * out.float()
+        c_skip = self.sigma_data**2 / total
+        c_out = sigma * self.sigma_data / total.sqrt()
+        out = self.model(x / total.sqrt(), sigma.flatten().log() / 4, labels, augment_labels)
+        return c_skip * x + c_out * out.float()
 
     def round_sigma(self, sigma):
         return torch.as_tensor(sigma)
 
 
-# ------------------------------------------------------------ reading networks: pickles are parsed, never run
+# ------------------------------------------------------------ augmentation (EDM, appendix F.2): nine labels
+SYM6 = [  # low-pass filter of the sym6 wavelet
+    0.015404109327027373,
+    0.0034907120842174702,
+    -0.11799011114819057,
+    -0.048311742585633,
+    0.4910559419267466,
+    0.787641141030194,
+    0.3379294217276218,
+    -0.07263752278646252,
+    -0.021060292512300564,
+    0.04472490177066578,
+    0.0017677118642428036,
+    -0.007800708325034148,
+]
+
+
+def matrix(rows, device, n=1):
+    """3 x 3 matrices [N, 3, 3] from the first two rows: six numbers or [N] tensors."""
+    entries = []
+    for value in (*rows, 0, 0, 1):
+        entries.append(torch.as_tensor(value, dtype=torch.float32, device=device).expand(n))
+    return torch.stack(entries, -1).view(n, 3, 3)
+
+
+def scale(x, y, device, n=1):
+    return matrix([x, 0, 0, 0, y, 0], device, n)
+
+
+def rotate(angle, device, n=1):
+    return matrix([angle.cos(), -angle.sin(), 0, angle.sin(), angle.cos(), 0], device, n)
+
+
+def shift(x, y, device, n=1):
+    return matrix([1, 0, x, 0, 1, y], device, n)
+
+
+def draw_affine(n, p, height, width, device):
+    """Random inverse maps G [N, 3, 3] (output to input, pixels) and their seven labels [N, 7]."""
+
+    def gate(value, chance):
+        return torch.where(torch.rand(n, device=device) < chance, value, 0.0)
+
+    def draw_angle():
+        return (torch.rand(n, device=device) * 2 - 1) * np.pi
+
+    # The order of the draws is EDM's.
+    zoom = gate(torch.randn(n, device=device), p)
+    turn = gate(draw_angle(), p)
+    stretch = torch.randn(n, device=device)
+    axis = draw_angle()
+    stretch = gate(stretch, p)
+    axis = gate(axis, 0.5)
+    x, y = gate(torch.randn(2, n, device=device), p)
+
+    s, t = torch.exp2(0.2 * zoom), torch.exp2(0.2 * stretch)
+    G = scale(1 / s, 1 / s, device, n) @ rotate(turn, device, n)
+    G = G @ rotate(-axis, device, n) @ scale(1 / t, t, device, n) @ rotate(axis, device, n)
+    G = G @ shift(-x * width / 8, -y * height / 8, device, n)
+    labels = [zoom, turn.cos() - 1, turn.sin(), stretch * axis.cos(), stretch * axis.sin(), x, y]
+    return G, torch.stack(labels, 1)
+
+
+def filtered(x, kernel, axis, **options):
+    """x [N, C, H, W] correlated with one filter along an axis, channel by channel."""
+    weight = kernel.view(1, 1, 1, -1) if axis == 3 else kernel.view(1, 1, -1, 1)
+    channels = x.shape[1]
+    return F.conv2d(x, weight.expand(channels, 1, -1, -1), groups=channels, **options)
+
+
+def warp(images, G):
+    """images [N, C, H, W] resampled through G, band-limited by sym6 filters at twice the resolution."""
+    n, c, height, width = images.shape
+    device = images.device
+    f = torch.tensor(SYM6, device=device)
+
+    # Margins that the maps of the whole batch reach into, filled by reflection.
+    cx, cy = (width - 1) / 2, (height - 1) / 2
+    corners = torch.tensor([[-cx, cx, cx, -cx], [-cy, -cy, cy, cy], [1, 1, 1, 1]], device=device)
+    q = (G @ corners)[:, :2]  # [N, 2, 4]
+    far = torch.cat([(-q).amax((0, 2)), q.amax((0, 2))])
+    far = far + torch.tensor([6 - cx, 6 - cy] * 2, device=device)
+    limit = torch.tensor([width - 1, height - 1] * 2, device=device)
+    x0, y0, x1, y1 = torch.minimum(far.clamp_min(0), limit).ceil().int().tolist()
+    images = F.pad(images, [x0, x1, y0, y1], mode="reflect")
+
+    # Twice the resolution.
+    up = images.new_zeros(n, c, images.shape[2] * 2 - 1, images.shape[3] * 2 - 1)
+    up[:, :, ::2, ::2] = images
+    up = filtered(up, f.flip(0), 3, padding=(0, 6))
+    up = filtered(up, f.flip(0), 2, padding=(6, 0))
+
+    # The map in the padded, enlarged and normalised coordinates of grid_sample.
+    G = (
+        scale(2, 2, device)
+        @ shift((x0 - x1) / 2, (y0 - y1) / 2, device)
+        @ G
+        @ scale(0.5, 0.5, device)
+    )
+    out_h, out_w = (height + 6) * 2, (width + 6) * 2
+    G = scale(2 / up.shape[3], 2 / up.shape[2], device) @ shift(-0.5, -0.5, device) @ G
+    G = G @ shift(0.5, 0.5, device) @ scale(out_w / 2, out_h / 2, device)
+    grid = F.affine_grid(G[:, :2], [n, c, out_h, out_w], align_corners=False)
+    x = F.grid_sample(up, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+    # Back to the resolution of the images, without the margin.
+    x = filtered(x, f, 3, stride=(1, 2), padding=(0, 5))[:, :, :, 3:-3]
+    return filtered(x, f, 2, stride=(2, 1), padding=(5, 0))[:, :, 3:-3]
+
+
+def augment(images, p):
+    """images [N, C, H, W] in [-1, 1] -> augmented images, labels [N, 9]; flips: x half the time, y with p."""
+    n, device = len(images), images.device
+    labels = []
+    for axis, chance in ((3, p * 1e8), (2, p)):
+        flip = torch.randint(2, [n, 1, 1, 1], device=device)
+        flip = torch.where(torch.rand(n, 1, 1, 1, device=device) < chance, flip, 0)
+        images = torch.where(flip == 1, images.flip(axis), images)
+        labels.append(flip.view(n, 1).float())
+    G, rest = draw_affine(n, p, images.shape[2], images.shape[3], device)
+    return warp(images, G), torch.cat([*labels, rest], 1)
+
+
+# ============================================================ 13. EDM's files: pickles are parsed, never run
 class Inert:
     """An object of the pickle as plain data: EDM's persistent ones, torch's containers, numpy's numbers."""
 
@@ -358,6 +2931,7 @@ class Inert:
 
 class Function(NamedTuple):
     """What a name in the pickle may compute; a tuple, as the pickle must not set its attributes."""
+
     work: Callable
 
     def __call__(self, *args):
@@ -370,16 +2944,27 @@ class SafeUnpickler(pickle.Unpickler):
     def __init__(self, data):
         super().__init__(io.BytesIO(data))
         self.left = {"storages": len(data), "tensors": len(data)}  # bytes and elements
-        inert = [("torch_utils.persistence", "_reconstruct_persistent_obj"), ("numpy", "dtype"),
-                 ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"),
-                 *(("torch.nn.modules.container", n) for n in ("ModuleDict", "ModuleList", "Sequential"))]
+        inert = [
+            ("torch_utils.persistence", "_reconstruct_persistent_obj"),
+            ("numpy", "dtype"),
+            ("numpy.core.multiarray", "scalar"),
+            ("numpy._core.multiarray", "scalar"),
+            *(
+                ("torch.nn.modules.container", n)
+                for n in ("ModuleDict", "ModuleList", "Sequential")
+            ),
+        ]
         self.allowed = {name: Inert for name in inert} | {
             ("collections", "OrderedDict"): Function(lambda: {}),
             ("dnnlib.util", "EasyDict"): Function(lambda: {}),
-            **{(builtins, "set"): Function(lambda *_: None) for builtins in ("builtins", "__builtin__")},
+            **{
+                (builtins, "set"): Function(lambda *_: None)
+                for builtins in ("builtins", "__builtin__")
+            },
             ("torch._utils", "_rebuild_parameter"): Function(lambda tensor, *_: tensor),
             ("torch._utils", "_rebuild_tensor_v2"): Function(self.tensor),
-            ("torch.storage", "_load_from_bytes"): Function(self.storage)}
+            ("torch.storage", "_load_from_bytes"): Function(self.storage),
+        }
 
     def find_class(self, module, name):
         if (module, name) not in self.allowed:
@@ -423,13 +3008,16 @@ def pickled_network(path):
     data = path.read_bytes()
     for opcode, arg, _ in pickletools.genops(data):  # refuse what allocates beyond the file's size
         if opcode.name in ("BYTEARRAY8", "EXT1", "EXT2", "EXT4") or (
-                opcode.name.endswith("PUT") and int(arg) > len(data)):
+            opcode.name.endswith("PUT") and int(arg) > len(data)
+        ):
             raise pickle.UnpicklingError(f"opcode {opcode.name}")
     ema = SafeUnpickler(data).load()["ema"]
     kwargs, inner = dict(ema.state["_init_kwargs"]), ema.state["_modules"]["model"]
     if ema.name != "EDMPrecond" or kwargs.pop("model_type", "DhariwalUNet") != "SongUNet":
-        raise UserError(f"{path}: {ema.name} around {inner.name} is not supported, only EDMPrecond around "
-                        "SongUNet (DDPM++, NCSN++)")
+        raise UserError(
+            f"{path}: {ema.name} around {inner.name} is not supported, only EDMPrecond around "
+            "SongUNet (DDPM++, NCSN++)"
+        )
     kwargs.pop("use_fp16", None)
     return kwargs, dict(inert_tensors(ema))
 
@@ -437,7 +3025,9 @@ def pickled_network(path):
 def build_network(kwargs, tensors, path):
     """EDMPrecond(**kwargs) with these weights; made without memory first: options allocate nothing."""
     if kwargs.get("num_blocks", 4) * len(kwargs.get("channel_mult", ())) > len(tensors):
-        raise UserError(f"{path}: its options describe a larger network than its {len(tensors)} tensors")
+        raise UserError(
+            f"{path}: its options describe a larger network than its {len(tensors)} tensors"
+        )
     with torch.device("meta"):
         net = EDMPrecond(**kwargs)
     own = net.state_dict()
@@ -447,7 +3037,9 @@ def build_network(kwargs, tensors, path):
             raise UserError(f"{path}: {name[:100]} has shape {theirs}, the network expects {ours}")
         if not tensors[name].isfinite().all():
             raise UserError(f"{path}: {name} has weights that are not finite")
-    net.load_state_dict({name: tensor.float().clone() for name, tensor in tensors.items()}, assign=True)
+    net.load_state_dict(
+        {name: tensor.float().clone() for name, tensor in tensors.items()}, assign=True
+    )
     return net.eval().requires_grad_(False)
 
 
@@ -473,25 +3065,63 @@ def save_network(net, path, recipe):
     write_atomically(path, partial(safetensors.torch.save_file, tensors, metadata=metadata))
 
 
-# ------------------------------------------------------------ files and images
+# ============================================================ 14. files, images, downloads
+FILE_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    safetensors.SafetensorError,
+)
+
+
+@contextlib.contextmanager
+def reading(what):
+    """What a file can make fail ends in one line that begins with `what`."""
+    try:
+        yield
+    except FILE_ERRORS as error:
+        raise UserError(f"{what} ({type(error).__name__}: {printable(error)})") from error
+
+
+def printable(text):
+    """Foreign text on one line of at most 100 characters, control characters escaped."""
+    text = str(text)[:400]
+    text = "".join(ch if ch.isprintable() else repr(ch)[1:-1] for ch in text)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
 def write_atomically(path, write):
     """Text, or what write(temporary path) leaves, then rename: the old file or the new one, never half."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-            part = Path(folder) / path.name  # torch.save writes the name into the file
-            part.write_text(write, "utf-8") if isinstance(write, str) else write(part)
-            os.replace(part, path)
-    except (RuntimeError, safetensors.SafetensorError) as error:  # theirs for a full disk
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{path} cannot be written, is the disk full? ({reason})") from None
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
+        part = Path(folder) / path.name  # torch.save writes the name into the file
+        try:
+            if isinstance(write, str):
+                part.write_text(write, "utf-8")
+            else:
+                write(part)
+        except (RuntimeError, safetensors.SafetensorError) as error:  # theirs for a full disk
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{path} cannot be written, is the disk full? ({reason})") from error
+        os.replace(part, path)
 
 
-def key_of(*parts):
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]
+def remove_orphans(folder):
+    """Temporary folders that a killed run has left."""
+    for part in folder.glob(".part-*"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def file_hash(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def is_safetensors(path):
+    """Whether the file begins as .safetensors do: the length of its header, then JSON."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < 10**8
 
 
 def fetch(source, what, sha256_start=""):
@@ -509,8 +3139,12 @@ def fetch(source, what, sha256_start=""):
     with reading(f"cannot download {what} from {source}: {advice}"):
         cache.mkdir(parents=True, exist_ok=True)
         with open(part, "ab") as file:
-            file.truncate(have := max(file.tell() - 1, 0))  # one byte again: servers refuse an empty rest
-            request = urllib.request.Request(source, headers={"Range": f"bytes={have}-"} if have else {})
+            file.truncate(
+                have := max(file.tell() - 1, 0)
+            )  # one byte again: servers refuse an empty rest
+            request = urllib.request.Request(
+                source, headers={"Range": f"bytes={have}-"} if have else {}
+            )
             with urllib.request.urlopen(request, timeout=30) as answer:
                 file.truncate(have if answer.status == 206 else 0)
                 size = int(answer.headers.get("Content-Length", 0))
@@ -521,7 +3155,9 @@ def fetch(source, what, sha256_start=""):
             raise OSError(f"the connection broke after {bar.n} of {size} bytes, run again to go on")
     if not file_hash(part).startswith(sha256_start):
         part.unlink()
-        raise UserError(f"{what} from {source} is damaged (SHA-256 is not {sha256_start}...): run again")
+        raise UserError(
+            f"{what} from {source} is damaged (SHA-256 is not {sha256_start}...): run again"
+        )
     os.replace(part, target)
     return target
 
@@ -529,6 +3165,7 @@ def fetch(source, what, sha256_start=""):
 def digits_data():
     """scikit-learn's 1797 digits: uint8 [N, 1, 8, 8], int64 labels."""
     from sklearn.datasets import load_digits
+
     digits = load_digits()
     images = torch.from_numpy(np.rint(digits.images * 255 / 16).astype(np.uint8))[:, None]
     return images, torch.from_numpy(digits.target.astype(np.int64))
@@ -539,9 +3176,17 @@ def read_dataset(path):
     path = Path(path)
     with reading(f"dataset {path} cannot be read"):
         archive = None if path.is_dir() else zipfile.ZipFile(path)
-        names = archive.namelist() if archive else [p.relative_to(path).as_posix() for p in path.rglob("*.*")]
+        names = (
+            archive.namelist()
+            if archive
+            else [p.relative_to(path).as_posix() for p in path.rglob("*.*")]
+        )
         read = archive.read if archive else lambda name: (path / name).read_bytes()
-        table = dict(json.loads(read("dataset.json"))["labels"] or ()) if "dataset.json" in names else {}
+        table = (
+            dict(json.loads(read("dataset.json"))["labels"] or ())
+            if "dataset.json" in names
+            else {}
+        )
         names = sorted(n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg")))
         arrays = [np.asarray(PIL.Image.open(io.BytesIO(read(name)))) for name in names]
         images = torch.from_numpy(np.stack([np.atleast_3d(a) for a in arrays]))
@@ -562,1047 +3207,313 @@ def write_dataset(path, images, labels):
                 picture.save(png, format="png", compress_level=0)
                 archive.writestr(zipfile.ZipInfo(name), png.getvalue())
             archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": index}))
+
     write_atomically(path, write)
 
 
-# ------------------------------------------------------------ sampling
-def sigma_steps(net, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """EDM's time steps [num_steps + 1] float64, ending in 0 (equation 5)."""
-    low, high = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
-    ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
-    steps = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    return F.pad(net.round_sigma(steps), (0, 1))
+# ------------------------------------------------------------ keys: hashes of the content that decides a result
+TRAINING_VERSION, SAMPLING_VERSION, SCORING_VERSION, SEARCH_VERSION = (
+    "train 1",
+    "sample 1",
+    "score 1",
+    "search 1",
+)
 
 
-def edm_sampler(net, latents, class_labels=None, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0,
-                differentiable=False):
-    """Heun's second-order deterministic sampler (EDM, algorithm 1): latents [N, C, H, W] -> images in [-1, 1]
-    float64. differentiable: in the network's weights, with the activations of one network call at a time."""
-    call = partial(checkpoint, net.forward, use_reentrant=False) if differentiable else torch.no_grad()(net)
-    t = sigma_steps(net, num_steps, sigma_min, sigma_max, rho).to(latents.device)
-    x = latents.double() * t[0]
-    for i in range(num_steps):
-        d = (x - call(x.float(), t[i], class_labels).double()) / t[i]
-        ahead = x + (t[i + 1] - t[i]) * d
-        if i < num_steps - 1:
-            d = (d + (ahead - call(ahead.float(), t[i + 1], class_labels).double()) / t[i + 1]) / 2
-        x = x + (t[i + 1] - t[i]) * d
-    return x
+def key_of(*parts):
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def draw_latents(net, seeds, device):
-    """One generator per seed, as EDM: latents [N, C, H, W] float32, one-hot labels [N, K] (or None)."""
-    latents, labels, shape = [], [], (net.img_channels, net.img_resolution, net.img_resolution)
-    for seed in seeds:
-        generator = torch.Generator(device).manual_seed(int(seed) % 2**32)
-        latents.append(torch.randn(shape, generator=generator, device=device))
-        if net.label_dim:
-            labels.append(torch.randint(net.label_dim, [], generator=generator, device=device))
-    return torch.stack(latents), F.one_hot(torch.stack(labels), net.label_dim).float() if labels else None
+def file_hash(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-@dataclasses.dataclass
-class Settings:
-    """How this process samples: device, images per batch, sampler steps, precision, rank of `world`."""
-    device: str
-    batch: int
-    steps: int
-    precision: str = "fp32"
-    rank: int = 0
-    world: int = 1
+def tensor_hash(tensor):
+    tensor = tensor.detach().cpu().contiguous()
+    data = tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    digest.update(data)
+    return digest.hexdigest()
 
-    def place(self, net):
-        """A copy of the network to sample from; compiled on a GPU: its weights are rewritten in place."""
-        net = copy.deepcopy(net).to(self.device).eval().requires_grad_(False)
-        net.precision = self.precision
-        if self.device == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
-            net.to(memory_format=torch.channels_last).compile(dynamic=False)
-        return net
 
-    def sample(self, net, seeds):
-        """uint8 images [N, C, H, W] and labels (or None) of one batch of seeds."""
-        latents, labels = draw_latents(net, seeds, self.device)
-        images = edm_sampler(net, latents, labels, self.steps)
-        if not images.isfinite().all():
-            raise UserError("the sampler gave images that are not finite: are the weights sound?")
-        return (images * 127.5 + 128).clip(0, 255).to(torch.uint8), labels  # truncates, as EDM
+def weights_hash(net):
+    """Hash of the names and the content of a network's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        digest.update(f"{name} {tensor_hash(tensor)}\n".encode())
+    return digest.hexdigest()[:16]
 
-    def map_batches(self, work, seeds, desc=None, batch=None):
+
+# ============================================================ 15. processes
+class Processes:
+    """This process among `world`: its device and rank, and how the ranks share work and agree."""
+
+    def __init__(self, device, rank=0, world=1):
+        self.device, self.rank, self.world = device, rank, world
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def decide(self, work):
+        """work() on the first rank alone; its result, or its error, on every rank."""
+        if self.world == 1:
+            return work()
+        outcome = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = work()
+            except (UserError, OSError) as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome)
+        result, error = outcome
+        if error is not None:
+            raise error
+        return result
+
+    def one_by_one(self, work):
+        """work() on the first rank, then on the others, which find its files."""
+        if self.world == 1:
+            return work()
+        first = None
+
+        def on_first_rank():
+            nonlocal first
+            first = work()
+
+        self.decide(on_first_rank)
+        return first if self.rank == 0 else work()
+
+    def map_batches(self, work, seeds, batch, desc=None):
         """[work(batch of seeds)] in the order of the seeds; every rank gets all. On a CPU, where small
         networks leave cores idle, several batches at once."""
-        parts = np.array_split(np.asarray(seeds), -(-len(seeds) // (batch or self.batch)))
-        mine, workers = parts[self.rank::self.world], os.cpu_count() // torch.get_num_threads()
-        bar = dict(desc=desc, leave=False, disable=desc is None or self.rank > 0)
-        if workers > 1 and self.device == "cpu" and self.world == 1:
+        parts = np.array_split(np.asarray(seeds), -(-len(seeds) // batch))
+        mine = parts[self.rank :: self.world]
+        bar = {"desc": desc, "leave": False, "disable": desc is None or self.rank > 0}
+        workers = self.workers()
+        if workers > 1:
             return thread_map(work, mine, max_workers=workers, **bar)
-        results = [work(part) for part in tqdm(mine, **bar)]
+
+        results, diverged = [], False
+        try:
+            for part in tqdm(mine, **bar):
+                results.append(work(part))
+        except Diverged:
+            if self.world == 1:
+                raise
+            diverged = True  # the others must hear of it
         if self.world == 1:
             return results
         gathered = [None] * self.world
-        dist.all_gather_object(gathered, results)
+        dist.all_gather_object(gathered, None if diverged else results)
+        if any(results is None for results in gathered):
+            raise Diverged("the sampler gave images that are not finite: are the weights sound?")
         return [gathered[i % self.world][i // self.world] for i in range(len(parts))]
 
-    def one_by_one(self, work=lambda: None):
-        """work() on the first rank, then on the others, which find its files."""
-        if self.rank > 0:
-            dist.barrier()
-        result = work()
-        if self.world > 1 and self.rank == 0:
-            dist.barrier()
-        return result
-
-
-# ------------------------------------------------------------ augmentation (EDM, appendix F.2): nine labels
-SYM6 = [  # low-pass filter of the sym6 wavelet
-    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
-    0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
-    0.0017677118642428036, -0.007800708325034148]
-
-
-def matrix(rows, device, n=1):
-    """3 x 3 matrices [N, 3, 3] from the first two rows: six numbers or [N] tensors."""
-    entries = [torch.as_tensor(v, dtype=torch.float32, device=device).expand(n) for v in (*rows, 0, 0, 1)]
-    return torch.stack(entries, -1).view(n, 3, 3)
-
-
-def draw_affine(n, p, height, width, device):
-    """Random inverse maps G [N, 3, 3] (output to input, pixels) and their seven labels [N, 7]."""
-    scale = lambda x, y: matrix([x, 0, 0, 0, y, 0], device, n)
-    rotate = lambda a: matrix([a.cos(), -a.sin(), 0, a.sin(), a.cos(), 0], device, n)
-    gate = lambda value, chance: torch.where(torch.rand(n, device=device) < chance, value, 0.0)
-    angle = lambda: (torch.rand(n, device=device) * 2 - 1) * np.pi
-    zoom = gate(torch.randn(n, device=device), p)
-    turn = gate(angle(), p)
-    w, r = torch.randn(n, device=device), angle()
-    w, r = gate(w, p), gate(r, 0.5)
-    x, y = gate(torch.randn(2, n, device=device), p)
-    s, t = torch.exp2(0.2 * zoom), torch.exp2(0.2 * w)
-    G = scale(1 / s, 1 / s) @ rotate(turn) @ rotate(-r) @ scale(1 / t, t) @ rotate(r)
-    G = G @ matrix([1, 0, -x * width / 8, 0, 1, -y * height / 8], device, n)
-    return G, torch.stack([zoom, turn.cos() - 1, turn.sin(), w * r.cos(), w * r.sin(), x, y], 1)
-
-
-def warp(images, G):
-    """images [N, C, H, W] resampled through G, band-limited by sym6 filters at twice the resolution."""
-    (n, c, height, width), device = images.shape, images.device
-    f = torch.tensor(SYM6, device=device)
-    shift = lambda x, y: matrix([1, 0, x, 0, 1, y], device)
-    scale = lambda x, y: matrix([x, 0, 0, 0, y, 0], device)
-    cx, cy = (width - 1) / 2, (height - 1) / 2
-    corners = torch.tensor([[-cx, cx, cx, -cx], [-cy, -cy, cy, cy], [1, 1, 1, 1]], device=device)
-    q = (G @ corners)[:, :2]  # [N, 2, 4]
-    far = torch.cat([(-q).amax((0, 2)), q.amax((0, 2))]) + torch.tensor([6 - cx, 6 - cy] * 2, device=device)
-    limit = torch.tensor([width - 1, height - 1] * 2, device=device)
-    x0, y0, x1, y1 = torch.minimum(far.clamp_min(0), limit).ceil().int().tolist()
-    images = F.pad(images, [x0, x1, y0, y1], mode="reflect")
-
-    def filtered(x, kernel, along_x, **kwargs):
-        weight = kernel.view(1, 1, 1, -1) if along_x else kernel.view(1, 1, -1, 1)
-        return F.conv2d(x, weight.expand(c, 1, -1, -1), groups=c, **kwargs)
-
-    up = images.new_zeros(n, c, images.shape[2] * 2 - 1, images.shape[3] * 2 - 1)
-    up[:, :, ::2, ::2] = images
-    up = filtered(filtered(up, f.flip(0), True, padding=(0, 6)), f.flip(0), False, padding=(6, 0))
-    G = scale(2, 2) @ shift((x0 - x1) / 2, (y0 - y1) / 2) @ G @ scale(0.5, 0.5)
-    out_h, out_w = (height + 6) * 2, (width + 6) * 2
-    G = scale(2 / up.shape[3], 2 / up.shape[2]) @ shift(-0.5, -0.5) @ G
-    G = G @ shift(0.5, 0.5) @ scale(out_w / 2, out_h / 2)
-    grid = F.affine_grid(G[:, :2], [n, c, out_h, out_w], align_corners=False)
-    x = F.grid_sample(up, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    x = filtered(x, f, True, stride=(1, 2), padding=(0, 5))[:, :, :, 3:-3]
-    return filtered(x, f, False, stride=(2, 1), padding=(5, 0))[:, :, 3:-3]
-
-
-def augment(images, p):
-    """images [N, C, H, W] in [-1, 1] -> augmented images, labels [N, 9]; flips: x half the time, y with p."""
-    n, device, labels = len(images), images.device, []
-    for axis, chance in ((3, p * 1e8), (2, p)):
-        w = torch.randint(2, [n, 1, 1, 1], device=device)
-        w = torch.where(torch.rand(n, 1, 1, 1, device=device) < chance, w, 0)
-        images = torch.where(w == 1, images.flip(axis), images)
-        labels.append(w.view(n, 1).float())
-    G, rest = draw_affine(n, p, images.shape[2], images.shape[3], device)
-    return warp(images, G), torch.cat([*labels, rest], 1)
-
-
-# ------------------------------------------------------------ training
-def edm_loss(net, images, labels, augment_p, P_mean=-1.2, P_std=1.2, sigma_data=0.5):
-    """EDM's loss [N, C, H, W]: lambda(sigma) (D(y + n; sigma) - y)^2, ln sigma ~ N(P_mean, P_std^2)."""
-    sigma = (torch.randn(len(images), 1, 1, 1, device=images.device) * P_std + P_mean).exp()
-    images, augment_labels = augment(images, augment_p) if augment_p else (images, None)
-    noise = torch.randn_like(images) * sigma
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    return weight * (net(images + noise, sigma, labels, augment_labels) - images).square()
-
-
-def ema_beta(batch, half_life, seen=None, ramp_ratio=None):
-    """Share the average keeps at a step of `batch` images; half_life in images, at most seen * ramp_ratio."""
-    if ramp_ratio is not None:
-        half_life = min(half_life, seen * ramp_ratio)
-    return 0.5 ** (batch / max(half_life, 1e-8))
-
-
-def shuffled(positions, n, seed):
-    """Indices at these positions of an endless sequence of permutations of range(n)."""
-    epochs = {e: torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + e))
-              for e in {int(p) // n for p in positions}}
-    return torch.stack([epochs[int(p) // n][int(p) % n] for p in positions])
-
-
-def train(net, images, labels, plan, settings, state_path, snapshots, save):
-    """Adam on EDM's loss; plan: name, lr, ramp_kimg, ema_kimg, augment, batch, seed, ramp_ratio. Every step
-    has its own seed: a resumed run repeats an uninterrupted one. save(ema, kimg) at each of `snapshots`."""
-    device, rank, world, batch = settings.device, settings.rank, settings.world, plan["batch"]
-    net = net.to(device).train().requires_grad_(True)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer, seen = torch.optim.Adam(net.parameters(), lr=plan["lr"], fused=True), 0
-    parts = {"net": net, "ema": ema, "optimizer": optimizer}
-    if state_path.exists():
-        state = torch.load(state_path, weights_only=True, map_location=device)
-        seen = state["seen"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
-    total, saved = max(snapshots) * 1000, seen
-    tick = max(batch, min(50_000, int(max(snapshots) * 250)))
-    bar = tqdm(total=total, initial=seen, unit="img", unit_scale=True, desc=plan["name"], leave=False,
-               disable=rank > 0)
-    while seen < total:
-        index = shuffled(torch.arange(seen, seen + batch)[rank::world], len(images), plan["seed"])
-        torch.manual_seed(((plan["seed"] * 2**20 + seen // batch) * 64 + rank) % 2**63)
-        x = images[index].to(device).float() / 127.5 - 1
-        y = F.one_hot(labels[index], net.label_dim).float().to(device) if net.label_dim else None
-        optimizer.param_groups[0]["lr"] = plan["lr"] * min(seen / max(plan["ramp_kimg"] * 1000, 1e-8), 1)
-        optimizer.zero_grad(set_to_none=True)
-        (edm_loss(model, x, y, plan["augment"]).sum() * (world / batch)).backward()
-        for grad in (p.grad for p in net.parameters() if p.grad is not None):
-            grad.nan_to_num_(0.0, 1e5, -1e5)
-        optimizer.step()
-        beta = ema_beta(batch, plan["ema_kimg"] * 1000, seen, plan.get("ramp_ratio"))
-        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in net.parameters()], 1 - beta)
-        due = [kimg for kimg in snapshots if seen < kimg * 1000 <= seen + batch]
-        seen += batch
-        bar.update(batch)
-        if rank == 0 and (due or seen - saved >= tick):
-            for kimg in due:
-                save(ema, kimg)
-            state, saved = {name: part.state_dict() for name, part in parts.items()} | {"seen": seen}, seen
-            write_atomically(state_path, partial(torch.save, state))
-    bar.close()
-    settings.one_by_one()  # now the first rank's files are there
-
-
-# ------------------------------------------------------------ features, reference, precision and recall
-class InceptionFeatures(nn.Module):
-    """Inception-v3 of the FID graph: uint8 [N, 3, H, W] (or float in [0, 255]) -> pool [N, 2048] float32.
-    path: the public PyTorch port of its weights (pt_inception-2015-12-05). TF1-style resize to 299 and
-    (v - 128) / 128: comparable with EDM's FID. Batch normalisation is folded into the convolutions."""
-    dim = 2048
-    BLOCKS = {  # chains of convolutions side by side: name of the chain, its length; then a pooled branch
-        **dict.fromkeys(("5b", "5c", "5d"), {"1x1": 1, "5x5": 2, "3x3dbl": 3}), "6a": {"3x3": 1, "3x3dbl": 3},
-        **dict.fromkeys(("6b", "6c", "6d", "6e"), {"1x1": 1, "7x7": 3, "7x7dbl": 5}),
-        "7a": {"3x3": 2, "7x7x3": 4},
-        **dict.fromkeys(("7b", "7c"), {"1x1": 1, "3x3": 2, "3x3dbl": 3})}
-
-    def __init__(self, path):
-        super().__init__()
-        with reading(f"{path} is not the PyTorch port of the FID Inception"):
-            weights = torch.load(path, weights_only=True, map_location="cpu")
-            for key in [key for key in weights if key.endswith(".conv.weight")]:
-                name = key.removesuffix(".conv.weight").replace(".", "_")
-                bn = key.replace("conv.weight", "bn.")
-                scale = weights[f"{bn}weight"].double() / (weights[f"{bn}running_var"].double() + 1e-3).sqrt()
-                bias = weights[f"{bn}bias"].double() - weights[f"{bn}running_mean"].double() * scale
-                self.register_buffer(name, (weights[key].double() * scale.view(-1, 1, 1, 1)).float())
-                self.register_buffer(f"{name}_bias", bias.float())
-            self(torch.zeros(1, 3, 8, 8))  # every layer is there and fits
-        self.name = f"inception-{file_hash(path)[:8]}-tf1"
-
-    def conv(self, x, name, stride=1, padding=None):
-        """Convolution and ReLU; by default stride 1 keeps the size and stride 2 is unpadded."""
-        weight, bias = getattr(self, name), getattr(self, f"{name}_bias")
-        if padding is None:
-            padding = [k // 2 for k in weight.shape[2:]] if stride == 1 else 0
-        return F.relu(F.conv2d(x, weight, bias, stride, padding))
-
-    def mixed(self, x, block):
-        outs, stride = [], 2 if block in ("6a", "7a") else 1
-        for branch, length in self.BLOCKS[block].items():
-            prefix, h = f"Mixed_{block}_branch{branch}", x
-            for i in range(1, length):
-                h = self.conv(h, f"{prefix}_{i}")
-            last = f"{prefix}_{length}" if length > 1 else prefix
-            split = block in ("7b", "7c") and length > 1  # these chains end in two convolutions side by side
-            outs += [self.conv(h, last + end, stride) for end in (("a", "b") if split else ("",))]
-        if stride == 2:
-            return torch.cat([*outs, F.max_pool2d(x, 3, 2)], 1)
-        pool = F.max_pool2d if block == "7c" else partial(F.avg_pool2d, count_include_pad=False)
-        return torch.cat([*outs, self.conv(pool(x, 3, 1, 1), f"Mixed_{block}_branch_pool")], 1)
-
-    @staticmethod
-    def resize(x, size=299):
-        """TensorFlow 1's bilinear: source coordinate j * W / 299, no half-pixel shift; x, then y; float32."""
-        for axis in (3, 2):
-            n = x.shape[axis]
-            at = torch.arange(size, dtype=torch.float32, device=x.device) * (n / size)
-            low = at.floor().long().clamp_max(n - 1)
-            part = (at - low).view([size if a == axis else 1 for a in range(4)])
-            first = x.index_select(axis, low)
-            x = first + (x.index_select(axis, (low + 1).clamp_max(n - 1)) - first) * part
-        return x
-
-    def forward(self, images):
-        x = (self.resize(images.float()) - 128).expand(-1, 3, -1, -1) / 128
-        x = self.conv(self.conv(x, "Conv2d_1a_3x3", 2), "Conv2d_2a_3x3", padding=0)
-        x = F.max_pool2d(self.conv(x, "Conv2d_2b_3x3"), 3, 2)
-        x = F.max_pool2d(self.conv(self.conv(x, "Conv2d_3b_1x1"), "Conv2d_4a_3x3", padding=0), 3, 2)
-        for block in self.BLOCKS:
-            x = self.mixed(x, block)
-        return x.mean((2, 3))
-
-
-class DigitsFeatures(nn.Module):
-    """Small classifier of scikit-learn's digits, trained here (seeded, seconds): [N, 1, 8, 8] -> [N, 64]."""
-    dim, name = 64, "digits-cnn-64"
-
-    def __init__(self, path, epochs=40):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            conv = partial(nn.Conv2d, kernel_size=3, padding=1)
-            self.body = nn.Sequential(
-                conv(1, 32), nn.ReLU(), conv(32, 64, stride=2), nn.ReLU(), conv(64, 64, stride=2), nn.ReLU(),
-                nn.Flatten(), nn.Linear(256, 64), nn.ReLU())
-            self.head = nn.Linear(64, 10)
-            if not path.exists():
-                self.fit(epochs)
-                write_atomically(path, partial(torch.save, self.state_dict()))
-        self.load_state_dict(torch.load(path, weights_only=True))
-        self.eval().requires_grad_(False)
-
-    def fit(self, epochs):
-        images, labels = digits_data()
-        optimizer = torch.optim.Adam(self.parameters(), lr=2e-3)
-        for index in (part for _ in range(epochs) for part in torch.randperm(len(images)).split(128)):
-            optimizer.zero_grad()
-            F.cross_entropy(self.head(self(images[index])), labels[index]).backward()
-            optimizer.step()
-
-    def forward(self, images):
-        return self.body(images.float() / 127.5 - 1)
-
-
-class Reference:
-    """Statistics of the real data: .prepared (neon_ext.FrechetReference), .real [N, D] or None, .facts."""
-
-    def __init__(self, c, features):
-        self.real, source = None, "digits" if c.preset == "digits" else c.data
-        if source:
-            images = digits_data()[0] if c.preset == "digits" else read_dataset(c.data)[0]
-            with torch.no_grad():
-                self.real = torch.cat([features(part.to(c.device)) for part in images.split(256)])
-            mu, cov = (t.cpu().numpy() for t in neon_ext.feature_moments(self.real))
-            stored = dict(mu=mu, sigma=cov, images=len(images), features=features.name)
-            write_atomically(c.out / "reference.npz", lambda part: np.savez(part, **stored))
-        else:
-            source = fetch(c.ref, "the reference statistics")
-        with reading(f"reference {source} has no usable mu and sigma"):
-            if self.real is None:
-                with np.load(source) as file:  # EDM's leaves features and images out
-                    stored = {"features": "inception", "images": 50_000} | dict(file)
-            kind, shape = str(stored["features"]), np.shape(stored["mu"])
-            if shape != (features.dim,) or kind not in (features.name, features.name.split("-")[0]):
-                raise UserError(f"reference {source} has {shape} statistics of {kind}, the features are "
-                                f"{features.name}, {features.dim}-d: use statistics of the same features")
-            mu, cov = (torch.as_tensor(stored[key]).double().to(c.device) for key in ("mu", "sigma"))
-            self.prepared = neon_ext.FrechetReference(mu, cov, int(stored["images"]))
-        self.facts = {"features": features.name, "source": str(source), "images": int(stored["images"])}
-
-    def floor(self, images):
-        """Distance between two disjoint samples of the real data, at most `images` each: bias alone."""
-        n = min(images, len(self.real) // 2)
-        order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0))
-        first, second = (self.real[part.to(self.real.device)] for part in order[:2 * n].split(n))
-        moments = (*neon_ext.feature_moments(first), *neon_ext.feature_moments(second))
-        return {"images": n, "fd": float(neon_ext.frechet_distance(*moments))}
-
-
-def get_reference(c):
-    """The feature network and the statistics of the real data in it."""
-    if c.preset == "digits":
-        features = DigitsFeatures(c.out / "digits-cnn.pt")
-    else:
-        check = "6726825d" if c.detector == INCEPTION else ""
-        features = InceptionFeatures(fetch(c.detector, "the Inception weights", check))
-    return features, Reference(c, features.to(c.device))
-
-
-def distances(prepared, features):
-    """Distance of features [N, D] to the reference, and without each of FOLDS contiguous folds."""
-    moments = neon_ext.Moments(features.shape[1], FOLDS, features.device)
-    for k, fold in enumerate(features.tensor_split(FOLDS)):
-        moments.update(fold, k)
-    chosen = [None] + [[j for j in range(FOLDS) if j != k] for k in range(FOLDS)]
-    values = [float(prepared.distance(moments.mean(folds), moments.cov(folds))) for folds in chosen]
-    return values[0], values[1:]
-
-
-@torch.no_grad()
-def precision_recall(real, fake, k=5, most=10_000):
-    """Improved precision and recall (arXiv 1904.06991), k nearest neighbours, at most `most` of each."""
-    real, fake = real[:most].double(), fake[:most].double()
-
-    def inside(points, manifold):
-        radii = [torch.cdist(part, manifold).kthvalue(k + 1).values for part in manifold.split(1000)]
-        hit = [(torch.cdist(part, manifold) <= torch.cat(radii)).any(1) for part in points.split(1000)]
-        return float(torch.cat(hit).double().mean())
-    return inside(fake, real), inside(real, fake)
-
-
-# ------------------------------------------------------------ blocks
-def block_of(name, net, partition="paper"):
-    """The block that owns parameter `name`. paper: lowest resolution and mapping are mid, else enc or dec;
-    structural: the decoder's blocks after the bottleneck are dec; layers: one each; a dict: by its globs."""
-    if isinstance(partition, dict):
-        for pattern, block in partition.items():
-            if fnmatch.fnmatchcase(name, pattern):
-                return block
-        raise UserError(f"--partition: no pattern owns {name}; end the file with \"*\": \"rest\"")
-    side, layer = name.split(".")[1:3]
-    if partition == "layers":
-        return "map" if side.startswith("map") else f"{side}.{layer}"
-    low = min(int(key.split("x")[0]) for key in net.model.enc)
-    after = partition == "structural" and side == "dec" and "_block" in layer
-    lowest = layer.startswith(f"{low}x{low}_") and not after
-    return "mid" if side not in ("enc", "dec") or lowest else side
-
-
-def placebo_owners(owners, sizes, seed, draws=200):
-    """{parameter: block} at random: layers change blocks as a whole, every block keeps its number of layers
-    and, the closest of many draws, nearly its size. owners, sizes: {parameter: block}, {parameter: numel}."""
-    layer = {name: (block_of(name, None, "layers"), block) for name, block in owners.items()}
-    layers, rng = list(dict.fromkeys(layer.values())), np.random.default_rng(seed)
-    weight = np.array([sum(sizes[name] for name in owners if layer[name] == one) for one in layers])
-    blocks = np.array([block for _, block in layers])
-    share = lambda assigned: np.log([weight[assigned == b].sum() for b in np.unique(blocks)])
-    mismatch = lambda assigned: np.abs(share(assigned) - share(blocks)).max()
-    best = min((rng.permutation(blocks) for _ in range(draws)), key=mismatch)
-    return {name: str(best[layers.index(layer[name])]) for name in owners}
-
-
-class Configurations:
-    """All extrapolations of two networks: one resident network, its weights rewritten in one fused pass."""
-
-    def __init__(self, base, aux, owners, settings):
-        ours, theirs = base.state_dict(), aux.state_dict()
-        for name in [*ours, *theirs]:
-            r, s = (tuple(state[name].shape) if name in state else "absent" for state in (ours, theirs))
-            if r != s:
-                raise UserError(f"base and self-trained network differ, first at {name}: {r} and {s}")
-        self.net = settings.place(base)
-        like = self.net.state_dict()  # its memory format too, so that set() is one pass without copies
-        self.theta_r, self.theta_s = ({name: torch.empty_like(like[name]).copy_(state[name]) for name in ours}
-                                      for state in (ours, theirs))
-        self.owners, self.blocks = owners, list(dict.fromkeys(owners.values()))
-        if {*self.blocks} <= {"enc", "mid", "dec"}:
-            self.blocks.sort(key=["enc", "mid", "dec"].index)
-
-    def set(self, w):
-        """w: {block: weight} -> the resident network with those weights."""
-        index = [self.blocks.index(self.owners[name]) for name in self.theta_r]
-        neon_ext.extrapolate(list(self.theta_r.values()), list(self.theta_s.values()), index,
-                             [float(w[b]) for b in self.blocks], out=list(self.net.state_dict().values()))
-        return self.net
-
-    def table(self):
-        """Per block: tensors, parameters, relative drift ||theta_s - theta_r|| / ||theta_r||."""
-        norm = lambda tensors: sum(float(t.double().square().sum()) for t in tensors) ** 0.5
-        rows = {}
-        for block in self.blocks:
-            names = [name for name, owner in self.owners.items() if owner == block]
-            r, s = ([theta[name] for name in names] for theta in (self.theta_r, self.theta_s))
-            drift = norm(a - b for a, b in zip(s, r)) / norm(r)
-            rows[block] = {"tensors": len(r), "parameters": sum(t.numel() for t in r), "drift": drift}
-        return rows
-
-    def placebo(self, seed):
-        """The same networks cut into random blocks."""
-        other = copy.copy(self)
-        sizes = {name: r.numel() for name, r in self.theta_r.items()}
-        other.owners = placebo_owners(self.owners, sizes, seed)
-        return other
-
-
-# ------------------------------------------------------------ scoring
-class Scorer:
-    """Fréchet distances of configs on common random numbers; finished ones are read back from grid.jsonl
-    (selection seeds) and final.jsonl (final seeds)."""
-
-    def __init__(self, configs, features, reference, settings, out, networks, kimg):
-        self.features, self.reference, self.settings, self.out = features, reference, settings, out
-        self.networks, self.kimg = networks, kimg
-        self.restart(configs)
-
-    def restart(self, configs):
-        """Read back what is finished of these configurations; a line that was cut off goes."""
-        self.configs, self.key, self.done = configs, key_of(self.networks, configs.owners), {}
-        for file in filter(Path.exists, (self.out / name for name in ("grid.jsonl", "final.jsonl"))):
-            *lines, rest = file.read_text().split("\n")
-            if rest:
-                os.truncate(file, file.stat().st_size - len(rest.encode()))
-            for row in map(json.loads, lines):
-                if (row["key"], row["snapshot"]) == (self.key, self.kimg):
-                    self.done[self.name_of(row["w"], row["images"], row["first_seed"])] = row
-        return self
-
-    def weights(self, values):
-        return {b: round(float(v), 6) for b, v in zip(self.configs.blocks, values)}
-
-    @staticmethod
-    def name_of(w, images, first_seed):
-        return json.dumps([w, images, int(first_seed)], sort_keys=True)
-
-    @torch.no_grad()
-    def score(self, w, seeds, desc=None):
-        """{snapshot, w, images, fd, folds, seconds}, precision and recall where the real images are at hand.
-        folds: the distance without each of FOLDS seed folds. Appended to its file, never computed twice."""
-        name, begin, settings = self.name_of(w, len(seeds), seeds[0]), time.perf_counter(), self.settings
-        if name in self.done:
-            return self.done[name]
-        net = self.configs.set(w)
-        found = settings.map_batches(lambda part: self.features(settings.sample(net, part)[0]), seeds, desc)
-        row = [None]
-        if settings.rank == 0:
-            found = torch.cat([f.to(settings.device) for f in found])  # [N, D]
-            fd, folds = distances(self.reference.prepared, found)
-            row[0] = {"snapshot": self.kimg, "w": w, "images": len(seeds), "first_seed": int(seeds[0]),
-                      "fd": fd, "folds": folds}
-            if self.reference.real is not None:
-                row[0]["precision"], row[0]["recall"] = precision_recall(self.reference.real, found)
-            row[0] |= {"seconds": round(time.perf_counter() - begin, 3), "key": self.key}
-            with open(self.out / ("final.jsonl" if seeds[0] >= FINAL_SEED else "grid.jsonl"), "a") as file:
-                file.write(json.dumps(row[0]) + "\n")
-        if settings.world > 1:
-            dist.broadcast_object_list(row)
-        self.done[name] = row[0]
-        return row[0]
-
-    def score_all(self, weights, seeds, desc):
-        bar = dict(desc=f"snapshot {self.kimg}: {desc}", leave=False, disable=self.settings.rank > 0)
-        return [self.score(w, seeds) for w in tqdm(weights, **bar)]
-
-    def distance_and_gradient(self, w, seeds, rounding=True):
-        """Distance at w and its exact gradient [blocks] in the block weights. Pass one: moments; two: every
-        batch again, the distance's derivative pulled back through features and sampler to the weights, one
-        network call's activations at a time. Rounding to uint8 is passed straight through."""
-        net, n, configs, device = self.configs.set(w), len(seeds), self.configs, self.settings.device
-
-        def features_of(part, differentiable):
-            latents, labels = draw_latents(net, part, device)
-            x = edm_sampler(net, latents, labels, self.settings.steps, differentiable=differentiable)
-            x = (x * 127.5 + 128).clip(0, 255)
-            return self.features(x + (x.floor() - x).detach() if rounding else x)
-
-        def pull_back(part):
-            f = features_of(part, True)
-            pull = to_mean / n + 2 * (f.detach().double() - mean) @ to_cov / (n - 1)
-            gradients = torch.autograd.grad(f, list(parameters.values()), pull.to(f.dtype))
-            total = dict.fromkeys(configs.blocks, 0.0)
-            for name, g in zip(parameters, gradients):
-                drift = configs.theta_r[name] - configs.theta_s[name]
-                total[configs.owners[name]] += float((g.double() * drift).sum())
-            return list(total.values())
-
-        with torch.no_grad():
-            found = self.settings.map_batches(lambda part: features_of(part, False), seeds)
-            mean, cov = neon_ext.feature_moments(torch.cat([f.to(device) for f in found]))
-        inputs = mean.clone().requires_grad_(), cov.requires_grad_()
-        fd = self.reference.prepared.distance(*inputs)
-        to_mean, to_cov = torch.autograd.grad(fd, inputs)
-        parameters = dict(net.requires_grad_(True).named_parameters())
-        try:
-            batch = max(1, self.settings.batch // 2)  # takes several times the memory of sampling
-            return fd.item(), np.sum(self.settings.map_batches(pull_back, seeds, batch=batch), axis=0)
-        finally:
-            net.requires_grad_(False)
-
-
-def compare(rows, others, level=0.05):
-    """Paired difference of distances, mean over the seed sets of `rows` and `others`, and its interval: the
-    delete-one-fold jackknife (Student's t) of the difference, as both saw the same noise. better: lower."""
-    folds = np.array([np.subtract(a["folds"], b["folds"]) for a, b in zip(rows, others)])  # [sets, FOLDS]
-    full = float(np.mean([a["fd"] - b["fd"] for a, b in zip(rows, others)]))
-    variance = (FOLDS - 1) / FOLDS * ((folds - folds.mean(1, keepdims=True)) ** 2).sum()
-    half = float(scipy.stats.t.ppf(1 - level / 2, len(rows) * (FOLDS - 1)) * variance ** 0.5 / len(rows))
-    verdict = "no significant difference" if abs(full) <= half else "better" if full < 0 else "worse"
-    return {"difference": full, "low": full - half, "high": full + half, "verdict": verdict}
-
-
-# ------------------------------------------------------------ search
-def race(scorer, weights, seeds, level=0.05):
-    """Candidates that a fifth of the seeds does not separate from the leader: intervals of the difference at
-    level / candidates, so that the best is dropped with a probability of at most about `level`."""
-    rows = scorer.score_all(weights, seeds[:max(2 * FOLDS, len(seeds) // 5)], "race")
-    leader = min(rows, key=lambda row: row["fd"])
-    return [row["w"] for row in rows if compare([row], [leader], level / len(rows))["low"] <= 0]
-
-
-def best_of_grid(c, scorer, seeds, desc="grid"):
-    """(rows of the grid, the best one); ([], None) if the grid is left to the search."""
-    weights = grid_weights(c, scorer.configs.blocks)
-    weights = race(scorer, weights, seeds) if c.race and len(weights) > 1 else weights
-    rows = scorer.score_all(weights, seeds, desc)
-    return rows, min(rows, key=lambda row: row["fd"], default=None)
-
-
-def search_cobyqa(c, scorer, seeds, start):
-    """Derivative-free trust-region search (scipy's COBYQA) from the best global weight."""
-    blocks, options = len(scorer.configs.blocks), {"initial_tr_radius": 0.5, "final_tr_radius": 0.01}
-    score = lambda x: scorer.score(scorer.weights(x), seeds)["fd"]
-    scipy.optimize.minimize(score, np.full(blocks, start), method="COBYQA", bounds=[c.bounds] * blocks,
-                            options=options | {"maxfev": c.evaluations})
-
-
-def search_gradient(c, scorer, seeds, start, lr=0.15, pull=0.02, patience=6):
-    """Adam on all block weights from the best global weight: fresh noise at every step and a pull towards the
-    start, against overfitting. The running average of the iterates is scored on the selection seeds, which no
-    gradient has seen; `patience` steps without gain end it. The state after every step is kept on disk."""
-    n, blocks = len(seeds), len(scorer.configs.blocks)
-    path = scorer.out / f"search-{key_of(scorer.key, start, n, c.bounds)}.pt"
-    w = torch.full([blocks], float(start), dtype=torch.float64)
-    optimizer, average, trace = torch.optim.Adam([w], lr=lr, betas=(0.8, 0.95)), w.clone(), []
-    if path.exists():
-        w[:], average, trace, adam = torch.load(path, weights_only=True)
-        optimizer.load_state_dict(adam)
-    for step in tqdm(range(len(trace), c.evaluations), desc="gradient search", leave=False):
-        if len(trace) - np.argmin([*trace, np.inf]) > patience:
-            break
-        fd, gradient = scorer.distance_and_gradient(scorer.weights(w), SEARCH_SEED + step * n + np.arange(n))
-        w.grad = torch.from_numpy(gradient) + pull * (w - start)
-        optimizer.step()
-        w.clamp_(*c.bounds)
-        average = average + max(1 / (step + 2), 0.3) * (w - average)
-        trace.append(scorer.score(scorer.weights(average), seeds)["fd"])
-        if scorer.settings.rank == 0:
-            state = (w, average, trace, optimizer.state_dict())
-            write_atomically(path, partial(torch.save, state))
-
-
-# ------------------------------------------------------------ one snapshot: grid, search, final comparison
-def grid_weights(c, blocks):
-    """All products of the grid over the blocks; none beyond MAX_POINTS when a search takes their place."""
-    lists = [getattr(c, f"grid_{block}", ()) or c.grid for block in blocks]
-    points = np.prod([len(values) for values in lists], dtype=float)
-    if points > MAX_POINTS and c.search and not c.placebo:
-        return []
-    if points > MAX_POINTS and not c.yes:
-        advice = "use --search gradient without --placebo, or add --yes"
-        raise UserError(f"the grid has {points:.0f} points: {advice}")
-    return [dict(zip(blocks, values)) for values in itertools.product(*lists)]
-
-
-def study(c, scorer, ledger):
-    """All scores of one snapshot -> its entry in summary.json, and the weights of the winners."""
-    seeds, uniform = ledger["selection"], lambda v: dict.fromkeys(scorer.configs.blocks, float(v))
-    values = sorted({-1.0, 0.0, *c.grid, *c.sweep})
-    sweep = dict(zip(values, scorer.score_all([uniform(v) for v in values], seeds, "global weight")))
-    w_global = min((v for v in values if v != -1), key=lambda v: sweep[v]["fd"])
-    winners = {"base": uniform(0), "collapsed": uniform(-1), "global": uniform(w_global)}
-    rows, best = best_of_grid(c, scorer, seeds)
-    if c.search:
-        {"cobyqa": search_cobyqa, "gradient": search_gradient}[c.search](c, scorer, seeds, w_global)
-        seen = [r for r in scorer.done.values() if (r["images"], r["first_seed"]) == (len(seeds), seeds[0])]
-        winners["searched"] = min(seen, key=lambda row: row["fd"])["w"]
-    winners["blockwise"] = best["w"] if best else winners["searched"]
-    finals = {}
-    for name, w in winners.items():
-        finals[name] = [scorer.score(w, s, f"final: {name}") for s in ledger["final"]]
-    short = lambda row: {k: row[k] for k in ("w", "fd", "precision", "recall", "seconds") if k in row}
-    entry = {"kimg": scorer.kimg, "blocks": scorer.configs.table(), "grid": [short(row) for row in rows],
-             "sweep": [short(row) | {"w": v} for v, row in sweep.items()], "placebo": []}
-    for name, w in winners.items():
-        entry[name] = {"w": w_global if name == "global" else w, "fd": scorer.score(w, seeds)["fd"]}
-    entry["final"] = final_comparison(finals)
-    for k in range(c.placebo):
-        other = copy.copy(scorer).restart(scorer.configs.placebo(k))
-        _, best = best_of_grid(c, other, seeds, f"random blocks {k + 1}")
-        gain = compare([other.score(best["w"], s) for s in ledger["final"]], finals["global"])
-        entry["placebo"].append({"w": best["w"], "fd": best["fd"], "against_global": gain})
-    entry["warnings"] = warnings_of(c, entry, scorer.features.dim)
-    return entry, winners
-
-
-def final_comparison(finals):
-    """{model: rows of every final seed set} -> mean, all values, standard deviation, paired differences."""
-    results = {}
-    for name, rows in finals.items():
-        values = [row["fd"] for row in rows]
-        result = {"w": rows[0]["w"], "images": rows[0]["images"], "all": values}
-        for key in [key for key in ("fd", "precision", "recall") if key in rows[0]]:
-            result[key] = float(np.mean([row[key] for row in rows]))
-        result["std"] = float(np.std(values, ddof=1)) if len(rows) > 1 else None
-        for other in {"base": (), "global": ("base",)}.get(name, ("base", "global")):
-            result[f"against_{other}"] = compare(rows, finals[other])
-        results[name] = result
-    return results
-
-
-def warnings_of(c, entry, dim):
-    """What a careful reader would want to know."""
-    notes, final = [], entry["final"]
-    for block, value in entry["blockwise"]["w"].items() if entry["grid"] else ():
-        values = getattr(c, f"grid_{block}", ()) or c.grid
-        if len(values) > 1 and value in (values[0], values[-1]):
-            notes.append(f"w_{block} = {value:g} lies on the edge of the grid")
-    if c.select_images <= dim:
-        notes.append(f"{c.select_images} selection images for {dim} features: the covariance is singular")
-    for name in [name for name in ("blockwise", "searched") if name in final]:
-        against, base = final[name]["against_base"], final["base"]["fd"]
-        promised = entry[name]["fd"] / entry["base"]["fd"] - 1  # of the base: sets differ in size, so in bias
-        if promised < against["low"] / base:
-            notes.append(f"{name} is {-promised:.1%} below the base on the selection seeds and "
-                         f"{-against['difference'] / base:.1%} on the final ones: selection noise")
-        loss = final["base"].get("precision", 0) - final[name].get("precision", 0)
-        if loss > 0.01 and against["difference"] < 0:
-            notes.append(f"{name}: precision falls while the distance falls")
-    return notes
-
-
-# ------------------------------------------------------------ stages: base, synthetic set, self-training
-def get_base(c, settings):
-    """The base network (given, downloaded, or trained from scratch; untrained for a plan) and its hash."""
-    if c.base or not c.train_base:
-        path = settings.one_by_one(lambda: fetch(BASES.get(c.base or "cond", c.base), "the base network"))
-        return load_network(path), file_hash(path)
-    if c.preset != "digits" and not c.data:
-        raise UserError("--train-base needs --data ZIP or folder of images")
-    images, labels = digits_data() if c.preset == "digits" else read_dataset(c.data)
-    if labels is None:
-        raise UserError(f"{c.data} has no labels, but the network is conditional: add dataset.json")
-    (channels, height, width), kimg = images.shape[1:], c.train_base
-    model = dict(MODELS[c.preset], dropout=c.dropout, img_resolution=width, img_channels=channels,
-                 label_dim=int(labels.max()) + 1)
-    if height != width or width % 2 ** (len(model["channel_mult"]) - 1):
-        raise UserError(f"{c.data}: {height} x {width} images; the network needs squares it can halve twice")
-    plan = dict(name="base", lr=c.base_lr, ramp_kimg=kimg / 20, ema_kimg=kimg / 20, augment=c.augment,
-                batch=c.batch, seed=c.seed, ramp_ratio=0.05)
-    key = key_of(model, kimg, plan, hashlib.sha256(images.numpy().tobytes()).hexdigest())
-    path, state_path = c.out / f"base-{key}.safetensors", c.out / f"base-{key}.pt"
-    if not path.exists():
-        torch.manual_seed(c.seed)
-        net = EDMPrecond(**model)
-        if c.plan:
-            return net, ""
-        train(net, images, labels, plan, settings, state_path, [kimg],
-              lambda ema, k: save_network(ema, path, {"trained": plan, "kimg": k}))
-    if settings.rank == 0:
-        state_path.unlink(missing_ok=True)
-    return load_network(path), file_hash(path)
-
-
-def get_synthetic(c, base, path, settings):
-    """Images of the base at seeds 0, 1, ... with their random classes, as an EDM dataset zip."""
-    if not path.exists():
-        sample = partial(settings.sample, settings.place(base))
-        parts = settings.map_batches(sample, np.arange(c.synthetic), "synthetic set")
-        if settings.rank == 0:
-            labels = torch.cat([y.cpu().argmax(1) for _, y in parts]) if base.label_dim else None
-            write_dataset(path, torch.cat([x.cpu() for x, _ in parts]), labels)
-        settings.one_by_one()
-    return read_dataset(path)
-
-
-def get_snapshots(c, base, base_hash, settings):
-    """{kimg: path} of self-trained networks: existing (--aux) or trained here; a plan trains nothing."""
-    if c.aux and not (given := Path(c.aux)).is_dir():
-        return {c.snapshot[0]: fetch(c.aux, "the self-trained network")}
-    if c.aux:
-        files = {f.stem[17:]: f for f in sorted(given.glob("network-snapshot-*.*"))}
-        paths = {k: files.get(f"{k:06d}") for k in c.snapshot}
-        if not all(paths.values()):
-            raise UserError(f"--aux {given} has snapshots {[*files]}, not all of --snapshot {c.snapshot}")
-        return paths
-    data_key = key_of(base_hash, c.synthetic, c.steps, c.device, c.precision)
-    plan = dict(name="self-training", lr=c.lr, ramp_kimg=c.ramp_kimg, augment=c.augment,
-                ema_kimg=c.ema_kimg, batch=c.batch, seed=c.seed + 1)
-    folder = c.out / f"self-{key_of(data_key, plan, c.dropout)}"
-    paths = {k: folder / f"network-snapshot-{k:06d}.safetensors" for k in c.snapshot}
-    if not c.plan and not all(path.exists() for path in paths.values()):
-        images, labels = get_synthetic(c, base, c.out / f"synthetic-{data_key}.zip", settings)
-        folder.mkdir(exist_ok=True)
-        net = EDMPrecond(**dict(base.config, dropout=c.dropout))
-        net.load_state_dict(base.state_dict())
-        recipe = {"base_sha256": base_hash, "synthetic": data_key, "training": plan}
-        train(net, images, labels, plan, settings, folder / "training-state.pt", c.snapshot,
-              lambda ema, k: save_network(ema, paths[k], recipe | {"kimg": k}))
-        if not all(path.exists() for path in paths.values()):
-            raise UserError(f"the saved training in {folder} is already past one of --snapshot {c.snapshot}: "
-                            "delete its training-state.pt to train again from the base")
-    return paths
-
-
-def seed_ledger(c):
-    """Disjoint seeds for synthetic, selection and final sets; overlap is refused, the paper's announced."""
-    paper, n = c.protocol == "paper", c.final_images
-    sets = {"synthetic": (0, c.synthetic), "selection": (0 if paper else SELECT_SEED, c.select_images)}
-    sets |= {f"final {r + 1}": (FINAL_SEED + r * n, n) for r in range(c.final_repeats)}
-    sets = {name: np.arange(first, first + count) for name, (first, count) in sets.items()}
-    for (a, x), (b, y) in itertools.combinations(sets.items(), 2):
-        if x[0] <= y[-1] and y[0] <= x[-1] and not (paper and (a, b) == ("synthetic", "selection")):
-            raise UserError(f"seeds of the {a} set ({x[0]}-{x[-1]}) and the {b} set ({y[0]}-{y[-1]}) "
-                            "overlap: fewer --synthetic or --select-images")
-    if paper:
-        print("--protocol paper: selection seeds 0-1999 overlap the synthetic training set, and 2,000 images "
-              "are fewer than 2,048 features: the covariance is singular")
-    return {"selection": sets["selection"], "final": list(sets.values())[2:]}
-
-
-# ------------------------------------------------------------ report
-def write_report(summary, out):
-    """summary.json and table.md; the terminal gets the table."""
-    interval = lambda d: f"{d['difference']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]"
-    head = ["snapshot (kimg)", "model", "w", f"selection {summary['score']}", "final", "against base (95%)",
-            "verdict", "precision", "recall"]
-    rows, notes = [head, ["---"] * len(head)], []
-    for entry in summary["snapshots"]:
-        gains = {}
-        for name, final in entry["final"].items():
-            w, against = final["w"], final.get("against_base")
-            listed = ", ".join(f"{b} {v:.3g}" for b, v in w.items())
-            cells = [entry["kimg"], name, f"{w[min(w)]:g}" if len(set(w.values())) == 1 else listed,
-                     f"{entry[name]['fd']:.4f}",
-                     f"{final['fd']:.4f}" + ("" if final["std"] is None else f" +- {final['std']:.4f}"),
-                     interval(against) if against else "", against["verdict"] if against else "",
-                     *(f"{final[k]:.3f}" if k in final else "" for k in ("precision", "recall"))]
-            rows.append(map(str, cells))
-            if name in ("blockwise", "searched"):
-                gains[name] = final["against_global"]
-        gains |= {f"random blocks {k + 1}": p["against_global"] for k, p in enumerate(entry["placebo"])}
-        notes += [f"Snapshot {entry['kimg']}: {name} against global {interval(d)}: {d['verdict']}."
-                  for name, d in gains.items()]
-        notes += [f"Warning, snapshot {entry['kimg']}: {note}." for note in entry["warnings"]]
-    notes += [f"Floor at {f['images']} images: two disjoint samples of the real data are {f['fd']:.4f} apart."
-              for f in summary["floors"]]
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n\n" + "\n\n".join(notes)
-    print("\n" + text)
-    write_atomically(out / "table.md", text + "\n")
-    write_atomically(out / "summary.json", json.dumps(summary, indent=1, default=str))
-
-
-def plot_scores(plt, summary):
-    """The paper's figures 3 (score against snapshot) and 1 (score, precision and recall against global w)."""
-    (scores, sweep, precisions), entries = plt.subplots(1, 3, figsize=(15, 4))[1], summary["snapshots"]
-    for name in [name for name in entries[0]["final"] if name != "collapsed"]:
-        points = [(e["kimg"], e["final"][name]["fd"]) for e in entries]
-        scores.plot(*zip(*points), "o-", label=name)
-    for e, key in itertools.product(entries, ("fd", "precision", "recall")):
-        points = [(p["w"], p[key]) for p in e["sweep"] if key in p]
-        axis = sweep if key == "fd" else precisions
-        axis.plot(*zip(*points), "o-", label=f"{key}, {e['kimg']} kimg") if points else None
-    scores.set(xlabel="self-training (kimg)", ylabel=f"final {summary['score']}")
-    sweep.set(xlabel="w, all blocks", ylabel=f"selection {summary['score']}")
-    precisions.set(xlabel="w, all blocks")
-    for axis in (scores, sweep, precisions):
-        axis.legend() if axis.lines else None
-
-
-def plot_grid(plt, rows):
-    """Heat maps over the first and last block, one for each weight of the middle one."""
-    first, middle, last = rows[0]["w"]
-    x, columns, y = (sorted({row["w"][b] for row in rows}) for b in (last, middle, first))
-    table = {tuple(row["w"].values()): row["fd"] for row in rows}
-    figure, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns), 3.5), squeeze=False)
-    limits = dict(vmin=min(table.values()), vmax=max(table.values()))
-    for axis, m in zip(axes[0], columns):
-        image = axis.imshow([[table.get((a, m, b), np.nan) for b in x] for a in y], **limits)
-        axis.set(xlabel=f"w_{last}", ylabel=f"w_{first}", title=f"w_{middle} = {m:g}", xticks=range(len(x)),
-                 xticklabels=x, yticks=range(len(y)), yticklabels=y)
-    figure.colorbar(image, ax=axes[0].tolist())
-
-
-def plot_samples(plt, pictures):
-    """One image grid per model, all from the same noise."""
-    _, axes = plt.subplots(1, len(pictures), figsize=(3 * len(pictures), 3.2))
-    for axis, (name, images) in zip(axes, pictures.items()):
-        rows = [torch.cat(list(row), 2) for row in images.split(6)]
-        axis.imshow(torch.cat(rows, 1).permute(1, 2, 0).squeeze(2).numpy(), cmap="gray")
-        axis.set(title=name, xticks=[], yticks=[])
-
-
-def plot_report(summary, samples, out):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figures = {"scores.png": (plot_scores, summary)}
-    for entry in summary["snapshots"]:
-        figures[f"samples_{entry['kimg']:06d}.png"] = plot_samples, samples[entry["kimg"]]
-        if len(entry["blocks"]) == 3 and entry["grid"]:
-            figures[f"grid_{entry['kimg']:06d}.png"] = plot_grid, entry["grid"]
-    for name, (plot, data) in figures.items():
-        plot(plt, data)
-        write_atomically(out / name, partial(plt.savefig, dpi=80, bbox_inches="tight"))
-        plt.close()
-
-
-# ------------------------------------------------------------ command line
+    def workers(self):
+        """Batches at once."""
+        if self.device != "cpu" or self.world > 1:
+            return 1
+        return max(1, os.cpu_count() // torch.get_num_threads())
+
+    @contextlib.contextmanager
+    def alone_in(self, folder, reads_only):
+        """Refuse a second run in the same folder while this one lives; clear what a killed one left."""
+        if reads_only or self.rank > 0:
+            yield
+            return
+        with open(folder / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another run works in {folder}: wait for it, or choose another --out"
+                ) from None
+            remove_orphans(folder)
+            yield
+
+
+def start_processes(c):
+    """Threads, and torch.distributed under torchrun; nothing changes either of them later."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if c.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # The first rank may download or train features for long while the others wait.
+        patience = datetime.timedelta(days=1)
+        dist.init_process_group("nccl" if c.device == "cuda" else "gloo", timeout=patience)
+    threads = c.threads or PRESETS[c.preset].threads
+    if threads:
+        torch.set_num_threads(threads)
+    if c.preset != "cifar10":
+        torch.empty(
+            2**22
+        )  # freeing 16 MB raises glibc's mmap threshold: no page faults for every activation
+    return Processes(c.device, rank, world)
+
+
+# ------------------------------------------------------------ what it will cost
+def seconds_per_image(base, sampler, precision):
+    """Sampling time of one image, from a few steps with one small batch."""
+    device = sampler.processes.device
+    net = sampler.place(base)
+    pixels = math.prod(sampler.shape)
+    batch = sampler.batch if device == "cuda" else 2 if pixels >= 3 * 32 * 32 else 32
+    few = copy.copy(sampler)
+    few.steps, few.batch = min(sampler.steps, 3), batch
+
+    best = math.inf
+    with network_calls(net, precision), torch.no_grad():
+        for _ in range(3 if device == "cuda" else 2):  # the first compiles
+            begin = time.perf_counter()
+            images, _ = few.floats(net, range(batch))
+            float(images.sum())  # waits for the device
+            best = min(best, time.perf_counter() - begin)
+    steps = (2 * sampler.steps - 1) / (
+        2 * few.steps - 1
+    )  # Heun's method calls the network twice a step
+    return best / batch * steps / sampler.processes.workers()
+
+
+def count_images(c, blocks):
+    """(scores, images of all scores, final scores, images of all final scores)."""
+    scores = len(grid_weights(c, blocks)) * (1 + c.placebo) + len({-1.0, 0.0, *c.grid, *c.sweep})
+    scores += c.evaluations * {"": 0, "cobyqa": 1, "gradient": 6}[c.search]
+    finals = (4 + bool(c.search) + c.placebo) * c.final_repeats
+    return scores, scores * c.select_images, finals, finals * c.final_images
+
+
+def refuse_hours(c, seconds, blocks=("enc", "mid", "dec")):
+    """On a CPU, long runs only on request: it says how long it would take."""
+    if c.device != "cpu" or c.yes or c.plan:
+        return
+    _, images, _, final_images = count_images(c, blocks)
+    hours = (images + final_images + c.synthetic) * seconds / 3600
+    if hours > MAX_HOURS:
+        raise UserError(
+            f"without a GPU this takes about {hours:.0f} hours of sampling alone: add --yes to run it all "
+            "the same, or try --preset digits"
+        )
+
+
+def refuse_download(c, model, processes):
+    """The same before EDM's networks are downloaded, from an untrained one of their size."""
+    if c.device == "cpu" and not (c.yes or c.plan):
+        net = EDMPrecond(**Cifar10.network).eval()
+        sampler = Sampler(model, net, processes, c.steps, c.sample_batch)
+        refuse_hours(c, seconds_per_image(net, sampler, c.precision))
+
+
+def print_plans(c, model, base, snapshots, owners, sampler, seconds):
+    """Blocks, drift and time of every snapshot; the base stands for one that is not trained yet."""
+    if sampler.processes.rank > 0:
+        return
+    for path in snapshots.values():
+        trained = path.exists()
+        merger = Merger(base, model.load_like(base, path) if trained else base, owners, sampler)
+        print(
+            f"{'block':<24}{'tensors':>8}{'parameters':>12}  drift ||theta_s - theta_r|| / ||theta_r||"
+        )
+        for block, row in merger.table().items():
+            drift = f"{row['drift']:.5f}" if trained else "not trained yet"
+            print(f"{block:<24}{row['tensors']:>8}{row['parameters']:>12}  {drift}")
+        scores, images, finals, final_images = count_images(c, merger.blocks)
+        hours = (images + final_images + c.synthetic) * seconds / 3600 / sampler.processes.world
+        print(
+            f"about {scores} scores of {c.select_images} images and {finals} final ones of "
+            f"{c.final_images}: {hours:.2f} hours on {sampler.processes.world} x {c.device}, sampling alone"
+        )
+
+
+# ============================================================ 16. command line
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message} (see --help)")
+        raise UserError(f"{printable(message)} (see --help)")
+
+
+def in_range(field, text):
+    """An option's value, its numbers within the option's range."""
+    how = field.metadata
+    value = how["kind"](text)
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, (int, float)) and not how["low"] <= number <= how["high"]:
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range, it goes from {how['low']:g} to {how['high']:g}"
+            )
+    return value
+
+
+def build_parser():
+    parser = Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(Config):
+        how = field.metadata
+        name = "--" + field.name.replace("_", "-")
+        text = f"{how['help']} (default: {field.default})"
+        if how["kind"] is bool:
+            parser.add_argument(name, action="store_true", help=text)
+        else:
+            kind = partial(in_range, field)
+            kind.__name__ = getattr(how["kind"], "__name__", "value")
+            parser.add_argument(name, type=kind, choices=how["choices"], help=text)
+    return parser
 
 
 def parse(argv):
     """Command line -> Config: the class's defaults, then the preset's, then what is given."""
-    parser = Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
-    for f in dataclasses.fields(Config):
-        how = {key: value for key, value in f.metadata.items() if value is not None}
-        how = dict(action="store_true", help=how["help"]) if how["type"] is bool else how
-        how["help"] += f" (default: {f.default})"
-        parser.add_argument("--" + f.name.replace("_", "-"), **how)
     joined = []
     for arg in argv:  # argparse takes the -1:2:0.25 of "--sweep -1:2:0.25" for an option
         if joined and re.match(r"-[\d.]", arg):
             joined[-1] += f"={arg}"
         else:
             joined.append(arg)
-    given = vars(parser.parse_args(joined))
-    preset = given.get("preset", "cifar10")
+    given = vars(build_parser().parse_args(joined))
+    preset = PRESETS[given.get("preset", "cifar10")]
     paper = {"select_images": 2000} if given.get("protocol") == "paper" else {}
-    return checked(Config(**{"out": Path(f"runs/{preset}"), **PRESETS[preset], **given, **paper}))
+    c = Config(**{"out": Path(f"runs/{preset.name}"), **preset.defaults, **given, **paper})
+    if c.device == "cpu" and c.precision == "tf32":
+        c = dataclasses.replace(c, precision="fp32")
+    check_options(c)
+    check_machine(c)
+    return c
 
 
-def checked(c):
-    """The configuration if it can run here; creates its folder."""
-    if min(c.synthetic, c.select_images, c.final_images) < 2 * FOLDS or min(
-            *c.snapshot, c.sample_batch, c.batch, c.steps, c.evaluations, c.final_repeats, c.placebo + 1) < 1:
-        raise UserError(f"--snapshot, batches and counts must be at least 1, images at least {2 * FOLDS}")
+def check_options(c):
+    """Options that contradict each other."""
     if len(c.bounds) != 2:
         raise UserError("--bounds: give two numbers, low,high")
     if c.placebo and c.partition == "layers":
         raise UserError("--placebo draws random blocks of several layers: use another --partition")
-    if neon_ext is None:
-        raise UserError("neon_ext is not built: run `pip install --no-build-isolation .` here first")
-    if c.device == "cuda" and not (torch.cuda.is_available() and neon_ext.build_config()["cuda"]):
-        raise UserError("--device cuda: no usable GPU, or neon_ext was built without CUDA; use --device cpu")
     if c.partition in ("paper", "structural"):
-        grid_weights(c, ("enc", "mid", "dec"))
+        check_grid(c, ("enc", "mid", "dec"))
+
+
+def check_machine(c):
+    """The extension, the device and a folder to write into."""
+    if neon_ext is None:
+        raise UserError(
+            "neon_ext is not built: run `pip install --no-build-isolation .` here first"
+        )
+    if c.device == "cuda" and not (torch.cuda.is_available() and neon_ext.build_config()["cuda"]):
+        raise UserError(
+            "--device cuda: no usable GPU, or neon_ext was built without CUDA; use --device cpu"
+        )
     with reading(f"--out {c.out} cannot be written, choose another folder"):
         c.out.mkdir(parents=True, exist_ok=True)
         if not os.access(c.out, os.W_OK):
             raise PermissionError("no permission")
-    return c
 
 
-def make_settings(c):
-    """Settings of this process; starts torch.distributed under torchrun."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        if c.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group("nccl" if c.device == "cuda" else "gloo")
-    if c.preset == "digits":
-        torch.set_num_threads(1)  # 8 x 8 images: one thread trains faster than two
-        torch.empty(2**22)  # freeing 16 MB raises glibc's mmap threshold: no page faults for every activation
-    return Settings(c.device, c.sample_batch, c.steps, c.precision, rank, world)
-
-
-def seconds_per_image(net, settings):
-    """Sampling time of one image, from one short batch; on the CPU with the faster of one and all threads."""
-    cpu, best = settings.device == "cpu", (math.inf, torch.get_num_threads())
-    batch = 2 if cpu and net.img_resolution >= 32 else 32
-    x, labels = draw_latents(net, range(batch), settings.device)
-    for threads in [1, best[1]] * 2 if cpu else [1] * 3:
-        torch.set_num_threads(threads) if cpu else None
-        begin = time.perf_counter()
-        with torch.no_grad():
-            float(net(x, torch.ones(1, device=x.device), labels).sum())
-        best = min(best, (time.perf_counter() - begin, threads))
-    torch.set_num_threads(best[1]) if cpu else None
-    return best[0] / batch * (2 * settings.steps - 1)
-
-
-def print_plan(c, configs, seconds, trained):
-    print(f"{'block':<24}{'tensors':>8}{'parameters':>12}  drift ||theta_s - theta_r|| / ||theta_r||")
-    for block, row in configs.table().items():
-        drift = f"{row['drift']:.5f}" if trained else "not trained yet"
-        print(f"{block:<24}{row['tensors']:>8}{row['parameters']:>12}  {drift}")
-    scores = len(grid_weights(c, configs.blocks)) * (1 + c.placebo) + len({-1.0, 0.0, *c.grid, *c.sweep})
-    scores += c.evaluations * {"": 0, "cobyqa": 1, "gradient": 6}[c.search]
-    finals = (4 + bool(c.search) + c.placebo) * c.final_repeats
-    hours = (scores * c.select_images + finals * c.final_images) * seconds / 3600
-    print(f"about {scores} scores of {c.select_images} images and {finals} final ones of {c.final_images}: "
-          f"{hours:.2f} hours on this {c.device}")
-
-
-def refuse_hours(c, settings):
-    """CIFAR-10 without a GPU only on request: it says how long it would take."""
-    if c.device == "cpu" and c.preset == "cifar10" and not (c.yes or c.plan):
-        images = 30 * c.select_images + 4 * c.final_images * c.final_repeats + c.synthetic
-        hours = seconds_per_image(EDMPrecond(**MODELS["cifar10"]).eval(), settings) * images / 3600
-        raise UserError(f"without a GPU this takes about {hours:.0f} hours of sampling alone: add --yes "
-                        "to run it all the same, or try --preset digits")
-
-
-def save_merged(c, configs, w, kimg, parents):
-    """The repaired network with its recipe, and on request as a plain state dict."""
-    path = c.out / f"adaptive-neon-{kimg:06d}.safetensors"
-    save_network(configs.set(w), path, {"w": w, "partition": c.partition, **parents})
-    if c.export_pt:
-        state = {name: tensor.cpu() for name, tensor in configs.net.state_dict().items()}
-        write_atomically(path.with_suffix(".pt"), partial(torch.save, state))
-
-
-def run(argv):
-    begin, c = time.perf_counter(), parse(argv)
-    settings, ledger = make_settings(c), seed_ledger(c)
-    refuse_hours(c, settings)
-    base, base_hash = get_base(c, settings)
-    if c.preset == "digits" and (base.img_resolution, base.img_channels) != (8, 1):
-        raise UserError("--preset digits needs a base of 8 x 8 grey images: use --preset cifar10 for others")
-    snapshots = get_snapshots(c, base, base_hash, settings)
-    seconds = seconds_per_image(settings.place(base), settings)
-    owners = {name: block_of(name, base, c.partition) for name in base.state_dict()}
-    if c.plan:
-        for path in snapshots.values() if settings.rank == 0 else ():
-            aux = load_network(path) if path.exists() else base
-            print_plan(c, Configurations(base, aux, owners, settings), seconds, path.exists())
-        return
-    features, reference = settings.one_by_one(lambda: get_reference(c))
-    entries, samples = [], {}
-    for kimg, path in sorted(snapshots.items()):
-        configs = Configurations(base, load_network(path), owners, settings)
-        parents = {"base_sha256": base_hash, "aux_sha256": file_hash(path)}
-        networks = key_of(parents, reference.facts, c.steps, c.precision, c.device)
-        scorer = Scorer(configs, features, reference, settings, c.out, networks, kimg)
-        entry, winners = study(c, scorer, ledger)
-        entries.append(entry)
-        samples[kimg] = {name: settings.sample(configs.set(w), ledger["final"][0][:36])[0].cpu()
-                         for name, w in winners.items()}
-        if settings.rank == 0:
-            save_merged(c, configs, winners["blockwise"], kimg, parents)
-    if settings.rank > 0:
-        return
-    most = 0 if reference.real is None else len(reference.real) // 2
-    counts = sorted({min(c.select_images, most), min(c.final_images, most)} - {0})
-    summary = {
-        "command": " ".join(["python edm_neon.py", *argv]), "config": dataclasses.asdict(c),
-        "score": "FD (digits CNN, 64-d)" if c.preset == "digits" else "FID", "reference": reference.facts,
-        "snapshots": entries, "floors": [reference.floor(n) for n in counts], "seconds_per_image": seconds,
-        "first_seeds": {"selection": ledger["selection"][0], "final": [s[0] for s in ledger["final"]]},
-        "machine": torch.cuda.get_device_name() if c.device == "cuda" else f"{os.cpu_count()} cores",
-        "threads": torch.get_num_threads(), "world": settings.world, "neon_ext": neon_ext.build_config(),
-        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, np)},
-        "seconds_total": time.perf_counter() - begin}
-    write_report(summary, c.out)
-    plot_report(summary, samples, c.out)
-    print(f"\n{summary['seconds_total']:.1f} s; summary.json, table.md, grid.jsonl, pictures in {c.out}")
+def interrupt(number, frame):
+    raise KeyboardInterrupt
 
 
 def main(argv=None):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
     message = None
     try:
         run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
+    except (UserError, Diverged) as error:
         message, code = error, 2
     except OSError as error:
         message, code = f"{error}; what was finished stays", 2
