@@ -1,20 +1,20 @@
 """Adaptive NEON: repair a generative model that was trained on its own samples, block by block.
 
-    theta = theta_r - w_block * (theta_s - theta_r)  w > 0 away from collapse, w < 0 towards it, -1: theta_s
+    theta = theta_r - w_block * (theta_s - theta_r)     w > 0 away from collapse, w < 0 towards it
 
-theta_r: the base network; theta_s: its weight average after training on its own samples (NEON, arXiv
-2510.03597); blocks: encoder, middle, decoder of the network, its layers, or any partition (Adaptive NEON,
-section 4.2). All weights are scored on the same starting noise and labels; the search and the final
-comparison use disjoint seeds. The pipeline knows no network: EDM's (arXiv 2206.00364) are built in, and
---model FILE.py puts one of your own in their place.
+theta_r: the base network; theta_s: its weight average after training on its own samples (NEON,
+arXiv 2510.03597); blocks: encoder, middle, decoder of the network, its layers, or any partition
+(Adaptive NEON, section 4.2). All weights are scored on the same starting noise and labels; the
+search and the final comparison use disjoint seeds. The pipeline knows no network: EDM's (arXiv
+2206.00364) are built in, and --model FILE.py puts one of your own in their place.
 
-    python edm_neon.py --preset digits --snapshot 5 --grid 0.5,1.0,1.5   laptop, nothing to download, minutes
-    python edm_neon.py --snapshot 1551 --grid 0.75,1.0,1.25              CIFAR-10: a GPU and a connection
+    python edm_neon.py --preset digits                             a laptop, nothing to download
+    python edm_neon.py --snapshot 1551 --grid 0.75,1.0,1.25        CIFAR-10, a GPU, a connection
     torchrun --nproc_per_node=8 edm_neon.py --snapshot 1551 --grid 0.75,1.0,1.25
-    python edm_neon.py --model mine.py --base mine.pt --data images.zip --partition layers --search gradient
+    python edm_neon.py --model mine.py --base mine.pt --data images.zip --snapshot 100
 
-Recorded figures and their commands: results/edm and the README. CIFAR-10 has not been run on a GPU yet.
-"""
+Recorded figures and their commands: results/edm and the README. CIFAR-10 has not been run on a GPU
+yet."""
 
 # ruff: noqa: E402  imports follow the signal handler on purpose
 import os
@@ -99,7 +99,7 @@ class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
 
 
-# ============================================================ 1. configuration: every field is an option
+# ==================== 1. configuration: every field is an option
 def numbers(text, kind=float):
     """Different numbers in increasing order, from text separated by commas."""
     try:
@@ -142,7 +142,8 @@ def read_partition(text):
 
 
 def option(default, text, kind=None, choices=None, low=-math.inf, high=math.inf):
-    """A field of Config. kind: from the option's text to its value; low, high: allowed range of each number."""
+    """A field of Config. kind: from the option's text to its value; low, high: allowed range of
+    each number."""
     kind = kind or type(default)
     metadata = {"help": text, "kind": kind, "choices": choices, "low": low, "high": high}
     return dataclasses.field(default=default, metadata=metadata)
@@ -154,8 +155,8 @@ GPU = torch.cuda.is_available()
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """--select-images 2000 sets select_images. Defaults: NEON's for CIFAR-10, at the paper's batch of 64
-    (snapshots 550, 1051, 1551, ... are multiples of 782 x 64 images). kimg: 1000 images."""
+    """--select-images 2000 sets select_images. Defaults: NEON's for CIFAR-10, at the paper's batch
+    of 64 (snapshots 550, 1051, 1551, ... are multiples of 782 x 64 images). kimg: 1000 images."""
 
     # What is studied
     preset: str = option("cifar10", "data, features and defaults", choices=("cifar10", "digits"))
@@ -249,7 +250,8 @@ class Config:
 
 
 class Cifar10:
-    """EDM on CIFAR-10. The paper's FIDs: base 1.78, best global 1.43 to 1.74, block-wise 1.43 to 1.71."""
+    """EDM on CIFAR-10. The paper's FIDs: base 1.78, best global 1.43 to 1.74, block-wise 1.43 to
+    1.71."""
 
     name = "cifar10"
     defaults: dict = {}
@@ -266,7 +268,8 @@ class Cifar10:
     }
 
     def real_images(self, c):
-        """uint8 [N, C, H, W], int64 labels [N] (or None), name of the source; None without --data."""
+        """uint8 [N, C, H, W], int64 labels [N] (or None), name of the source; None without
+        --data."""
         if not c.data:
             return None
         images, labels = read_dataset(c.data)
@@ -278,8 +281,8 @@ class Cifar10:
 
 
 class Digits(Cifar10):
-    """scikit-learn's digits and a small classifier of them: minutes on a laptop, nothing to download.
-    FD of the digits CNN on 1,000 images: base 34.8, w = -1: 80.7, w = 1: 20.3."""
+    """scikit-learn's digits and a small classifier of them: minutes on a laptop, nothing to
+    download. FD of the digits CNN on 1,000 images: base 34.8, w = -1: 80.7, w = 1: 20.3."""
 
     name = "digits"
     threads = 1  # 8 x 8 images: one thread trains faster than two
@@ -319,9 +322,10 @@ class Digits(Cifar10):
 PRESETS = {"cifar10": Cifar10(), "digits": Digits()}
 
 
-# ============================================================ 2. the seam: what the pipeline needs of a model
+# ==================== 2. the seam: what the pipeline needs of a model
 class Model(Protocol):
-    """A generative model, as the pipeline sees it: EdmModel, or FileModel around --model FILE.py."""
+    """A generative model, as the pipeline sees it: EdmModel, or FileModel around --model
+    FILE.py."""
 
     identity: (
         str  # of everything but the network's weights that decides an image; part of every key
@@ -348,14 +352,16 @@ class Model(Protocol):
         """Labels are int64 in [0, classes); 0: the model takes none."""
 
     def sample(self, net, noise, labels, steps):
-        """noise [N, *noise_shape], int64 labels [N] (or None) -> images [N, C, H, W] in [-1, 1]; each a
-        function of its own noise, its label and the network alone, differentiable in the weights."""
+        """noise [N, *noise_shape], int64 labels [N] (or None) -> images [N, C, H, W] in [-1, 1];
+        each a function of its own noise, its label and the network alone, differentiable in the
+        weights."""
 
     def encode(self, images):
         """uint8 [N, C, H, W] -> what loss() trains on."""
 
     def loss(self, net, x, labels):
-        """Training loss of each sample, [N] or [N, ...]; randomness from torch's global generator."""
+        """Training loss of each sample, [N] or [N, ...]; randomness from torch's global
+        generator."""
 
     def block(self, name: str, net: nn.Module) -> str:
         """The block of a parameter in --partition paper."""
@@ -370,9 +376,10 @@ class Model(Protocol):
         """The repaired network, in the form the model's users know; path has no suffix yet."""
 
 
-# ============================================================ 3. the run
+# ==================== 3. the run
 def run(argv):
-    """Base, synthetic set, self-training; then each snapshot's grid, search and final comparison; report."""
+    """Base, synthetic set, self-training; then each snapshot's grid, search and final comparison;
+    report."""
     begin = time.perf_counter()
     c = parse(argv)
     processes = start_processes(c)
@@ -422,11 +429,12 @@ def study_all(c, argv, processes, begin):
         write_report(summary, c.out)
         plot_report(summary, samples, c.out)
         print(
-            f"\n{summary['seconds_total']:.1f} s; summary.json, table.md, grid.jsonl, pictures in {c.out}"
+            f"\n{summary['seconds_total']:.1f} s; "
+            f"summary.json, table.md, grid.jsonl, pictures in {c.out}"
         )
 
 
-# ------------------------------------------------------------ stages: base, synthetic set, self-training
+# -------------------- stages: base, synthetic set, self-training
 @dataclasses.dataclass(frozen=True)
 class RealImages:
     """images: uint8 [N, C, H, W]; labels: int64 [N] or None; source: where they come from."""
@@ -528,7 +536,8 @@ def get_synthetic(c, base, path, sampler):
 
 
 def get_snapshots(c, model, base, sampler):
-    """{kimg: path} of self-trained networks: existing (--aux) or trained here; a plan trains nothing."""
+    """{kimg: path} of self-trained networks: existing (--aux) or trained here; a plan trains
+    nothing."""
     if c.aux:
         return given_snapshots(c, sampler.processes)
     processes = sampler.processes
@@ -583,7 +592,7 @@ def get_snapshots(c, model, base, sampler):
     if not processes.decide(lambda: all(path.exists() for path in paths.values())):
         raise UserError(
             f"the saved training in {folder} is already past one of --snapshot "
-            f"{', '.join(map(str, c.snapshot))}: delete its training-state.pt to train again from the base"
+            f"{', '.join(map(str, c.snapshot))}: delete its training-state.pt to train again"
         )
     return paths
 
@@ -619,7 +628,8 @@ def check_fit(c, model, base, real):
 
 
 def save_merged(c, model, merger, entry, parents):
-    """The best network on the selection seeds with its recipe, and on request as a plain state dict."""
+    """The best network on the selection seeds with its recipe, and on request as a plain state
+    dict."""
     name = min(entry.models, key=lambda name: entry.models[name].fd)
     w = entry.models[name].w
     path = c.out / f"adaptive-neon-{entry.kimg:06d}"
@@ -630,10 +640,11 @@ def save_merged(c, model, merger, entry, parents):
         write_atomically(path.with_suffix(".pt"), partial(torch.save, state))
 
 
-# ------------------------------------------------------------ one snapshot: grid, search, final comparison
+# -------------------- one snapshot: grid, search, final comparison
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A model of the final comparison: its weights by block and its distance on the selection seeds."""
+    """A model of the final comparison: its weights by block and its distance on the selection
+    seeds."""
 
     w: dict
     fd: float
@@ -679,8 +690,8 @@ class Entry:
 
 
 def study(c, scorer, model, ledger):
-    """Sweep, grid, search and placebo on the selection seeds; then the winners once more on seeds that no
-    selection has seen -> Entry."""
+    """Sweep, grid, search and placebo on the selection seeds; then the winners once more on seeds
+    that no selection has seen -> Entry."""
     blocks = scorer.merger.blocks
     selection = ledger.selection
 
@@ -700,7 +711,8 @@ def study(c, scorer, model, ledger):
         "global": Candidate(by_value[w_global].w, by_value[w_global].fd, w_global),
     }
 
-    # One weight per block: a grid, unless it is left to a search; each returns what it scored itself.
+    # One weight per block: a grid, unless it is left to a search; each returns what it scored
+    # itself.
     grid = score_grid(c, scorer, selection, "grid")
     if grid:
         winner = best_of(grid)
@@ -781,7 +793,7 @@ def warnings_of(c, models, final, had_grid, dim):
     return notes
 
 
-# ------------------------------------------------------------ seeds: who may see which
+# -------------------- seeds: who may see which
 @dataclasses.dataclass(frozen=True)
 class SeedSet:
     """Consecutive seeds and what they are for."""
@@ -822,7 +834,8 @@ def search_seeds(step, count):
 
 
 def seed_ledger(c):
-    """Disjoint seeds for synthetic, selection, final and search sets; the paper's overlap is announced."""
+    """Disjoint seeds for synthetic, selection, final and search sets; the paper's overlap is
+    announced."""
     paper = c.protocol == "paper"
     synthetic = SeedSet("synthetic", 0, c.synthetic)
     selection = SeedSet("selection", 0 if paper else SELECT_SEED, c.select_images)
@@ -838,9 +851,9 @@ def seed_ledger(c):
         announced = paper and (one.purpose, other.purpose) == ("synthetic", "selection")
         if one.first <= other.last and other.first <= one.last and not announced:
             raise UserError(
-                f"seeds of the {one.purpose} set ({one.first}-{one.last}) and the {other.purpose} set "
-                f"({other.first}-{other.last}) overlap: fewer --synthetic, --select-images, --final-images "
-                "or --final-repeats"
+                f"seeds of the {one.purpose} set ({one.first}-{one.last}) and the {other.purpose} "
+                f"set ({other.first}-{other.last}) overlap: fewer --synthetic, --select-images, "
+                "--final-images or --final-repeats"
             )
     if max(seeds.last for seeds in sets) >= 2**32:
         raise UserError(
@@ -848,13 +861,13 @@ def seed_ledger(c):
         )
     if paper:
         print(
-            "--protocol paper: selection seeds 0-1999 overlap the synthetic training set, and 2,000 images "
-            "are fewer than 2,048 features: the covariance is singular"
+            "--protocol paper: selection seeds 0-1999 overlap the synthetic training set, and "
+            "2,000 images are fewer than 2,048 features: the covariance is singular"
         )
     return Ledger(selection, finals)
 
 
-# ============================================================ 4. self-training
+# ==================== 4. self-training
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How a network is trained; all of it is in the key of the result."""
@@ -872,7 +885,8 @@ class Recipe:
 
 
 def ema_beta(batch, half_life, seen=None, ramp_ratio=None):
-    """Share the average keeps at a step of `batch` images; half_life in images, at most seen * ramp_ratio."""
+    """Share the average keeps at a step of `batch` images; half_life in images, at most seen *
+    ramp_ratio."""
     if ramp_ratio is not None:
         half_life = min(half_life, seen * ramp_ratio)
     return 0.5 ** (batch / max(half_life, 1e-8))
@@ -889,7 +903,8 @@ def shuffled(positions, n, seed):
 
 
 def encode_once(model, images):
-    """What loss() trains on, if making it is work (a VAE); else the uint8 images, converted batch by batch."""
+    """What loss() trains on, if making it is work (a VAE); else the uint8 images, converted batch
+    by batch."""
     if not model.encodes:
         return images
     parts = [model.encode(part) for part in tqdm(images.split(256), desc="encode", leave=False)]
@@ -897,8 +912,9 @@ def encode_once(model, images):
 
 
 def gradients_of_step(model, net, x, labels, parameters, processes, batch):
-    """Leaves in every parameter the gradient of the loss, summed over all ranks' images, divided by `batch`.
-    A parameter that no loss uses gets zero on several ranks and none on one; Adam leaves it alone in both."""
+    """Leaves in every parameter the gradient of the loss, summed over all ranks' images, divided by
+    `batch`. A parameter that no loss uses gets zero on several ranks and none on one; Adam leaves
+    it alone in both."""
     for parameter in parameters:
         parameter.grad = None
     if len(x):
@@ -919,8 +935,9 @@ def gradients_of_step(model, net, x, labels, parameters, processes, batch):
 
 
 def train(model, net, images, labels, recipe, processes, state_path, snapshots, save):
-    """Adam on the model's loss. Every step has its own seed: a resumed run repeats an uninterrupted one.
-    images: uint8 [N, C, H, W]; snapshots: kimg at which save(ema, kimg) is called on the first rank."""
+    """Adam on the model's loss. Every step has its own seed: a resumed run repeats an uninterrupted
+    one. images: uint8 [N, C, H, W]; snapshots: kimg at which save(ema, kimg) is called on the first
+    rank."""
     device, rank, batch = processes.device, processes.rank, recipe.batch
     net = net.to(device).train()
     parameters = movable_parameters(net)
@@ -989,17 +1006,19 @@ def train(model, net, images, labels, recipe, processes, state_path, snapshots, 
     processes.barrier()  # now the first rank's files are there
 
 
-# ============================================================ 5. blocks, and merging them
+# ==================== 5. blocks, and merging them
 def movable_parameters(net, like=None):
-    """{name: parameter} that training moves and extrapolation steps: all, or those that `like` (default: the
-    network itself) lets learn, if it tells them apart. Tied parameters appear once; buffers never do."""
+    """{name: parameter} that training moves and extrapolation steps: all, or those that `like`
+    (default: the network itself) lets learn, if it tells them apart. Tied parameters appear once;
+    buffers never do."""
     learns = {name: parameter.requires_grad for name, parameter in (like or net).named_parameters()}
     frozen = any(learns.values())
     return {name: p for name, p in net.named_parameters() if learns[name] or not frozen}
 
 
 def glob_owner(name, table):
-    """The block that the first fitting pattern of --partition FILE gives a parameter, and that pattern."""
+    """The block that the first fitting pattern of --partition FILE gives a parameter, and that
+    pattern."""
     for pattern, block in table.items():
         if fnmatch.fnmatchcase(name, pattern):
             return block, pattern
@@ -1017,8 +1036,8 @@ def partition_owners(model, net, partition):
         for pattern in partition:
             if pattern not in used and pattern != "*":
                 raise UserError(
-                    f"--partition: {printable(pattern)} matches no parameter that earlier patterns leave; "
-                    f"the names look like {names[0]}"
+                    f"--partition: {printable(pattern)} matches no parameter that earlier patterns "
+                    f"leave; the names look like {names[0]}"
                 )
         return owners
     if partition == "layers":
@@ -1035,8 +1054,8 @@ def block_order(owners):
 
 
 def placebo_owners(merger, model, seed, draws=200):
-    """{parameter: block} at random: layers change blocks as a whole, every block keeps its number of layers
-    and, the closest of many draws, nearly its size."""
+    """{parameter: block} at random: layers change blocks as a whole, every block keeps its number
+    of layers and, the closest of many draws, nearly its size."""
     layer_of = {name: (model.layer(name), block) for name, block in merger.owners.items()}
     layers = list(dict.fromkeys(layer_of.values()))
     sizes = dict.fromkeys(layers, 0)
@@ -1059,8 +1078,9 @@ def placebo_owners(merger, model, seed, draws=200):
 
 
 class Merger:
-    """All extrapolations of two networks: one resident network, its weights rewritten in one fused pass.
-    Buffers and frozen parameters stay the base's: an extrapolated variance could be negative."""
+    """All extrapolations of two networks: one resident network, its weights rewritten in one fused
+    pass. Buffers and frozen parameters stay the base's: an extrapolated variance could be
+    negative."""
 
     def __init__(self, base, aux, owners, sampler):
         ours, theirs = dict(base.named_parameters()), dict(aux.named_parameters())
@@ -1122,7 +1142,7 @@ class Merger:
         return rows
 
 
-# ============================================================ 6. sampling: seeds, batches, precision
+# ==================== 6. sampling: seeds, batches, precision
 def draw_noise(shape, classes, seeds, device):
     """One generator per seed, as EDM: noise [N, *shape] float32, labels [N] int64 (or None)."""
     noise, labels = [], []
@@ -1144,14 +1164,16 @@ class Diverged(Exception):
 
 
 class Sampler:
-    """From seeds to images of one model: a seed decides its noise and label, whatever the batch or rank."""
+    """From seeds to images of one model: a seed decides its noise and label, whatever the batch or
+    rank."""
 
     def __init__(self, model, base, processes, steps, batch):
         self.model, self.processes, self.steps, self.batch = model, processes, steps, batch
         self.shape, self.classes = tuple(model.noise_shape(base)), model.classes(base)
 
     def place(self, net):
-        """A copy of the network to sample from; compiled on a GPU: its weights are rewritten in place."""
+        """A copy of the network to sample from; compiled on a GPU: its weights are rewritten in
+        place."""
         device = self.processes.device
         net = copy.deepcopy(net).to(device).eval().requires_grad_(False)
         if device == "cuda":
@@ -1194,9 +1216,9 @@ def as_float32(out):
 
 @contextlib.contextmanager
 def network_calls(net, precision, checkpointed=False):
-    """For a whole pass over the seeds, in all of its threads: how the network itself computes. tf32 sets
-    torch's flags, bf16 and fp16 put the network under autocast (the sampler around it stays as it is).
-    checkpointed: a backward pass keeps the activations of one network call at a time."""
+    """For a whole pass over the seeds, in all of its threads: how the network itself computes. tf32
+    sets torch's flags, bf16 and fp16 put the network under autocast (the sampler around it stays as
+    it is). checkpointed: a backward pass keeps the activations of one network call at a time."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     device = next(net.parameters()).device.type
     forward = net.forward
@@ -1221,16 +1243,18 @@ def network_calls(net, precision, checkpointed=False):
             vars(net).pop("forward", None)
 
 
-# ============================================================ 7. features, reference, precision and recall
+# ==================== 7. features, reference, precision and recall
 class InceptionFeatures(nn.Module):
-    """Inception-v3 of the FID graph: uint8 [N, 3, H, W] (or float in [0, 255]) -> pool [N, 2048] float32.
-    path: the public PyTorch port of its weights (pt_inception-2015-12-05). TF1-style resize to 299 and
-    (v - 128) / 128: comparable with EDM's FID. Batch normalisation is folded into the convolutions."""
+    """Inception-v3 of the FID graph: uint8 [N, 3, H, W] (or float in [0, 255]) -> pool [N, 2048]
+    float32. path: the public PyTorch port of its weights (pt_inception-2015-12-05). TF1-style
+    resize to 299 and (v - 128) / 128: comparable with EDM's FID. Batch normalisation is folded into
+    the convolutions."""
 
     dim = 2048
     score = "FID"
     kind = "inception"
-    MIXED = {  # chains of convolutions side by side: name of the chain, its length; then a pooled branch
+    # Chains of convolutions side by side: name of the chain, its length; then a pooled branch.
+    MIXED = {
         "5b": {"1x1": 1, "5x5": 2, "3x3dbl": 3},
         "5c": {"1x1": 1, "5x5": 2, "3x3dbl": 3},
         "5d": {"1x1": 1, "5x5": 2, "3x3dbl": 3},
@@ -1298,7 +1322,8 @@ class InceptionFeatures(nn.Module):
 
     @staticmethod
     def resize(x, size=299):
-        """TensorFlow 1's bilinear: source coordinate j * W / 299, no half-pixel shift; x, then y; float32."""
+        """TensorFlow 1's bilinear: source coordinate j * W / 299, no half-pixel shift; x, then y;
+        float32."""
         for axis in (3, 2):
             n = x.shape[axis]
             at = torch.arange(size, dtype=torch.float32, device=x.device) * (n / size)
@@ -1321,7 +1346,8 @@ class InceptionFeatures(nn.Module):
 
 
 class DigitsFeatures(nn.Module):
-    """Small classifier of scikit-learn's digits, trained here (seeded, seconds): [N, 1, 8, 8] -> [N, 64]."""
+    """Small classifier of scikit-learn's digits, trained here (seeded, seconds): [N, 1, 8, 8] ->
+    [N, 64]."""
 
     dim = 64
     kind = name = "digits-cnn-64"
@@ -1388,8 +1414,9 @@ class FileFeatures:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Statistics of the real data in one feature network. prepared: neon_ext.FrechetReference; real: the
-    features themselves [N, D] where they are at hand; facts: features, source, images, for the report."""
+    """Statistics of the real data in one feature network. prepared: neon_ext.FrechetReference;
+    real: the features themselves [N, D] where they are at hand; facts: features, source, images,
+    for the report."""
 
     prepared: object
     real: torch.Tensor | None
@@ -1397,7 +1424,8 @@ class Reference:
     identity: str  # hash of mean, covariance and features
 
     def floor(self, images):
-        """Distance between two disjoint samples of the real data, at most `images` each: bias alone."""
+        """Distance between two disjoint samples of the real data, at most `images` each: bias
+        alone."""
         n = min(images, len(self.real) // 2)
         order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0))
         first, second = (self.real[part.to(self.real.device)] for part in order[: 2 * n].split(n))
@@ -1406,7 +1434,8 @@ class Reference:
 
 
 def reference_of(statistics, features, source, device, real=None):
-    """Reference from {mu [D], sigma [D, D], images, features}, if they are of these features and usable."""
+    """Reference from {mu [D], sigma [D, D], images, features}, if they are of these features and
+    usable."""
     kind, shape = str(statistics["features"]), np.shape(statistics["mu"])
     if shape != (features.dim,) or kind not in (features.name, features.kind):
         raise UserError(
@@ -1442,7 +1471,9 @@ def reference_from_file(path, features, device):
     """Reference of an npz with mu and sigma, as EDM's (which leaves features and images out)."""
     with reading(f"reference {path} has no usable mu and sigma"), np.load(path) as file:
         statistics = {"features": "inception", "images": 50_000} | dict(file)
-        statistics["mu"], statistics["sigma"], statistics["images"]  # noqa: B018  KeyError names what is absent
+        for key in ("mu", "sigma"):
+            if key not in statistics:
+                raise KeyError(key)
     return reference_of(statistics, features, path, device)
 
 
@@ -1474,15 +1505,16 @@ def get_judge(c, model, base, real, processes):
 
 
 def reference_source(c, model):
-    """--ref; CIFAR-10's own statistics only for EDM's CIFAR-10 networks, or when they are asked for."""
+    """--ref; CIFAR-10's own statistics only for EDM's CIFAR-10 networks, or when they are asked
+    for."""
     if c.ref == "cifar10":
         return CIFAR10_STATISTICS
     if c.ref:
         return c.ref
     if c.model or c.base not in ("", *BASES, *BASES.values()):
         raise UserError(
-            "a network of your own needs real images or statistics to be scored against: give --data IMAGES "
-            "or --ref STATISTICS.npz (--ref cifar10 for CIFAR-10's own)"
+            "a network of your own needs real images or statistics to be scored against: give "
+            "--data IMAGES or --ref STATISTICS.npz (--ref cifar10 for CIFAR-10's own)"
         )
     return CIFAR10_STATISTICS
 
@@ -1501,7 +1533,8 @@ def fold_distances(prepared, features):
 
 @torch.no_grad()
 def precision_recall(real, fake, k=5, most=10_000):
-    """Improved precision and recall (arXiv 1904.06991), k nearest neighbours, at most `most` of each."""
+    """Improved precision and recall (arXiv 1904.06991), k nearest neighbours, at most `most` of
+    each."""
     real, fake = real[:most].double(), fake[:most].double()
 
     def share_inside(points, manifold):
@@ -1516,7 +1549,7 @@ def precision_recall(real, fake, k=5, most=10_000):
     return share_inside(fake, real), share_inside(real, fake)
 
 
-# ============================================================ 8. scores, their log, comparisons
+# ==================== 8. scores, their log, comparisons
 @dataclasses.dataclass(frozen=True)
 class Score:
     """One network's distance to the real data, on one set of seeds."""
@@ -1583,7 +1616,8 @@ class ScoreLog:
                 self.keep(Score.from_line(line.decode("utf-8")))
             except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(
-                    f"{path}, line {number}, is damaged ({printable(error)}): delete the line, or the file"
+                    f"{path}, line {number}, is damaged ({printable(error)}): "
+                    "delete the line, or the file"
                 ) from error
 
     def keep(self, score):
@@ -1623,7 +1657,8 @@ class Scorer:
         return other
 
     def weights(self, values):
-        """Numbers in the order of the blocks -> {block: weight}, rounded: the same key after a resume."""
+        """Numbers in the order of the blocks -> {block: weight}, rounded: the same key after a
+        resume."""
         return {
             block: round(float(v), 6) for block, v in zip(self.merger.blocks, values, strict=True)
         }
@@ -1648,7 +1683,8 @@ class Scorer:
         return key_of(SCORING_VERSION, SAMPLING_VERSION, inputs)
 
     def features(self, w, seeds, desc=None):
-        """Features [N, D] of the images at these seeds, in their order, on every rank; None: it diverged."""
+        """Features [N, D] of the images at these seeds, in their order, on every rank; None: it
+        diverged."""
         net = self.merger.set(w)
         processes = self.sampler.processes
 
@@ -1666,7 +1702,8 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, w, seeds, desc=None):
-        """Score of the weights w on a SeedSet; precision and recall where real images are at hand."""
+        """Score of the weights w on a SeedSet; precision and recall where real images are at
+        hand."""
         begin = time.perf_counter()
         processes = self.sampler.processes
         key = self.key(seeds)
@@ -1716,8 +1753,9 @@ def fd_of(score):
 
 
 def compare(scores, others, level=0.05):
-    """Paired difference of distances, mean over the seed sets of `scores` and `others`, and its interval: the
-    delete-one-fold jackknife (Student's t) of the difference, as both saw the same noise. better: lower."""
+    """Paired difference of distances, mean over the seed sets of `scores` and `others`, and its
+    interval: the delete-one-fold jackknife (Student's t) of the difference, as both saw the same
+    noise. better: lower."""
     ours, theirs = (float(np.mean([score.fd for score in side])) for side in (scores, others))
     if not math.isfinite(ours) or not math.isfinite(theirs):
         difference = 0.0 if ours == theirs else ours - theirs
@@ -1742,9 +1780,10 @@ def compare(scores, others, level=0.05):
     return {"difference": full, "low": full - half, "high": full + half, "verdict": verdict}
 
 
-# ============================================================ 9. grid and search over block weights
+# ==================== 9. grid and search over block weights
 def grid_weights(c, blocks):
-    """All products of the grid over the blocks; none when a search takes the place of a large one."""
+    """All products of the grid over the blocks; none when a search takes the place of a large
+    one."""
     lists = [c.grid_of(block) for block in blocks]
     points = math.prod(len(values) for values in lists)
     if c.search and points > MAX_POINTS_BESIDE_SEARCH and not c.placebo:
@@ -1762,13 +1801,15 @@ def check_grid(c, blocks):
         raise UserError(f"the grid has {points} points over {len(blocks)} blocks: {advice}")
     if points > MAX_POINTS_BESIDE_SEARCH:
         print(
-            f"the grid has {points} points over {len(blocks)} blocks; --search gradient needs no grid"
+            f"the grid has {points} points over {len(blocks)} blocks; "
+            "--search gradient needs no grid"
         )
 
 
 def race(scorer, weights, seeds, level=0.05):
-    """Candidates that a fifth of the seeds does not separate from the leader: intervals of the difference at
-    level / candidates, so that the best is dropped with a probability of at most about `level`."""
+    """Candidates that a fifth of the seeds does not separate from the leader: intervals of the
+    difference at level / candidates, so that the best is dropped with a probability of at most
+    about `level`."""
     few = seeds.start(min(seeds.count, max(2 * FOLDS, seeds.count // 5)))
     scores = scorer.score_all(weights, few, "race")
     leader = best_of(scores)
@@ -1786,7 +1827,8 @@ def score_grid(c, scorer, seeds, desc):
 
 
 def search_cobyqa(c, scorer, seeds, start):
-    """Derivative-free trust-region search (scipy's COBYQA) from the best global weight -> its scores."""
+    """Derivative-free trust-region search (scipy's COBYQA) from the best global weight -> its
+    scores."""
     scores = []
 
     def distance(x):
@@ -1803,10 +1845,10 @@ def search_cobyqa(c, scorer, seeds, start):
 
 
 def search_gradient(c, scorer, seeds, start, lr=0.15, pull=0.02, patience=6):
-    """Adam on all block weights from the best global weight: fresh noise at every step and a pull towards the
-    start, against overfitting. The running average of the iterates is scored on the selection seeds, which no
-    gradient has seen; `patience` steps without gain end it. The state after every step is kept on disk.
-    -> the scores of the averages."""
+    """Adam on all block weights from the best global weight: fresh noise at every step and a pull
+    towards the start, against overfitting. The running average of the iterates is scored on the
+    selection seeds, which no gradient has seen; `patience` steps without gain end it. The state
+    after every step is kept on disk. -> the scores of the averages."""
     processes = scorer.sampler.processes
     blocks = scorer.merger.blocks
     precision = gradient_precision(scorer.selection_precision)
@@ -1852,10 +1894,10 @@ def gradient_precision(precision):
 
 
 def distance_and_gradient(scorer, w, seeds, precision, rounding=True):
-    """Distance at w, and {block: its exact derivative in the block's weight}. Pass one: moments of the
-    features; two: every batch again, the distance's derivative pulled back through features and sampler to
-    the weights, one network call's activations at a time. Rounding to uint8 is passed straight through.
-    Where the sampler diverges: infinity, and a gradient of zero."""
+    """Distance at w, and {block: its exact derivative in the block's weight}. Pass one: moments of
+    the features; two: every batch again, the distance's derivative pulled back through features and
+    sampler to the weights, one network call's activations at a time. Rounding to uint8 is passed
+    straight through. Where the sampler diverges: infinity, and a gradient of zero."""
     merger, sampler, judge = scorer.merger, scorer.sampler, scorer.judge
     processes = sampler.processes
     net = merger.set(w)
@@ -1915,7 +1957,7 @@ def distance_and_gradient(scorer, w, seeds, precision, rounding=True):
     return fd.item(), dict(zip(merger.blocks, np.sum(totals, axis=0), strict=True))
 
 
-# ============================================================ 10. report
+# ==================== 10. report
 def summarise(c, argv, entries, judge, ledger, seconds, processes, begin):
     """What summary.json holds."""
     real = judge.reference.real
@@ -1997,7 +2039,8 @@ def entry_notes(entry):
     for k, placebo in enumerate(entry["placebo"], 1):
         gain = placebo["against_global"]
         notes.append(
-            f"Snapshot {kimg}: random blocks {k} against global {interval(gain)}: {gain['verdict']}."
+            f"Snapshot {kimg}: random blocks {k} against global {interval(gain)}: "
+            f"{gain['verdict']}."
         )
     for note in entry["warnings"]:
         notes.append(f"Warning, snapshot {kimg}: {note}.")
@@ -2047,7 +2090,8 @@ def write_report(summary, out):
 
 
 def plot_scores(plt, summary):
-    """The paper's figures 3 (score against snapshot) and 1 (score, precision and recall against global w)."""
+    """The paper's figures 3 (score against snapshot) and 1 (score, precision and recall against
+    global w)."""
     entries = summary["snapshots"]
     _, (scores, sweep, precisions) = plt.subplots(1, 3, figsize=(15, 4))
     for name in entries[0]["final"]:
@@ -2113,7 +2157,7 @@ def plot_report(summary, samples, out):
         plt.close()
 
 
-# ============================================================ 11. a model of one's own: --model FILE.py
+# ==================== 11. a model of one's own: --model FILE.py
 class FileModel:
     """The functions of a Python file behind the seam; the README and adapters/ show such a file."""
 
@@ -2245,8 +2289,8 @@ class FileModel:
     def block(self, name, net, partition):
         if partition == "structural" or not hasattr(self.file, "block"):
             raise UserError(
-                f"--partition {partition} needs a function block() in {self.path}: write one, or use "
-                "--partition layers or a JSON file {glob: block}"
+                f"--partition {partition} needs a function block() in {self.path}: write one, or "
+                "use --partition layers or a JSON file {glob: block}"
             )
         return self.named("block", name)
 
@@ -2298,8 +2342,8 @@ class FileModel:
         outside = float((images.abs() > 1.1).float().mean())
         if not c.plan and (outside > 0.5 or images.abs().max() > 10):
             raise UserError(
-                f"{self.path}: sample() must give images in [-1, 1], these reach from {images.min():.3g} to "
-                f"{images.max():.3g}"
+                f"{self.path}: sample() must give images in [-1, 1], these reach from "
+                f"{images.min():.3g} to {images.max():.3g}"
             )
         self.example = to_pixels(images).to(torch.uint8)
 
@@ -2314,7 +2358,8 @@ class FileModel:
             raise UserError(f"{self.path}: sample() must give a floating-point tensor, not {kind}")
         if images.ndim != 4 or len(images) != count or images.shape[1] not in (1, 3):
             raise UserError(
-                f"{self.path}: sample() must give images [{count}, 1 or 3, H, W], not {list(images.shape)}"
+                f"{self.path}: sample() must give images [{count}, 1 or 3, H, W], "
+                f"not {list(images.shape)}"
             )
         if not images.isfinite().all():
             raise UserError(
@@ -2375,9 +2420,10 @@ def where_in(path, error):
     return f"{place}{type(error).__name__}: {printable(error)}"
 
 
-# ============================================================ 12. EDM's networks: sampler, loss, U-Net, augmentation
+# ==================== 12. EDM's networks: sampler, loss, U-Net, augmentation
 class EdmModel:
-    """EDM's networks behind the seam: EDMPrecond around DDPM++ or NCSN++, its sampler, loss and augmentation."""
+    """EDM's networks behind the seam: EDMPrecond around DDPM++ or NCSN++, its sampler, loss and
+    augmentation."""
 
     identity = "edm, Heun, 1"
     encodes = False
@@ -2462,8 +2508,8 @@ def edm_layer(name):
 
 
 def edm_block(name, net, partition):
-    """paper: lowest resolution and mapping are mid, else enc or dec; structural: the decoder's blocks after
-    the bottleneck are dec."""
+    """paper: lowest resolution and mapping are mid, else enc or dec; structural: the decoder's
+    blocks after the bottleneck are dec."""
     side, layer = name.split(".")[1:3]
     if side not in ("enc", "dec"):
         return "mid"
@@ -2474,7 +2520,7 @@ def edm_block(name, net, partition):
     return "dec" if partition == "structural" and after_bottleneck else "mid"
 
 
-# ------------------------------------------------------------ sampler and loss
+# -------------------- sampler and loss
 def sigma_steps(net, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """EDM's time steps [num_steps + 1] float64, ending in 0 (equation 5)."""
     low, high = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
@@ -2506,7 +2552,8 @@ def edm_sampler(
 
 
 def edm_loss(net, images, labels, augment_p, P_mean=-1.2, P_std=1.2, sigma_data=0.5):
-    """EDM's loss [N, C, H, W]: lambda(sigma) (D(y + n; sigma) - y)^2, ln sigma ~ N(P_mean, P_std^2)."""
+    """EDM's loss [N, C, H, W]: lambda(sigma) (D(y + n; sigma) - y)^2, ln sigma ~ N(P_mean,
+    P_std^2)."""
     sigma = (torch.randn(len(images), 1, 1, 1, device=images.device) * P_std + P_mean).exp()
     augment_labels = None
     if augment_p:
@@ -2516,9 +2563,10 @@ def edm_loss(net, images, labels, augment_p, P_mean=-1.2, P_std=1.2, sigma_data=
     return weight * (net(images + noise, sigma, labels, augment_labels) - images).square()
 
 
-# ------------------------------------------------------------ network: DDPM++ and NCSN++, names as in EDM
+# -------------------- network: DDPM++ and NCSN++, names as in EDM
 class Conv(nn.Conv2d):
-    """2-D convolution after resampling by a small filter (fused: before it, as NCSN++'s residual path)."""
+    """2-D convolution after resampling by a small filter (fused: before it, as NCSN++'s residual
+    path)."""
 
     def __init__(
         self, c_in, c_out, kernel, up=False, down=False, resample_filter=(1, 1), fused=False
@@ -2601,7 +2649,8 @@ class UNetBlock(nn.Module):
 
 
 class SongUNet(nn.Module):
-    """DDPM++ (positional embedding, standard encoder) and NCSN++ (Fourier embedding, residual encoder)."""
+    """DDPM++ (positional embedding, standard encoder) and NCSN++ (Fourier embedding, residual
+    encoder)."""
 
     def __init__(
         self,
@@ -2690,7 +2739,8 @@ class SongUNet(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """Xavier-uniform weights, zero biases, almost zero where a residual branch or the network ends."""
+        """Xavier-uniform weights, zero biases, almost zero where a residual branch or the network
+        ends."""
         for name, p in self.named_parameters():
             layer = name.split(".")[-2]
             if p.ndim > 1:
@@ -2745,7 +2795,8 @@ class SongUNet(nn.Module):
 
 
 class EDMPrecond(nn.Module):
-    """D(x; sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4), the denoised x [N, C, H, W] (EDM, table 1)."""
+    """D(x; sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4), the denoised x [N, C, H, W] (EDM,
+    table 1)."""
 
     def __init__(
         self,
@@ -2793,7 +2844,7 @@ class EDMPrecond(nn.Module):
         return torch.as_tensor(sigma)
 
 
-# ------------------------------------------------------------ augmentation (EDM, appendix F.2): nine labels
+# -------------------- augmentation (EDM, appendix F.2): nine labels
 SYM6 = [  # low-pass filter of the sym6 wavelet
     0.015404109327027373,
     0.0034907120842174702,
@@ -2864,7 +2915,8 @@ def filtered(x, kernel, axis, **options):
 
 
 def warp(images, G):
-    """images [N, C, H, W] resampled through G, band-limited by sym6 filters at twice the resolution."""
+    """images [N, C, H, W] resampled through G, band-limited by sym6 filters at twice the
+    resolution."""
     n, c, height, width = images.shape
     device = images.device
     f = torch.tensor(SYM6, device=device)
@@ -2904,7 +2956,8 @@ def warp(images, G):
 
 
 def augment(images, p):
-    """images [N, C, H, W] in [-1, 1] -> augmented images, labels [N, 9]; flips: x half the time, y with p."""
+    """images [N, C, H, W] in [-1, 1] -> augmented images, labels [N, 9]; flips: x half the time, y
+    with p."""
     n, device = len(images), images.device
     labels = []
     for axis, chance in ((3, p * 1e8), (2, p)):
@@ -2916,9 +2969,10 @@ def augment(images, p):
     return warp(images, G), torch.cat([*labels, rest], 1)
 
 
-# ============================================================ 13. EDM's files: pickles are parsed, never run
+# ==================== 13. EDM's files: pickles are parsed, never run
 class Inert:
-    """An object of the pickle as plain data: EDM's persistent ones, torch's containers, numpy's numbers."""
+    """An object of the pickle as plain data: EDM's persistent ones, torch's containers, numpy's
+    numbers."""
 
     def __init__(self, meta=None, *_):
         meta = meta if isinstance(meta, dict) else {}
@@ -2982,7 +3036,8 @@ class SafeUnpickler(pickle.Unpickler):
         return storage.as_strided(size, stride, offset)
 
     def storage(self, blob):
-        """The elements of one storage [count], by torch's own restricted reader; a zip could inflate."""
+        """The elements of one storage [count], by torch's own restricted reader; a zip could
+        inflate."""
         self.spend("storages", len(blob))
         if blob[:2] == b"PK":
             raise pickle.UnpicklingError("a compressed storage")
@@ -3023,7 +3078,8 @@ def pickled_network(path):
 
 
 def build_network(kwargs, tensors, path):
-    """EDMPrecond(**kwargs) with these weights; made without memory first: options allocate nothing."""
+    """EDMPrecond(**kwargs) with these weights; made without memory first: options allocate
+    nothing."""
     if kwargs.get("num_blocks", 4) * len(kwargs.get("channel_mult", ())) > len(tensors):
         raise UserError(
             f"{path}: its options describe a larger network than its {len(tensors)} tensors"
@@ -3044,7 +3100,8 @@ def build_network(kwargs, tensors, path):
 
 
 def load_network(path):
-    """EDM .pkl (parsed, never run) or our .safetensors -> EDMPrecond in eval mode on the CPU, float32."""
+    """EDM .pkl (parsed, never run) or our .safetensors -> EDMPrecond in eval mode on the CPU,
+    float32."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"network {path} does not exist")
@@ -3059,13 +3116,14 @@ def load_network(path):
 
 
 def save_network(net, path, recipe):
-    """Weights in float32, options and recipe in one entry of the metadata: the order of several is random."""
+    """Weights in float32, options and recipe in one entry of the metadata: the order of several is
+    random."""
     metadata = {"config": json.dumps({**net.config, "recipe": recipe})}
     tensors = {name: tensor.float().contiguous().cpu() for name, tensor in net.state_dict().items()}
     write_atomically(path, partial(safetensors.torch.save_file, tensors, metadata=metadata))
 
 
-# ============================================================ 14. files, images, downloads
+# ==================== 14. files, images, downloads
 FILE_ERRORS = (
     OSError,
     ValueError,
@@ -3097,7 +3155,8 @@ def printable(text):
 
 
 def write_atomically(path, write):
-    """Text, or what write(temporary path) leaves, then rename: the old file or the new one, never half."""
+    """Text, or what write(temporary path) leaves, then rename: the old file or the new one, never
+    half."""
     with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
         part = Path(folder) / path.name  # torch.save writes the name into the file
         try:
@@ -3125,7 +3184,8 @@ def is_safetensors(path):
 
 
 def fetch(source, what, sha256_start=""):
-    """A path as it is; a URL through the cache (NEON_CACHE), resumed where it stopped and checked."""
+    """A path as it is; a URL through the cache (NEON_CACHE), resumed where it stopped and
+    checked."""
     if not source.startswith(("http://", "https://")):
         if not Path(source).exists():
             raise UserError(f"{what} {source} does not exist")
@@ -3172,7 +3232,8 @@ def digits_data():
 
 
 def read_dataset(path):
-    """EDM dataset (zip or folder with dataset.json) -> uint8 [N, C, H, W], int64 labels [N] or None."""
+    """EDM dataset (zip or folder with dataset.json) -> uint8 [N, C, H, W], int64 labels [N] or
+    None."""
     path = Path(path)
     with reading(f"dataset {path} cannot be read"):
         archive = None if path.is_dir() else zipfile.ZipFile(path)
@@ -3211,7 +3272,7 @@ def write_dataset(path, images, labels):
     write_atomically(path, write)
 
 
-# ------------------------------------------------------------ keys: hashes of the content that decides a result
+# -------------------- keys: hashes of the content that decides a result
 TRAINING_VERSION, SAMPLING_VERSION, SCORING_VERSION, SEARCH_VERSION = (
     "train 1",
     "sample 1",
@@ -3244,7 +3305,7 @@ def weights_hash(net):
     return digest.hexdigest()[:16]
 
 
-# ============================================================ 15. processes
+# ==================== 15. processes
 class Processes:
     """This process among `world`: its device and rank, and how the ranks share work and agree."""
 
@@ -3285,8 +3346,8 @@ class Processes:
         return first if self.rank == 0 else work()
 
     def map_batches(self, work, seeds, batch, desc=None):
-        """[work(batch of seeds)] in the order of the seeds; every rank gets all. On a CPU, where small
-        networks leave cores idle, several batches at once."""
+        """[work(batch of seeds)] in the order of the seeds; every rank gets all. On a CPU, where
+        small networks leave cores idle, several batches at once."""
         parts = np.array_split(np.asarray(seeds), -(-len(seeds) // batch))
         mine = parts[self.rank :: self.world]
         bar = {"desc": desc, "leave": False, "disable": desc is None or self.rank > 0}
@@ -3318,7 +3379,8 @@ class Processes:
 
     @contextlib.contextmanager
     def alone_in(self, folder, reads_only):
-        """Refuse a second run in the same folder while this one lives; clear what a killed one left."""
+        """Refuse a second run in the same folder while this one lives; clear what a killed one
+        left."""
         if reads_only or self.rank > 0:
             yield
             return
@@ -3352,7 +3414,7 @@ def start_processes(c):
     return Processes(c.device, rank, world)
 
 
-# ------------------------------------------------------------ what it will cost
+# -------------------- what it will cost
 def seconds_per_image(base, sampler, precision):
     """Sampling time of one image, from a few steps with one small batch."""
     device = sampler.processes.device
@@ -3391,8 +3453,8 @@ def refuse_hours(c, seconds, blocks=("enc", "mid", "dec")):
     hours = (images + final_images + c.synthetic) * seconds / 3600
     if hours > MAX_HOURS:
         raise UserError(
-            f"without a GPU this takes about {hours:.0f} hours of sampling alone: add --yes to run it all "
-            "the same, or try --preset digits"
+            f"without a GPU this takes about {hours:.0f} hours of sampling alone: add --yes to run "
+            "it all the same, or try --preset digits"
         )
 
 
@@ -3412,7 +3474,8 @@ def print_plans(c, model, base, snapshots, owners, sampler, seconds):
         trained = path.exists()
         merger = Merger(base, model.load_like(base, path) if trained else base, owners, sampler)
         print(
-            f"{'block':<24}{'tensors':>8}{'parameters':>12}  drift ||theta_s - theta_r|| / ||theta_r||"
+            f"{'block':<24}{'tensors':>8}{'parameters':>12}  "
+            "drift ||theta_s - theta_r|| / ||theta_r||"
         )
         for block, row in merger.table().items():
             drift = f"{row['drift']:.5f}" if trained else "not trained yet"
@@ -3421,11 +3484,12 @@ def print_plans(c, model, base, snapshots, owners, sampler, seconds):
         hours = (images + final_images + c.synthetic) * seconds / 3600 / sampler.processes.world
         print(
             f"about {scores} scores of {c.select_images} images and {finals} final ones of "
-            f"{c.final_images}: {hours:.2f} hours on {sampler.processes.world} x {c.device}, sampling alone"
+            f"{c.final_images}: {hours:.2f} hours on {sampler.processes.world} x {c.device}, "
+            "sampling alone"
         )
 
 
-# ============================================================ 16. command line
+# ==================== 16. command line
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{printable(message)} (see --help)")
