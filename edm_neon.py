@@ -327,9 +327,8 @@ class Model(Protocol):
     """A generative model, as the pipeline sees it: EdmModel, or FileModel around --model
     FILE.py."""
 
-    identity: (
-        str  # of everything but the network's weights that decides an image; part of every key
-    )
+    identity: str  # hash of all but the weights that decides an image; part of every key
+    training_identity: str  # the same of what decides a training
     encodes: bool  # whether encode() is worth doing once for all images, as through a VAE
 
     def load(self, path: Path) -> nn.Module:
@@ -363,8 +362,8 @@ class Model(Protocol):
         """Training loss of each sample, [N] or [N, ...]; randomness from torch's global
         generator."""
 
-    def block(self, name: str, net: nn.Module) -> str:
-        """The block of a parameter in --partition paper."""
+    def block(self, name: str, net: nn.Module, partition: str) -> str:
+        """The block of a parameter in --partition paper or structural."""
 
     def layer(self, name: str) -> str:
         """The layer of a parameter in --partition layers."""
@@ -374,6 +373,12 @@ class Model(Protocol):
 
     def export(self, net: nn.Module, path: Path, recipe: dict) -> None:
         """The repaired network, in the form the model's users know; path has no suffix yet."""
+
+    def own_features(self, base: nn.Module):
+        """A feature network of the model's own (see Judge), or None."""
+
+    def start_check(self, base: nn.Module, c: Config, trained: bool) -> None:
+        """UserError for a model that breaks a promise of this protocol."""
 
 
 # ==================== 3. the run
@@ -392,7 +397,6 @@ def study_all(c, argv, processes, begin):
     model = get_model(c, processes)
     real = processes.one_by_one(partial(PRESETS[c.preset].real_images, c))
     base = get_base(c, model, real, processes)
-    check_fit(c, model, base, real)
     sampler = Sampler(model, base, processes, c.steps, c.sample_batch)
     seconds = seconds_per_image(base, sampler, c.precision)
     refuse_hours(c, seconds)
@@ -418,9 +422,9 @@ def study_all(c, argv, processes, begin):
         # Pictures of all models from the same noise, and the repaired network.
         samples[kimg] = {}
         for name, result in entry.models.items():
-            with network_calls(merger.net, c.precision):
+            with contextlib.suppress(Diverged), network_calls(merger.net, c.precision):
                 images, _ = sampler.images(merger.set(result.w), ledger.finals[0].seeds[:36])
-            samples[kimg][name] = images.cpu()
+                samples[kimg][name] = images.cpu()
         if processes.rank == 0:
             save_merged(c, model, merger, entry, parents)
 
@@ -467,7 +471,9 @@ def get_base(c, model, real, processes):
         if source in BASES.values():
             refuse_download(c, model, processes)
         path = processes.one_by_one(partial(fetch, source, "the base network"))
-        return model.load(path)
+        base = model.load(path)
+        check_model(c, model, base, real)
+        return base
 
     if real is None:
         raise UserError("--train-base needs --data ZIP or folder of images")
@@ -483,6 +489,7 @@ def get_base(c, model, real, processes):
     )
     torch.manual_seed(c.seed)
     net = model.create(real.images, real.labels, c)
+    check_model(c, model, net, real, trained=False)
     if c.plan:
         return net
 
@@ -614,8 +621,10 @@ def given_snapshots(c, processes):
     return wanted
 
 
-def check_fit(c, model, base, real):
-    """The base's images and classes are those of the real data, before anything is trained."""
+def check_model(c, model, base, real, trained=True):
+    """The model keeps the seam's promises and makes images like the real ones; before anything long
+    begins."""
+    model.start_check(base, c, trained)
     if real is None:
         return
     shape = tuple(model.image_shape(base))
@@ -2319,7 +2328,7 @@ class FileModel:
     def own_features(self, base):
         return FileFeatures(self, self.example) if hasattr(self.file, "features") else None
 
-    def start_check(self, base, c):
+    def start_check(self, base, c, trained):
         """What the pipeline relies on, tried on four images before anything long begins."""
         device = c.device
         net = copy.deepcopy(base).to(device).requires_grad_(False)
@@ -2340,7 +2349,7 @@ class FileModel:
                 f"{self.path}: sample() gave other images for the same noise in another batch"
             )
         outside = float((images.abs() > 1.1).float().mean())
-        if not c.plan and (outside > 0.5 or images.abs().max() > 10):
+        if trained and (outside > 0.5 or images.abs().max() > 10):
             raise UserError(
                 f"{self.path}: sample() must give images in [-1, 1], these reach from "
                 f"{images.min():.3g} to {images.max():.3g}"
@@ -2492,7 +2501,7 @@ class EdmModel:
     def own_features(self, base):
         return None
 
-    def start_check(self, base, c):
+    def start_check(self, base, c, trained):
         """Nothing to try: the tests have."""
 
 
