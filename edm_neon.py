@@ -398,7 +398,7 @@ def study_all(c, argv, processes, begin):
     real = processes.one_by_one(partial(PRESETS[c.preset].real_images, c))
     base = get_base(c, model, real, processes)
     sampler = Sampler(model, base, processes, c.steps, c.sample_batch)
-    seconds = seconds_per_image(base, sampler, c.precision)
+    seconds = seconds_per_image(sampler, c.precision)
     refuse_hours(c, seconds)
     owners = partition_owners(model, base, c.partition)
     check_grid(c, list(dict.fromkeys(owners.values())))
@@ -423,7 +423,8 @@ def study_all(c, argv, processes, begin):
         samples[kimg] = {}
         for name, result in entry.models.items():
             with contextlib.suppress(Diverged), network_calls(merger.net, c.precision):
-                images, _ = sampler.images(merger.set(result.w), ledger.finals[0].seeds[:36])
+                merger.set(result.w)
+                images, _ = sampler.images(ledger.finals[0].seeds[:36])
                 samples[kimg][name] = images.cpu()
         if processes.rank == 0:
             save_merged(c, model, merger, entry, parents)
@@ -528,12 +529,9 @@ def get_synthetic(c, base, path, sampler):
     """Images of the base at seeds 0, 1, ... with their random classes, as an EDM dataset zip."""
     processes = sampler.processes
     if not processes.decide(path.exists):
-        net = sampler.place(base)
         seeds = np.arange(c.synthetic)
-        with network_calls(net, c.precision):
-            parts = processes.map_batches(
-                partial(sampler.images, net), seeds, sampler.batch, "synthetic set"
-            )
+        with network_calls(sampler.net, c.precision):  # which still is the base
+            parts = processes.map_batches(sampler.images, seeds, sampler.batch, "synthetic set")
         if processes.rank == 0:
             images = torch.cat([images.cpu() for images, _ in parts])
             labels = torch.cat([labels.cpu() for _, labels in parts]) if sampler.classes else None
@@ -1087,9 +1085,8 @@ def placebo_owners(merger, model, seed, draws=200):
 
 
 class Merger:
-    """All extrapolations of two networks: one resident network, its weights rewritten in one fused
-    pass. Buffers and frozen parameters stay the base's: an extrapolated variance could be
-    negative."""
+    """All extrapolations of two networks, written into the sampler's network in one fused pass.
+    Buffers and frozen parameters stay the base's: an extrapolated variance could be negative."""
 
     def __init__(self, base, aux, owners, sampler):
         ours, theirs = dict(base.named_parameters()), dict(aux.named_parameters())
@@ -1102,16 +1099,16 @@ class Merger:
                     f"base and self-trained network differ, first at {name}: {r} and {s}"
                 )
         self.aux_hash = weights_hash(aux)
-        self.net = sampler.place(base)
+        self.net = sampler.net
         self.use(owners)
 
         # In the network's memory format, so that set() is one pass without copies.
         resident = dict(self.net.named_parameters())
         self.targets = [resident[name].detach() for name in owners]
-        self.theta_r = {name: resident[name].detach().clone() for name in owners}
-        self.theta_s = {}
+        self.theta_r, self.theta_s = {}, {}
         for name in owners:
-            self.theta_s[name] = torch.empty_like(self.theta_r[name]).copy_(theirs[name].detach())
+            self.theta_r[name] = torch.empty_like(resident[name]).copy_(ours[name].detach())
+            self.theta_s[name] = torch.empty_like(resident[name]).copy_(theirs[name].detach())
 
     def use(self, owners):
         """owners: {parameter: block}."""
@@ -1174,36 +1171,35 @@ class Diverged(Exception):
 
 class Sampler:
     """From seeds to images of one model: a seed decides its noise and label, whatever the batch or
-    rank."""
+    rank. Holds the one network of the run that samples, on the device and, on a GPU, compiled:
+    every other network is written into it, so there is one graph for the base, all mergers and all
+    ranks' batches, which are padded to one size."""
 
-    def __init__(self, model, base, processes, steps, batch):
+    def __init__(self, model, base, processes, steps, batch, compiled=None):
         self.model, self.processes, self.steps, self.batch = model, processes, steps, batch
         self.shape, self.classes = tuple(model.noise_shape(base)), model.classes(base)
+        self.compiled = processes.device == "cuda" if compiled is None else compiled
+        self.net = copy.deepcopy(base).to(processes.device).eval().requires_grad_(False)
+        if processes.device == "cuda":
+            self.net.to(memory_format=torch.channels_last)
+        if self.compiled:
+            self.net.forward = torch.compile(self.net.forward, dynamic=False)
 
-    def place(self, net):
-        """A copy of the network to sample from; compiled on a GPU: its weights are rewritten in
-        place."""
-        device = self.processes.device
-        net = copy.deepcopy(net).to(device).eval().requires_grad_(False)
-        if device == "cuda":
-            net.to(memory_format=torch.channels_last)
-            net.forward = torch.compile(net.forward, dynamic=False)
-        return net
-
-    def floats(self, net, seeds):
-        """Images [N, C, H, W] in [-1, 1] and labels [N] (or None) of one batch of seeds."""
+    def floats(self, seeds, batch=None):
+        """Images [N, C, H, W] in [-1, 1] and labels [N] (or None) of one batch of seeds; `batch`:
+        the size that a compiled network sees (default: that of sampling)."""
         seeds = list(seeds)
-        # One shape for the compiled network: the surplus images are dropped.
-        surplus = self.batch - len(seeds) if self.processes.device == "cuda" else 0
-        padded = seeds + seeds[-1:] * max(surplus, 0)
+        padded = seeds
+        if self.compiled:  # the surplus images are dropped
+            padded = seeds + seeds[-1:] * ((batch or self.batch) - len(seeds))
         noise, labels = draw_noise(self.shape, self.classes, padded, self.processes.device)
-        images = self.model.sample(net, noise, labels, self.steps)[: len(seeds)]
+        images = self.model.sample(self.net, noise, labels, self.steps)[: len(seeds)]
         return images, None if labels is None else labels[: len(seeds)]
 
     @torch.no_grad()
-    def images(self, net, seeds):
+    def images(self, seeds):
         """uint8 images [N, C, H, W] and labels [N] (or None) of one batch of seeds."""
-        images, labels = self.floats(net, seeds)
+        images, labels = self.floats(seeds)
         if not images.isfinite().all():
             raise Diverged("the sampler gave images that are not finite: are the weights sound?")
         return to_pixels(images).to(torch.uint8), labels
@@ -1698,7 +1694,7 @@ class Scorer:
         processes = self.sampler.processes
 
         def work(part):
-            images, _ = self.sampler.images(net, part)
+            images, _ = self.sampler.images(part)
             found = self.judge.features(images)
             return found.cpu() if processes.world > 1 else found
 
@@ -1867,10 +1863,15 @@ def search_gradient(c, scorer, seeds, start, lr=0.15, pull=0.02, patience=6):
     average = w.clone()
     averages = []  # {block: weight} after every step
     optimizer = torch.optim.Adam([w], lr=lr, betas=(0.8, 0.95))
-    if processes.decide(path.exists):
+
+    def stored():
         with reading(f"{path} is damaged, delete it to search from the start"):
-            w[:], average, averages, adam = torch.load(path, weights_only=True)
-            optimizer.load_state_dict(adam)
+            return torch.load(path, weights_only=True) if path.exists() else None
+
+    state = processes.decide(stored)
+    if state is not None:
+        w[:], average, averages, adam = state
+        optimizer.load_state_dict(adam)
 
     scores = scorer.score_all(averages, seeds, "gradient search")
     quiet = processes.rank > 0
@@ -1902,6 +1903,18 @@ def gradient_precision(precision):
     return "fp32" if precision == "fp16" else precision
 
 
+def halving(work, seeds, batch, processes):
+    """map_batches of work(batch, part); on all ranks with half the batch where the memory is too
+    small for the activations of one network call and of the features."""
+    while True:
+        try:
+            return processes.map_batches(partial(work, batch), seeds, batch)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
+
+
 def distance_and_gradient(scorer, w, seeds, precision, rounding=True):
     """Distance at w, and {block: its exact derivative in the block's weight}. Pass one: moments of
     the features; two: every batch again, the distance's derivative pulled back through features and
@@ -1912,8 +1925,8 @@ def distance_and_gradient(scorer, w, seeds, precision, rounding=True):
     net = merger.set(w)
     n = seeds.count
 
-    def features_of(part):
-        images, _ = sampler.floats(net, part)
+    def features_of(part, batch):
+        images, _ = sampler.floats(part, batch)
         if not images.isfinite().all():
             raise Diverged
         x = to_pixels(images)
@@ -1921,7 +1934,8 @@ def distance_and_gradient(scorer, w, seeds, precision, rounding=True):
 
     def features_alone(part):
         with torch.no_grad():  # per thread
-            return features_of(part).cpu() if processes.world > 1 else features_of(part)
+            found = features_of(part, sampler.batch)
+        return found.cpu() if processes.world > 1 else found
 
     # Pass one: the moments, and the distance's derivative in them.
     try:
@@ -1939,9 +1953,9 @@ def distance_and_gradient(scorer, w, seeds, precision, rounding=True):
     names = list(merger.owners)
     parameters = [resident[name] for name in names]
 
-    def pull_back(part):
+    def pull_back(batch, part):
         with torch.enable_grad():
-            features = features_of(part)
+            features = features_of(part, batch)
         pull = to_mean / n + 2 * (features.detach().double() - mean) @ to_cov / (n - 1)
         gradients = torch.autograd.grad(
             features, parameters, pull.to(features.dtype), allow_unused=True
@@ -1958,9 +1972,8 @@ def distance_and_gradient(scorer, w, seeds, precision, rounding=True):
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        batch = max(1, sampler.batch // 2)  # takes several times the memory of sampling
         with network_calls(net, precision, checkpointed=True):
-            totals = processes.map_batches(pull_back, seeds.seeds, batch)
+            totals = halving(pull_back, seeds.seeds, max(1, sampler.batch // 2), processes)
     finally:
         net.requires_grad_(False)
     return fd.item(), dict(zip(merger.blocks, np.sum(totals, axis=0), strict=True))
@@ -3364,20 +3377,19 @@ class Processes:
         if workers > 1:
             return thread_map(work, mine, max_workers=workers, **bar)
 
-        results, diverged = [], False
+        if self.world == 1:
+            return [work(part) for part in tqdm(mine, **bar)]
+        outcome = []
         try:
             for part in tqdm(mine, **bar):
-                results.append(work(part))
-        except Diverged:
-            if self.world == 1:
-                raise
-            diverged = True  # the others must hear of it
-        if self.world == 1:
-            return results
+                outcome.append(work(part))
+        except (Diverged, torch.OutOfMemoryError) as error:
+            outcome = type(error)(str(error))  # the others must hear of it
         gathered = [None] * self.world
-        dist.all_gather_object(gathered, None if diverged else results)
-        if any(results is None for results in gathered):
-            raise Diverged("the sampler gave images that are not finite: are the weights sound?")
+        dist.all_gather_object(gathered, outcome)
+        for outcome in gathered:
+            if isinstance(outcome, Exception):
+                raise outcome
         return [gathered[i % self.world][i // self.world] for i in range(len(parts))]
 
     def workers(self):
@@ -3416,6 +3428,8 @@ def start_processes(c):
     threads = c.threads or PRESETS[c.preset].threads
     if threads:
         torch.set_num_threads(threads)
+    if c.device == "cuda":
+        torch.backends.cudnn.benchmark = True
     if c.preset != "cifar10":
         torch.empty(
             2**22
@@ -3424,26 +3438,24 @@ def start_processes(c):
 
 
 # -------------------- what it will cost
-def seconds_per_image(base, sampler, precision):
+def seconds_per_image(sampler, precision):
     """Sampling time of one image, from a few steps with one small batch."""
     device = sampler.processes.device
-    net = sampler.place(base)
-    pixels = math.prod(sampler.shape)
-    batch = sampler.batch if device == "cuda" else 2 if pixels >= 3 * 32 * 32 else 32
     few = copy.copy(sampler)
-    few.steps, few.batch = min(sampler.steps, 3), batch
+    few.steps = min(sampler.steps, 3)
+    if device == "cpu":
+        few.batch = min(sampler.batch, 2 if math.prod(sampler.shape) >= 3 * 32 * 32 else 32)
 
     best = math.inf
-    with network_calls(net, precision), torch.no_grad():
-        for _ in range(3 if device == "cuda" else 2):  # the first compiles
+    with network_calls(sampler.net, precision), torch.no_grad():
+        for _ in range(3 if sampler.compiled else 2):  # the first compiles
             begin = time.perf_counter()
-            images, _ = few.floats(net, range(batch))
+            images, _ = few.floats(range(few.batch))
             float(images.sum())  # waits for the device
             best = min(best, time.perf_counter() - begin)
-    steps = (2 * sampler.steps - 1) / (
-        2 * few.steps - 1
-    )  # Heun's method calls the network twice a step
-    return best / batch * steps / sampler.processes.workers()
+    # Heun's method calls the network twice a step, once in the last.
+    steps = (2 * sampler.steps - 1) / (2 * few.steps - 1)
+    return best / few.batch * steps / sampler.processes.workers()
 
 
 def count_images(c, blocks):
@@ -3472,7 +3484,7 @@ def refuse_download(c, model, processes):
     if c.device == "cpu" and not (c.yes or c.plan):
         net = EDMPrecond(**Cifar10.network).eval()
         sampler = Sampler(model, net, processes, c.steps, c.sample_batch)
-        refuse_hours(c, seconds_per_image(net, sampler, c.precision))
+        refuse_hours(c, seconds_per_image(sampler, c.precision))
 
 
 def print_plans(c, model, base, snapshots, owners, sampler, seconds):
