@@ -36,6 +36,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import errno
 import fcntl
 import fnmatch
 import hashlib
@@ -398,14 +399,14 @@ def study_all(c, argv, processes, begin):
     real = processes.one_by_one(partial(PRESETS[c.preset].real_images, c))
     base = get_base(c, model, real, processes)
     sampler = Sampler(model, base, processes, c.steps, c.sample_batch)
-    seconds = seconds_per_image(sampler, c.precision)
+    seconds, compilation = time_sampling(sampler, c.precision)
     refuse_hours(c, seconds)
     owners = partition_owners(model, base, c.partition)
     check_grid(c, list(dict.fromkeys(owners.values())))
 
     snapshots = get_snapshots(c, model, base, sampler)
     if c.plan:
-        print_plans(c, model, base, snapshots, owners, sampler, seconds)
+        print_plans(c, model, base, snapshots, owners, sampler, seconds, compilation)
         return
 
     judge = get_judge(c, model, base, real, processes)
@@ -1637,7 +1638,7 @@ class ScoreLog:
         self.keep(score)
         path = self.folder / ("final.jsonl" if seeds.is_final else "grid.jsonl")
         with open(path, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file)
             file.seek(0)
             content = file.read()
             whole = content.rfind(b"\n") + 1
@@ -3192,6 +3193,18 @@ def write_atomically(path, write):
         os.replace(part, path)
 
 
+def lock(file, wait=True):
+    """Keep other processes out until the file is closed; BlockingIOError if one is in and `wait` is
+    False. A file system that knows no locks goes without."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+
 def remove_orphans(folder):
     """Temporary folders that a killed run has left."""
     for part in folder.glob(".part-*"):
@@ -3407,7 +3420,7 @@ class Processes:
             return
         with open(folder / ".lock", "w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file, wait=False)
             except BlockingIOError:
                 raise UserError(
                     f"another run works in {folder}: wait for it, or choose another --out"
@@ -3438,24 +3451,45 @@ def start_processes(c):
 
 
 # -------------------- what it will cost
-def seconds_per_image(sampler, precision):
-    """Sampling time of one image, from a few steps with one small batch."""
-    device = sampler.processes.device
+def time_sampling(sampler, precision):
+    """Seconds of sampling one image, from a few steps with one small batch; and what the first
+    batch took longer (compilation)."""
     few = copy.copy(sampler)
     few.steps = min(sampler.steps, 3)
-    if device == "cpu":
+    if sampler.processes.device == "cpu":
         few.batch = min(sampler.batch, 2 if math.prod(sampler.shape) >= 3 * 32 * 32 else 32)
 
-    best = math.inf
+    times = []
     with network_calls(sampler.net, precision), torch.no_grad():
-        for _ in range(3 if sampler.compiled else 2):  # the first compiles
+        for _ in range(3 if sampler.compiled else 2):
             begin = time.perf_counter()
             images, _ = few.floats(range(few.batch))
             float(images.sum())  # waits for the device
-            best = min(best, time.perf_counter() - begin)
+            times.append(time.perf_counter() - begin)
     # Heun's method calls the network twice a step, once in the last.
     steps = (2 * sampler.steps - 1) / (2 * few.steps - 1)
-    return best / few.batch * steps / sampler.processes.workers()
+    per_image = min(times) / few.batch * steps / sampler.processes.workers()
+    return per_image, max(0.0, times[0] - min(times))
+
+
+def time_training(c, model, base):
+    """Seconds of training on one image, from two small steps."""
+    net = model.trainable(base, c).to(c.device).train()
+    for parameter in movable_parameters(net).values():
+        parameter.requires_grad_(True)
+    images = torch.zeros(2, *model.image_shape(base), dtype=torch.uint8, device=c.device)
+    labels = torch.zeros(2, dtype=torch.int64, device=c.device) if model.classes(base) else None
+    x = model.encode(images)
+
+    times = []
+    with network_calls(net, c.train_precision):
+        for _ in range(2):
+            begin = time.perf_counter()
+            loss = model.loss(net, x, labels).sum()
+            loss.backward()
+            loss.item()  # waits for the device
+            times.append(time.perf_counter() - begin)
+    return min(times) / len(images)
 
 
 def count_images(c, blocks):
@@ -3484,16 +3518,19 @@ def refuse_download(c, model, processes):
     if c.device == "cpu" and not (c.yes or c.plan):
         net = EDMPrecond(**Cifar10.network).eval()
         sampler = Sampler(model, net, processes, c.steps, c.sample_batch)
-        refuse_hours(c, seconds_per_image(sampler, c.precision))
+        refuse_hours(c, time_sampling(sampler, c.precision)[0])
 
 
-def print_plans(c, model, base, snapshots, owners, sampler, seconds):
+def print_plans(c, model, base, snapshots, owners, sampler, seconds, compilation):
     """Blocks, drift and time of every snapshot; the base stands for one that is not trained yet."""
+    world = sampler.processes.world
     if sampler.processes.rank > 0:
         return
+    hours = c.synthetic * seconds / 3600 / world + compilation / 3600
     for path in snapshots.values():
         trained = path.exists()
-        merger = Merger(base, model.load_like(base, path) if trained else base, owners, sampler)
+        aux = model.load_like(base, path) if trained else base
+        merger = Merger(base, aux, owners, sampler)
         print(
             f"{'block':<24}{'tensors':>8}{'parameters':>12}  "
             "drift ||theta_s - theta_r|| / ||theta_r||"
@@ -3502,12 +3539,21 @@ def print_plans(c, model, base, snapshots, owners, sampler, seconds):
             drift = f"{row['drift']:.5f}" if trained else "not trained yet"
             print(f"{block:<24}{row['tensors']:>8}{row['parameters']:>12}  {drift}")
         scores, images, finals, final_images = count_images(c, merger.blocks)
-        hours = (images + final_images + c.synthetic) * seconds / 3600 / sampler.processes.world
+        hours += (images + final_images) * seconds / 3600 / world
         print(
             f"about {scores} scores of {c.select_images} images and {finals} final ones of "
-            f"{c.final_images}: {hours:.2f} hours on {sampler.processes.world} x {c.device}, "
-            "sampling alone"
+            f"{c.final_images}"
         )
+
+    if not c.aux and not all(path.exists() for path in snapshots.values()):
+        kimg = max(snapshots) + c.train_base
+        training = kimg * 1000 * time_training(c, model, base) / 3600 / world
+        hours += training
+        print(f"training on {kimg:g} kimg: {training:.2f} hours")
+    print(
+        f"synthetic set, training, scores and {compilation:.0f} s of compilation: {hours:.2f} "
+        f"hours on {world} x {c.device}, without the time of the features"
+    )
 
 
 # ==================== 16. command line
@@ -3594,7 +3640,8 @@ def interrupt(number, frame):
 
 def main(argv=None):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+            signal.signal(number, interrupt)
     message = None
     try:
         run(sys.argv[1:] if argv is None else argv)
