@@ -9,9 +9,12 @@ model:
     DiTPipeline                   DiTTransformer2DModel on the latents of an AutoencoderKL
 
 Only the denoiser moves. Images are sampled with DDIM at eta = 0 over the time steps of the folder's
-scheduler, which is the pipeline's own call wherever that call is deterministic. Only the classes
-above are built: code that comes with a folder is never run, and pickles are read as weights only.
-Whatever is wrong with a folder is one ValueError of one line.
+scheduler. That is what the pipeline itself makes of the same noise, where its DDIMScheduler.step
+goes from each time to the next: it supposes equal distances, which the spacing "linspace" has only
+with all times, and "trailing" only where the number of steps divides the number of times.
+
+Only the classes above are built: code that comes with a folder is never run, and pickles are read
+as weights only. Whatever is wrong with a folder is one ValueError of one line.
 """
 
 import contextlib
@@ -187,6 +190,8 @@ class DiffusersPipeline:
         else:
             net = read_network(self.network_class, self._denoiser_home(path))
             self._check_same_network(path, net)
+            if (path / "model_index.json").is_file() and path.resolve() != self.folder.resolve():
+                self._check_same_surroundings(path)
 
         # diffusers drops labels in every block by itself, so that the null class almost never meets
         # itself in all of them; loss() drops a sample's label once for the whole network, as DiT
@@ -199,11 +204,8 @@ class DiffusersPipeline:
     def _denoiser_home(self, path):
         """The folder with the denoiser's config.json, of a pipeline of the same kind as this."""
         if (path / "model_index.json").is_file():
-            parts = read_index(path)
-            if self.denoiser not in parts:
+            if self.denoiser not in read_index(path):
                 raise ValueError(f"{path}: has no {self.denoiser}, {self.folder} has")
-            scheduler = read_scheduler(path, parts["scheduler"])
-            self._check_same_noise(path, scheduler)
             return home(path, self.denoiser)
         if (path / "config.json").is_file():
             return path
@@ -212,15 +214,36 @@ class DiffusersPipeline:
             "(config.json), no .safetensors"
         )
 
-    def _check_same_noise(self, path, scheduler):
-        """A network for other noise levels or another target cannot be merged with this one."""
+    def _check_same_surroundings(self, path):
+        """Networks for other noise levels, another target or other latents cannot be merged."""
+        parts = read_index(path)
+        scheduler = read_scheduler(path, parts["scheduler"])
         theirs, ours = scheduler.config.prediction_type, self.scheduler.config.prediction_type
         if theirs != ours:
             raise ValueError(f"{path}: its network predicts {theirs}, that of {self.folder} {ours}")
         if not torch.equal(scheduler.alphas_cumprod, self.scheduler.alphas_cumprod):
-            raise ValueError(
-                f"{path}: its scheduler has other noise levels (betas) than {self.folder}"
-            )
+            raise ValueError(f"{path}: its noise levels (betas) are not those of {self.folder}")
+
+        decoder = next((name for name in DECODERS if name in parts), "autoencoder")
+        if (decoder in parts) != (self.vae is not None):
+            raise ValueError(f"{path}: only one of it and {self.folder} has an autoencoder")
+        if self.vae is not None and not self._same_autoencoder(home(path, decoder)):
+            raise ValueError(f"{path}: its {decoder} is not that of {self.folder}")
+
+    def _same_autoencoder(self, place):
+        """Whether the autoencoder in this folder is the pipeline's own."""
+        theirs = read_network(type(self.vae), place)
+        if options(theirs) != options(self.vae):
+            return False
+        if read_scaling_factor(theirs, place) != self.scaling_factor:
+            return False
+
+        # Up to the rounding of half precision, in which one of them may have been kept.
+        tensors = theirs.state_dict()
+        for name, tensor in self.vae.state_dict().items():
+            if not torch.allclose(tensors[name], tensor.cpu(), rtol=2e-3, atol=1e-4):
+                return False
+        return True
 
     def _check_same_network(self, path, net):
         """Sizes are not enough: with other groups or embeddings, weights mean another function."""
@@ -274,8 +297,7 @@ class DiffusersPipeline:
             if c.clip_sample:
                 clean = clean.clamp(-c.clip_sample_range, c.clip_sample_range)
 
-            # The same two at the next noise level of the list. DDIMScheduler.step supposes equal
-            # distances instead, which "linspace" has not.
+            # The same two at the noise level that is next in the list, however far it is.
             last = i + 1 == len(times)
             alpha = self.scheduler.final_alpha_cumprod if last else alphas[times[i + 1]]
             x = alpha.sqrt() * clean + (1 - alpha).sqrt() * direction

@@ -1039,7 +1039,7 @@ def other_pipeline(tmp_path, **changes):
         ({"net": lambda: unet(norm_num_groups=2)}, "norm_num_groups is 2, not 4"),
         ({"net": lambda: unet(size=16)}, "sample_size is 16, not 8"),
         ({"scheduler": lambda: ddim(prediction_type="sample")}, "predicts sample"),
-        ({"scheduler": lambda: ddim(beta_end=0.03)}, "other noise levels"),
+        ({"scheduler": lambda: ddim(beta_end=0.03)}, "noise levels"),
     ],
 )
 def test_a_network_that_does_not_fit_the_base_is_one_line(folders, tmp_path, changes, message):
@@ -1048,6 +1048,40 @@ def test_a_network_that_does_not_fit_the_base_is_one_line(folders, tmp_path, cha
     with pytest.raises(ValueError, match=message) as error:
         model.load(other)
     one_line(error)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"scaling_factor": 0.5}, {"norm_num_groups": 2}, {"block_out_channels": (8, 16)}]
+)
+def test_latents_of_another_autoencoder_are_one_line(folders, tmp_path, changes):
+    other = make(tmp_path / "other", "ldm-kl", vae=autoencoder(**changes))
+    model = DiffusersPipeline(folders["ldm-kl"])
+    with pytest.raises(ValueError, match="its vqvae is not that of") as error:
+        model.load(other)
+    one_line(error)
+    model.load(other / "unet")  # the network alone is taken as it is
+
+
+def test_the_same_autoencoder_in_half_precision_is_the_same(folders, copied):
+    other = copied("ldm-kl")
+    file = other / "vqvae" / WEIGHTS
+    halves = {name: t.half() for name, t in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(halves, file)
+    model = DiffusersPipeline(folders["ldm-kl"])
+    model.load(other)
+    spoil_tensors(file, lambda t: t["decoder.conv_in.bias"].add_(0.01))
+    with pytest.raises(ValueError, match="its vqvae is not that of"):
+        model.load(other)
+
+
+def test_pixels_and_latents_are_not_merged(tmp_path):
+    """The same U-Net, once on pixels and once on latents with as many channels."""
+    vae = autoencoder(latent_channels=3)
+    pixels = make(tmp_path / "pixels", "ddpm", ddim(), unet(size=4))
+    latents = make(tmp_path / "latents", "ldm-kl", ddim(), unet(size=4), vae)
+    for base, other in ((pixels, latents), (latents, pixels)):
+        with pytest.raises(ValueError, match="only one of it and .* has an autoencoder"):
+            DiffusersPipeline(base).load(other)
 
 
 def test_a_network_of_another_kind_is_one_line(folders):
