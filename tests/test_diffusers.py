@@ -1217,7 +1217,8 @@ def test_export_onto_the_base_is_refused_even_if_ours(copied, tmp_path):
     (tmp_path / "adaptive-neon.json").write_text("{}")
     model = DiffusersPipeline(folder)
     net = model.load(folder)
-    for path in (folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    for path in (folder, tmp_path, tmp_path / "link"):
         with pytest.raises(ValueError, match="would replace the base"):
             model.save(net, path, {})
 
