@@ -340,6 +340,16 @@ def test_a_vqmodel_without_scaling_factor_means_one(tmp_path):
     torch.testing.assert_close(images / 2 + 0.5, expected, rtol=0, atol=1e-6)
 
 
+def test_a_missing_scaling_factor_is_not_that_default(tmp_path):
+    """diffusers fills in 0.18215 for both, yet their latents differ by that factor."""
+    vae = autoencoder("VQModel", scaling_factor=0.18215)
+    base = make(tmp_path / "base", "ldm-vq", vae=vae)
+    other = make(tmp_path / "other", "ldm-vq", vae=vae)
+    edit(other / "vqvae/config.json", scaling_factor=None)
+    with pytest.raises(ValueError, match="its vqvae is not that of"):
+        DiffusersPipeline(base).load(other)
+
+
 def test_a_vae_without_scaling_factor_has_the_default_of_its_class(tmp_path):
     folder = make(tmp_path / "p", "ldm-kl")
     edit(folder / "vqvae/config.json", scaling_factor=None)
