@@ -300,6 +300,9 @@ def test_dit_without_out_channels_and_with_its_former_class_name(tmp_path):
     edit(folder / "transformer/config.json", _class_name="Transformer2DModel")
     renamed = DiffusersPipeline(folder)
     assert torch.equal(images_of(renamed, renamed.load(folder)), expected)
+    assert renamed.network_class is diffusers.DiTTransformer2DModel
+    alone = renamed.load(folder / "transformer" / WEIGHTS)
+    assert torch.equal(images_of(renamed, alone), expected)
 
 
 @pytest.mark.parametrize(
