@@ -322,7 +322,7 @@ def cosine_schedule(n: int) -> torch.Tensor:
 
 
 def ddim(theta, z, zeta=1.0):
-    """Starting noise z [N, 2] -> samples [N, 2]: neon_ext.mlp_ddim, but differentiable, in float64."""
+    """Starting noise z [N, 2] -> samples [N, 2]: neon_ext.mlp_ddim, differentiable."""
     abar = [1.0, *cosine_schedule(SAMPLE_STEPS).tolist()]
     x = z
     for t in range(SAMPLE_STEPS, 0, -1):
@@ -337,7 +337,7 @@ def ddim(theta, z, zeta=1.0):
 # In float64: 10,000 steps amplify float32's last bit, which differs between processors, to a tenth
 # of theta_r.
 def denoising_loss(theta, data, abar):
-    """Mean squared error of the noise at one random time per point; data [N, 2], abar [T] float64."""
+    """Mean squared error of the noise at a random time per point; data [N, 2], abar [T] float64."""
     t = torch.randint(len(abar), (len(data), 1))
     eps = torch.randn_like(data)
     noisy = abar[t].sqrt() * data + (1 - abar[t]).sqrt() * eps
@@ -448,7 +448,7 @@ class Scorer:
             mean, cov = neon_ext.mlp_ddim_moments(theta, z, abar)
             return mean.cpu(), cov.cpu()
 
-        # The authors draw anew for each configuration. Float64 draws are the same on every processor.
+        # The authors draw anew for each configuration; in float64, the same on every processor.
         generator = torch.Generator().manual_seed(self.scoring.seed + 2**21 + seed)
         means, covs = [], []
         for one in progress(theta.split(1), "configurations"):
@@ -481,7 +481,7 @@ def fresh_score(scorer: Scorer, w) -> Score:
 
 # ---------------------------------------------------------------- searches
 def ranking(scorer: Scorer, W, rounds) -> Ranking:
-    """The best of W [G][6]: each of the rounds (points, survivors) scores the last one's survivors."""
+    """The best of W [G][6]: each round (points, survivors) scores the survivors of the last."""
     begin = time.perf_counter()
     W = torch.as_tensor(W, dtype=torch.float64)
     fd = np.full(len(W), np.inf)
@@ -507,16 +507,18 @@ def refinement(scoring: Scoring):
 
 def global_sweep(scorer: Scorer, weights) -> Ranking:
     """One weight for all layers."""
-    # The authors draw their largest samples here.
-    rounds = refinement(scorer.scoring) if scorer.exact else [(scorer.scoring.points, 1)]
+    rounds = [(scorer.scoring.points, 1)]
+    if scorer.exact:
+        rounds = refinement(scorer.scoring)[1:]  # it is drawn as a curve: nothing coarse
     return ranking(scorer, [[w] * 6 for w in weights], rounds)
 
 
 def layer_grid(scorer: Scorer, w_star: float, delta: float) -> Ranking:
     """{w* - delta, w*, w* + delta}^6 around the best global weight."""
     steps = [round(w_star + k * delta, 12) for k in (-1, 0, 1)]
-    # The authors rank the 729 on a hundredth of the points, and verify the winner on all.
-    rounds = refinement(scorer.scoring) if scorer.exact else [(scorer.scoring.points // 100, 1)]
+    rounds = [(scorer.scoring.points // 100, 1)]  # as the authors
+    if scorer.exact:
+        rounds = refinement(scorer.scoring)
     return ranking(scorer, list(itertools.product(steps, repeat=6)), rounds)
 
 
@@ -525,7 +527,7 @@ class BudgetSpent(Exception):
 
 
 class Objective:
-    """FD or SW2 and its exact gradient in the six weights; counts evaluations and keeps the best."""
+    """FD or SW2 and its gradient in the six weights; counts evaluations and keeps the best."""
 
     def __init__(self, scorer: Scorer, search: Search, objective: str):
         self.theta_r = scorer.theta_r.double()
@@ -634,7 +636,7 @@ def progress(items, what):
 
 @contextlib.contextmanager
 def threads(count):
-    """PyTorch's threads inside the block: on a busy core, waiting for a second one is 10x slower."""
+    """PyTorch's threads inside the block: on a busy core, waiting for a second costs 10x."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -644,7 +646,7 @@ def threads(count):
 
 
 def write_atomically(path, write):
-    """Text, or what write(temporary path) leaves, then rename: the old file or the new one, never half."""
+    """Text, or what write(temporary path) leaves, then rename: either the old or the new."""
     with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
         part = Path(folder) / path.name  # torch.save writes the name into the file
         try:
@@ -829,7 +831,7 @@ def shade(k, n):
 
 def draw_sweeps(path, run: Run):
     """FD against the weight of all layers, in the four settings."""
-    figure, axes = new_figure(7.5, 3.6, [["fd"]])
+    figure, axes = new_figure(6, 4.6, [["fd"]])
     axis = axes["fd"]
     base = run.scores["base"].fd
     top = 2 * base  # a collapsed network's score would flatten the rest
@@ -845,8 +847,10 @@ def draw_sweeps(path, run: Run):
     axis.plot([], [], "o", color="gray", label="our optimum")
     axis.plot([], [], "x", color="gray", markersize=8, markeredgewidth=2, label="paper's optimum")
     axis.set(xlim=(min(interesting), max(interesting)), ylim=(0, top), ylabel="FD")
-    axis.set(xlabel="w, the same for all layers", title=f"One weight (seed {run.seed})")
-    figure.legend(loc="outside right upper", fontsize=8)
+    axis.set(
+        xlabel="w, the same for all layers", title=f"One weight for all layers (seed {run.seed})"
+    )
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     save(figure, path)
 
 
@@ -889,7 +893,7 @@ def draw_scores(axis, runs, score: str, title: str):
     axis.axhline(best_global, color="C0", linestyle=":", label="ours, one weight")
     if score == "fd":
         axis.plot(DELTAS, PAPER_FD, "x--", color="C1", label="paper, one run")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # room for the legend
     axis.set(xlabel="delta", ylabel=score.upper(), title=title)
     axis.legend(fontsize=8)
 
@@ -906,12 +910,13 @@ def draw_samples(path, run: Run):
     mean, cov = target()
     circle = torch.linspace(0, 2 * torch.pi, 200).double()
     ellipse = torch.linalg.cholesky(cov) @ torch.stack([circle.cos(), circle.sin()])  # [2, 200]
-    figure, axes = new_figure(12.5, 2.9, [list(clouds)])
+    figure, axes = new_figure(12.5, 2.7, [list(clouds)])
     for title, points in clouds.items():
         axes[title].plot(*points.T, ".", markersize=2)
         for deviations in (1, 2):
             axes[title].plot(*(mean[:, None] + deviations * ellipse), color="C3")
         axes[title].set(aspect="equal", xlim=(-5, 5), ylim=(-5, 5))
+        axes[title].set(xticks=range(-4, 5, 2), yticks=range(-4, 5, 2))
         axes[title].set_title(title, fontsize=10)
     save(figure, path)
 
@@ -925,7 +930,9 @@ def draw_search(path, run: Run):
     for k, (delta, grid) in enumerate(run.grids.items()):
         best, color = np.minimum.accumulate(grid.fd), shade(k, len(run.grids))
         axes["grids"].plot(range(1, 1 + len(best)), best, color=color, label=f"delta {delta:g}")
-    axes["grids"].set(xlabel="configurations of the grid", title=f"Grids (seed {run.seed})")
+    axes["grids"].set(
+        xlabel="configurations of the grid, in order", title=f"Grids (seed {run.seed})"
+    )
 
     for row, found in run.descents.items():
         best = np.minimum.accumulate(found.fd)
