@@ -18,14 +18,13 @@ import os
 import signal
 import sys
 
-
-def stopped(number, frame):
-    """Ctrl-C, or a batch system's SIGTERM: one line and the exit code, at any moment."""
-    os.write(2, b"\ntoy_neon: stopped; finished parts are kept, run the same command again\n")
-    os._exit(128 + number)
-
-
 if __name__ == "__main__":  # before the other imports, which take seconds
+
+    def stopped(number, frame):
+        """Ctrl-C, or a batch system's SIGTERM: one line and the exit code, at any moment."""
+        os.write(2, b"\ntoy_neon: stopped; finished parts are kept, run the same command again\n")
+        os._exit(128 + number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, stopped)
@@ -222,10 +221,17 @@ class Run:
 
 
 # ---------------------------------------------------------------- the experiment
-def experiment(training: Training, scoring: Scoring, deltas, search, alignment, out: Path) -> Run:
+def experiment(
+    training: Training,
+    scoring: Scoring,
+    deltas: tuple[float, ...],
+    search: Search | None,
+    alignment: Alignment | None,
+    out: Path,
+) -> Run:
     """Everything for one seed; each part is kept in the seed's folder as soon as it is finished.
 
-    deltas: spacings of the layer-wise grids; search, alignment: settings, None leaves them out.
+    deltas: spacings of the layer-wise grids. A search or alignment of None is left out.
     """
     part = functools.partial(finished, out / f"seed_{training.seed}")
 
@@ -309,7 +315,7 @@ def predict_noise(theta, x, time):
     for layer, (part, shape) in enumerate(zip(theta.split(SIZES), SHAPES, strict=True)):
         weight, bias = part.split([shape[0] * shape[1], shape[0]])
         h = linear(h, weight.view(shape), bias)
-        if LAYERS[layer].startswith("block"):
+        if 0 < layer < len(SHAPES) - 1:
             h = h.relu()
     return h
 
@@ -532,9 +538,8 @@ class Objective:
     def __init__(self, scorer: Scorer, search: Search, objective: str):
         self.theta_r = scorer.theta_r.double()
         self.drift = scorer.theta_s.double() - self.theta_r
-        self.z = sobol_normal(
-            2 ** (min(search.points, scorer.scoring.points // 4).bit_length() - 1), 7
-        )
+        points = min(search.points, scorer.scoring.points // 4)
+        self.z = sobol_normal(2 ** (points.bit_length() - 1), 7)  # a power of two of them
         self.objective, self.evaluations = objective, search.evaluations
         self.fds, self.best, self.w = [], np.inf, None
 

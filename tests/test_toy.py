@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -19,12 +18,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
-import toy_neon as toy
 import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import toy_neon as toy
+
 SCRIPT = Path(toy.__file__)
+# The operations are small, and the machine may be busy.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    with toy.threads(1):
+        yield
 
 
 def parameters(seed=0):
@@ -49,7 +57,7 @@ def frechet(scorer, W, n, seed=0):
 
 # ---------------------------------------------------------------- data and network
 def test_real_data_are_the_authors():
-    """NumPy's legacy generator, seeded as the authors seed it; the first point as it prints there."""
+    """NumPy's legacy generator, seeded as the authors seed it, and the first point."""
     np.random.seed(42)
     authors = np.random.multivariate_normal([0, 0], [[2, 1], [1, 2]], 1000)
     data = toy.real_data(1000, 42)
@@ -107,7 +115,7 @@ def test_sampler_in_float64_and_fused(zeta):
 
 # ---------------------------------------------------------------- training
 def test_loss_is_the_error_of_the_noise(monkeypatch):
-    """The network sees sqrt(abar) x + sqrt(1 - abar) noise at t / (T - 1), and is asked for noise."""
+    """The network sees sqrt(abar) x + sqrt(1 - abar) noise at t / (T - 1), and predicts noise."""
     seen = {}
 
     def network(theta, x, t):
@@ -233,7 +241,7 @@ def test_training_is_the_same_under_two_instruction_sets():
     """All 4418 weights of all five networks, to the last bit of float32."""
     outputs = []
     for extra in ({}, {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}):
-        env = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"} | extra
+        env = {k: v for k, v in ONE_THREAD.items() if k != "ATEN_CPU_CAPABILITY"} | extra
         command = [sys.executable, "-c", TRAIN_AND_HASH]
         text = subprocess.check_output(command, text=True, env=env, cwd=SCRIPT.parent, timeout=300)
         outputs.append(text.split("\n"))
@@ -253,7 +261,7 @@ def test_sobol_points_are_standard_normal():
 
 
 def test_sliced_w2_of_known_distributions():
-    """The target scores near zero; a shift by m the mean over directions of (m . u)^2, |m|^2 / 2."""
+    """The target scores near zero, a shift by m the mean of (m . u)^2 over directions, |m|^2 / 2."""
     root = torch.linalg.cholesky(toy.target()[1])
     x = toy.sobol_normal(2**15, 5) @ root.T
     assert float(toy.sliced_w2(x)) < 1e-4
@@ -354,7 +362,7 @@ def test_paper_protocol_divides_by_n_minus_1(scorer):
 
 @pytest.mark.parametrize("protocol", ["exact", "paper"])
 def test_device_cuda_puts_everything_on_the_gpu(scorer, protocol):
-    """Fake CUDA tensors need no GPU; an operation that mixes devices raises as the real one does."""
+    """Fake CUDA tensors need no GPU; what mixes devices raises as on a real one."""
     cuda = with_scoring(scorer, device="cuda", protocol=protocol)
     toy.sobol_normal(64, 0), toy.sobol_normal(64, 1000)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -405,7 +413,9 @@ def test_rounds_keep_the_survivors_and_the_last_one_decides(looked_up):
         ("paper", [(327, 1)], [(32768, 1)]),
     ],
 )
-def test_what_is_ranked_and_on_how_many_points(scorer, monkeypatch, protocol, grid_rounds, sweep_rounds):
+def test_what_is_ranked_and_on_how_many_points(
+    scorer, monkeypatch, protocol, grid_rounds, sweep_rounds
+):
     seen = []
     monkeypatch.setattr(toy, "ranking", lambda scorer, W, rounds: seen.append((W, rounds)))
     toy.layer_grid(with_scoring(scorer, protocol=protocol), 0.28, 1.72)
@@ -464,7 +474,10 @@ def test_search_keeps_the_best_not_the_last(scorer, monkeypatch):
     monkeypatch.setattr(toy.scipy.optimize, "minimize", minimize)
     small = with_scoring(scorer, points=2**9)
     found = toy.descend(small, toy.Search(), "fd", "zero", 0.0)
-    assert found.w == [found_w for found_w in [[0.0] * 6, [0.3] * 6, [5.0] * 6]][int(np.argmin(found.fd))]
+    assert (
+        found.w
+        == [found_w for found_w in [[0.0] * 6, [0.3] * 6, [5.0] * 6]][int(np.argmin(found.fd))]
+    )
     assert len(found.fd) == 3
 
 
@@ -632,7 +645,8 @@ def allow_signals():
 
 def launch(*args, script=SCRIPT, **kwargs):
     command = [sys.executable, str(script), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+    options = {"capture_output": True, "text": True, "timeout": 600, "env": ONE_THREAD}
+    return subprocess.run(command, **options, **kwargs)
 
 
 def one_line(done, *words):
@@ -673,7 +687,9 @@ def test_summary(small_run):
     assert set(summary["config"]) >= {"self_epochs", "noise_levels", "sample_steps", "protocol"}
     assert (summary["config"]["base_steps"], summary["config"]["points"]) == (200, 512)
     assert [seed["seed"] for seed in summary["seeds"]] == [42, 43]
-    assert summary["config"]["device"] == "cpu" and summary["versions"]["torch"] == torch.__version__
+    assert (
+        summary["config"]["device"] == "cpu" and summary["versions"]["torch"] == torch.__version__
+    )
     for seed in summary["seeds"]:
         assert set(seed) == one_seed
         assert set(seed["base"]) == set(seed["collapsed"]) == scores
@@ -696,7 +712,9 @@ def test_rows_of_the_study_belong_together(small_run):
         main = seed["global_optima"]["zeta 1.1, 250 epochs"]
         assert seed["global"] == main | {"w": main["w"][0]}
         optima = seed["global_optima"]
-        assert list(optima) == list(toy.PAPER_OPTIMA) and len({o["fd"] for o in optima.values()}) == 4
+        assert (
+            list(optima) == list(toy.PAPER_OPTIMA) and len({o["fd"] for o in optima.values()}) == 4
+        )
         w_star = seed["global"]["w"]
         assert [row["delta"] for row in seed["layerwise"]] == [0.1234567, 0.1234568, 0.4, 1.72]
         for row in seed["layerwise"]:
@@ -742,12 +760,15 @@ def test_table(small_run):
     rows = {row["name"]: row for row in summary["over_seeds"]}
     assert list(rows)[:5] == ["base", "collapsed", "global", "delta 0.1234567", "delta 0.1234568"]
     assert len(rows) == 3 + 4 + 4
-    delta = [[row for row in seed["layerwise"] if row["delta"] == 1.72][0] for seed in summary["seeds"]]
+    delta = [
+        [row for row in seed["layerwise"] if row["delta"] == 1.72][0] for seed in summary["seeds"]
+    ]
     for column, score in enumerate(("fd", "sw2")):
         ours = [row[score] for row in delta]
         assert rows["delta 1.72"]["mean"][column] == pytest.approx(np.mean(ours))
         assert rows["delta 1.72"]["std"][column] == pytest.approx(np.std(ours, ddof=1))
-        wins = sum(row[score] < seed["global"][score] for row, seed in zip(delta, summary["seeds"]))
+        pairs = zip(ours, summary["seeds"], strict=True)
+        wins = sum(mine < seed["global"][score] for mine, seed in pairs)
         assert rows["delta 1.72"]["better_than_global"][column] == wins
     base = rows["base"]
     lines = {re.split(r"  +", line)[0]: line for line in done.stdout.splitlines()}
@@ -757,7 +778,10 @@ def test_table(small_run):
 
 
 def test_one_seed_has_no_spread(scorer):
-    rows = {"base": toy.Score([0.0] * 6, 0.5, 0.01, 0.3), "global": toy.Score([1.0] * 6, 0.2, None, 0.4)}
+    rows = {
+        "base": toy.Score([0.0] * 6, 0.5, 0.01, 0.3),
+        "global": toy.Score([1.0] * 6, 0.2, None, 0.4),
+    }
     run = toy.Run(42, None, "", rows, {}, {}, {}, {}, None)
     base, best = toy.table_over_seeds([run])
     assert base["std"] == [0.01, None] and best["std"] == [None, None]
@@ -785,7 +809,10 @@ def test_files_have_the_usual_mode_and_nothing_else_is_left(small_run):
 
 def numbers(folder):
     summary = summary_in(folder)
-    return [[row["fd"], row["sw2"]] for row in (summary["base"], summary["global"], *summary["layerwise"])]
+    return [
+        [row["fd"], row["sw2"]]
+        for row in (summary["base"], summary["global"], *summary["layerwise"])
+    ]
 
 
 def test_editing_the_script(tmp_path):
@@ -956,7 +983,9 @@ def test_full_disk(tmp_path):
     assert not list(tmp_path.rglob(".*"))
 
 
-@pytest.mark.parametrize("error", [RuntimeError("PytorchStreamWriter failed"), OSError(28, "no space")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("PytorchStreamWriter failed"), OSError(28, "no space")]
+)
 def test_failed_write_keeps_the_old_file(tmp_path, error):
     path = tmp_path / "file"
     toy.write_atomically(path, "old")
@@ -965,7 +994,9 @@ def test_failed_write_keeps_the_old_file(tmp_path, error):
         part.write_text("half")
         raise error
 
-    with pytest.raises(OSError, match="disk full" if isinstance(error, RuntimeError) else "no space"):
+    with pytest.raises(
+        OSError, match="disk full" if isinstance(error, RuntimeError) else "no space"
+    ):
         toy.write_atomically(path, write)
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
 
@@ -990,7 +1021,8 @@ def handles_sigterm(process):
 
 def start(*args):
     command = [sys.executable, str(SCRIPT), *map(str, args)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=allow_signals)
+    options = {"stderr": subprocess.PIPE, "text": True, "env": ONE_THREAD}
+    return subprocess.Popen(command, **options, preexec_fn=allow_signals)
 
 
 STOPPED = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
@@ -1030,7 +1062,8 @@ def test_reader_that_leaves(small_run):
     """`| head -1` is no error of ours."""
     _, args, _ = small_run
     command = [sys.executable, str(SCRIPT), *map(str, args)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, env=ONE_THREAD) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 0
 
@@ -1056,7 +1089,9 @@ def run():
     descents = {
         "gradient on fd from zero": toy.Descent("fd", "zero", [0.0] * 6, [0.2, 0.3, 0.01], 1.0)
     }
-    models = toy.Models(toy.real_data(50, 0), parameters(), dict.fromkeys(toy.PAPER_OPTIMA, parameters(1)))
+    models = toy.Models(
+        toy.real_data(50, 0), parameters(), dict.fromkeys(toy.PAPER_OPTIMA, parameters(1))
+    )
     curve = toy.Curve([0.8, 1.0, 1.2], [0.1, 0.02, -0.2])
     optima = dict.fromkeys(toy.PAPER_OPTIMA, best)
     main = "zeta 1.1, 250 epochs"
@@ -1094,7 +1129,9 @@ def test_sweeps_are_cut_and_marked(run, drawn):
     marks = {line.get_marker(): [] for line in axis.lines}
     for line in axis.lines:
         marks[line.get_marker()].append(tuple(np.ravel(xy(line))))
-    assert (0.3, 0.05) in marks["o"] and (0.28, 0.0355) in marks["x"] and (1.20, 0.0268) in marks["x"]
+    assert (
+        (0.3, 0.05) in marks["o"] and (0.28, 0.0355) in marks["x"] and (1.20, 0.0268) in marks["x"]
+    )
 
 
 def test_weights_are_grouped_bars(run, drawn):
@@ -1137,7 +1174,13 @@ def test_one_delta_leaves_out_what_has_nothing_to_show(run, drawn):
 def test_clouds_with_two_ellipses(run, drawn):
     axes = drawn(toy.draw_samples, run)
     titles = [axis.get_title() for axis in axes]
-    assert [title.split(":")[0] for title in titles] == ["real data", "base", "collapsed", "global", "delta 1"]
+    assert [title.split(":")[0] for title in titles] == [
+        "real data",
+        "base",
+        "collapsed",
+        "global",
+        "delta 1",
+    ]
     assert "0.05000" in titles[3] and "0.02000" in titles[4]
     inverse = torch.linalg.inv(toy.target()[1])
     for axis in axes:
