@@ -442,13 +442,15 @@ class Scorer:
 
     def samples(self, w, n):
         """w [6] -> [n, 2] float32, from the same starting points for every w."""
-        z = sobol_normal(n, 1000).float().to(self.scoring.device)
-        return neon_ext.mlp_ddim(self.theta([w]), z, cosine_schedule(SAMPLE_STEPS))[0].cpu()
+        theta = self.theta([w])
+        z = sobol_normal(n, 1000).float().to(theta.device)
+        abar = cosine_schedule(SAMPLE_STEPS).to(theta.device)
+        return neon_ext.mlp_ddim(theta, z, abar).cpu()[0]
 
     def moments(self, W, n, seed):
         """W [G][6] -> means [G, 2], covariances [G, 2, 2] of n samples each, float64 on the CPU."""
-        abar = cosine_schedule(SAMPLE_STEPS)
         theta = self.theta(W)
+        abar = cosine_schedule(SAMPLE_STEPS).to(theta.device)
         if self.exact:
             z = sobol_normal(n, seed).float().to(theta.device)
             mean, cov = neon_ext.mlp_ddim_moments(theta, z, abar)

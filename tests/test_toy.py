@@ -261,7 +261,7 @@ def test_sobol_points_are_standard_normal():
 
 
 def test_sliced_w2_of_known_distributions():
-    """The target scores near zero, a shift by m the mean of (m . u)^2 over directions, |m|^2 / 2."""
+    """The target scores near zero, a shift by m the mean of (m . u)^2 over directions: m^2 / 2."""
     root = torch.linalg.cholesky(toy.target()[1])
     x = toy.sobol_normal(2**15, 5) @ root.T
     assert float(toy.sliced_w2(x)) < 1e-4
@@ -360,16 +360,29 @@ def test_paper_protocol_divides_by_n_minus_1(scorer):
     torch.testing.assert_close(cov[0], torch.cov(x.T), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("protocol", ["exact", "paper"])
-def test_device_cuda_puts_everything_on_the_gpu(scorer, protocol):
-    """Fake CUDA tensors need no GPU; what mixes devices raises as on a real one."""
-    cuda = with_scoring(scorer, device="cuda", protocol=protocol)
-    toy.sobol_normal(64, 0), toy.sobol_normal(64, 1000)
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Tensors without memory that obey a GPU's rules; moving them needs no CUDA build of PyTorch."""
+
+    def to(self, device):
+        return torch.ops.aten._to_copy(self, device=torch.device(device))
+
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert cuda.theta([[0.1] * 6] * 3).device.type == "cuda"
-        mean, cov = cuda.moments([[0.1] * 6] * 3, 64, 0)
-        assert mean.shape == (3, 2) and cov.shape == (3, 2, 2) and mean.device.type == "cpu"
-        assert cuda.samples([0.1] * 6, 64).device.type == "cpu"
+        monkeypatch.setattr(torch.Tensor, "to", to)
+        monkeypatch.setattr(torch.Tensor, "cpu", lambda self: to(self, "cpu"))
+        yield
+
+
+@pytest.mark.parametrize("protocol", ["exact", "paper"])
+def test_device_cuda_puts_everything_on_the_gpu(scorer, protocol, fake_cuda, monkeypatch):
+    monkeypatch.setattr(toy, "sobol_normal", lambda n, seed: torch.zeros(n, 2).double())
+    cuda = with_scoring(scorer, device="cuda", protocol=protocol)
+    assert cuda.theta([[0.1] * 6] * 3).device.type == "cuda"
+    mean, cov = cuda.moments([[0.1] * 6] * 3, 64, 0)
+    assert mean.shape == (3, 2) and cov.shape == (3, 2, 2)
+    assert mean.device.type == cov.device.type == "cpu"
+    samples = cuda.samples([0.1] * 6, 64)
+    assert samples.device.type == "cpu" and samples.shape == (64, 2)
 
 
 # ---------------------------------------------------------------- searches
