@@ -184,7 +184,7 @@ class Descent:
     w: list[float]  # [6]
     fd: list[float]  # [evaluations]
     seconds: float
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 3
 
 
 @dataclass
@@ -550,7 +550,9 @@ class Objective:
         if len(self.fds) == self.evaluations:
             raise BudgetSpent
 
-        # Float64, as the training: the path of a search depends on every bit.
+        # Rounded, in and out, far below what matters: the last bits, which differ between machines,
+        # would grow from step to step into another path.
+        w = np.round(w, 6)
         weights = torch.tensor(w, dtype=torch.float64, requires_grad=True)
         theta = self.theta_r - weights.repeat_interleave(torch.tensor(SIZES)) * self.drift
         x = ddim(theta, self.z)
@@ -562,7 +564,7 @@ class Objective:
         self.fds.append(fd.item())
         if loss.item() < self.best:
             self.best, self.w = loss.item(), w.tolist()
-        return loss.item(), gradient.numpy()
+        return round(loss.item(), 12), gradient.numpy().round(9)
 
 
 def descend(scorer: Scorer, search: Search, objective: str, start: str, w_start: float) -> Descent:

@@ -76,6 +76,8 @@ def test_initial_weights_are_torchs_default():
     assert ours.dtype == torch.float64 and torch.equal(ours, ours.float().double())
     # nn.Linear rounds its last bit as the processor does: half a unit in the last place of 0.6.
     torch.testing.assert_close(ours.float(), default, rtol=0, atol=6e-8)
+    # the sum on a processor with fused multiplication, as the authors' had
+    assert float(ours.sum()) == pytest.approx(-8.084847199582782, abs=1e-12)
 
 
 def test_network_against_modules():
@@ -362,7 +364,7 @@ def test_paper_protocol_divides_by_n_minus_1(scorer):
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """Tensors without memory that obey a GPU's rules; moving them needs no CUDA build of PyTorch."""
+    """Tensors without memory that obey the rules of a GPU; moving them needs no CUDA build."""
 
     def to(self, device):
         return torch.ops.aten._to_copy(self, device=torch.device(device))
@@ -405,16 +407,17 @@ def looked_up(monkeypatch):
 
 
 def test_rounds_keep_the_survivors_and_the_last_one_decides(looked_up):
-    """Three are first in one round each; a fourth would win, had it survived the first."""
-    coarse = np.arange(10.0)
-    middle = np.array([5.0, 1.0, 0.5, 2.0, 0.0, -9, -9, -9, -9, -9])
-    fine = np.array([0.0, 0.7, 0.9, 0.0, 0.8, -9, -9, -9, -9, -9])
+    """Another one would win in each round; only the survivors of all earlier ones may."""
+    coarse = np.arange(10.0) / 10
+    middle = np.array([5.0, 3.0, 0.95, 4.0, 2.0, -9, -9, -9, -9, -9])
+    fine = np.array([-9, 2.5, 3.5, -9, 2.7, -9, -9, -9, -9, -9])
     table = Table({8: coarse, 64: middle, 512: fine})
     W = [[i] + [0] * 5 for i in range(10)]
     found = toy.ranking(table, W, [(8, 5), (64, 3), (512, 1)])
-    assert table.calls == [(10, 8), (5, 64), (3, 512)]  # survivors of survivors
-    assert found.w == [1, 0, 0, 0, 0, 0]  # of 4, 2, 1 in the last round
-    assert found.fd == [5.0, 0.7, 0.9, 2.0, 0.8, 5, 6, 7, 8, 9]
+    # 5 to 9 have lower scores from the first round than any survivor has in the second and third.
+    assert table.calls == [(10, 8), (5, 64), (3, 512)]
+    assert found.w == [1, 0, 0, 0, 0, 0]
+    assert found.fd == [5.0, 2.5, 3.5, 4.0, 2.7, 0.5, 0.6, 0.7, 0.8, 0.9]
     assert found.points == [64, 512, 512, 64, 512, 8, 8, 8, 8, 8]
     assert found.evaluations == 18
 
@@ -456,8 +459,10 @@ def test_search_gradient_against_central_differences(scorer, objective):
     assert len(value.z) == 2**9  # a quarter of a score's
     w, h = np.linspace(-0.5, 1.0, 6), 1e-3
     at_w, gradient = value(w)
-    mean, cov = small.moments([w], 2**9, 7)
-    x = toy.neon_ext.mlp_ddim(small.theta([w]), value.z.float(), toy.cosine_schedule(20))[0]
+    mean, cov = small.moments([w.tolist()], 2**9, 7)
+    x = toy.neon_ext.mlp_ddim(small.theta([w.tolist()]), value.z.float(), toy.cosine_schedule(20))[
+        0
+    ]
     want = toy.frechet_to_target(mean, cov)[0] if objective == "fd" else toy.sliced_w2(x)
     assert at_w == pytest.approx(float(want), rel=1e-4)  # the scores' own formula
     for i in range(6):
