@@ -339,6 +339,29 @@ def test_fresh_scores_use_points_that_no_search_uses(scorer, monkeypatch):
     assert not set(fresh) & ({7} | set(searched))  # 7: the gradient search's
 
 
+def test_fresh_score_pools_its_sets(scorer, monkeypatch):
+    """Mean and covariance of all points together; the error is the mean's over eight sets."""
+
+    def moments(self, W, n, seed):
+        k = seed - 1000
+        return torch.tensor([[0.5 * k, 0.0]]).double(), (1 + 0.1 * k) * torch.eye(2).double()[None]
+
+    monkeypatch.setattr(toy.Scorer, "moments", moments)
+    score = toy.fresh_score(scorer, [0.0] * 6)
+    means = [0.5 * k for k in range(8)]
+    pooled = (1 + 0.1 * 3.5) * torch.eye(2).double()
+    pooled[0, 0] += np.var(means)
+    mean = torch.tensor([1.75, 0.0]).double()
+    want = reference.frechet_distance(mean, pooled, *toy.target())
+    assert score.fd == pytest.approx(float(want), rel=1e-9)
+    one_by_one = []
+    for k in range(8):
+        mean, cov = moments(scorer, None, None, 1000 + k)
+        one_by_one.append(float(reference.frechet_distance(mean[0], cov[0], *toy.target())))
+    assert score.fd_error == pytest.approx(np.std(one_by_one, ddof=1) / 8**0.5, rel=1e-9)
+    assert score.sw2 == float(toy.sliced_w2(scorer.samples([0.0] * 6, 2**15)))
+
+
 def test_paper_protocol_draws_anew_for_each_configuration(scorer):
     paper = with_scoring(scorer, protocol="paper", points=20_000)
     same = frechet(paper, [[0.3] * 6] * 4, 2000)
@@ -484,19 +507,23 @@ def test_search_improves_its_objective_within_its_evaluations(scorer, objective,
     assert toy.Objective(small, toy.Search(), objective)(np.array(found.w))[0] < at_start
 
 
-def test_search_keeps_the_best_not_the_last(scorer, monkeypatch):
+@pytest.mark.parametrize("objective", ["fd", "sw2"])
+def test_search_keeps_the_best_of_its_objective(scorer, monkeypatch, objective):
+    """Not the last, and not the best of the other score, which it also computes."""
+    small = with_scoring(scorer, points=2**9)
+    points = [np.full(6, w) for w in (0.0, 0.3, 1.0)]
+    monkeypatch.setattr(toy, "frechet_to_target", lambda mean, cov: mean.sum())
+    monkeypatch.setattr(toy, "sliced_w2", lambda x: -x.mean(0).sum())
+    values = [toy.Objective(small, toy.Search(), objective)(point)[0] for point in points]
+    best, middle, worst = np.argsort(values)
+
     def minimize(value, x0, **_):
-        for step in (0.0, 0.3, 5.0):
-            value(x0 + step)
+        for k in (middle, best, worst):
+            value(points[k])
 
     monkeypatch.setattr(toy.scipy.optimize, "minimize", minimize)
-    small = with_scoring(scorer, points=2**9)
-    found = toy.descend(small, toy.Search(), "fd", "zero", 0.0)
-    assert (
-        found.w
-        == [found_w for found_w in [[0.0] * 6, [0.3] * 6, [5.0] * 6]][int(np.argmin(found.fd))]
-    )
-    assert len(found.fd) == 3
+    found = toy.descend(small, toy.Search(), objective, "zero", 0.0)
+    assert found.w == points[best].tolist() and len(found.fd) == 3
 
 
 # ---------------------------------------------------------------- gradient alignment
