@@ -1,455 +1,1082 @@
-"""Toy experiment of Adaptive NEON: repair a small diffusion model, layer by layer, after training on itself.
+"""Toy experiment of Adaptive NEON: repair a small diffusion model that was trained on itself.
 
-    theta = theta_r - w_layer * (theta_s - theta_r)    w > 0 away from collapse, w < 0 towards it, -1: theta_s
+    theta = theta_r - w_layer * (theta_s - theta_r)    w > 0: away from collapse, w = -1: theta_s
 
-theta_r: six layers trained on 1000 points of a 2-D Gaussian; theta_s: the same after training on its samples
-(arXiv 2510.03597; Adaptive NEON, section 4.1). DDIM is a deterministic map, so the Fréchet distance (FD) is
-an integral over its noise, computed with Sobol points. Beside it the sliced 2-Wasserstein distance (SW2).
+theta_r: six layers trained on 1000 points of a 2-D Gaussian; theta_s: the same network after
+training on its own samples (arXiv 2510.03597; Adaptive NEON, section 4.1). DDIM is a deterministic
+map, so the Fréchet distance (FD) is an integral over its starting noise, computed with Sobol
+points. Beside it stands the sliced 2-Wasserstein distance (SW2), which no search sees unless it
+says so.
 
     python toy_neon.py --delta 1.72                  one layer-wise grid of 729 configurations
-    python toy_neon.py --delta all --seeds 5 --search gradient --alignment       the recorded run, results/toy
+    python toy_neon.py --delta all --seeds 5 --search gradient --alignment    the recorded study
 
-FD at seed 42: base 0.105, best global w = 0.2: 0.0434, delta 1.0: 0.0062 (the best of eight), delta 1.72:
-0.0079, gradient search: 0.000009 in 42 evaluations. Five seeds: README.
+Exit codes: 0 done, 2 bad input or a file that cannot be read or written, 130 Ctrl-C, 143 SIGTERM.
 """
+
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+
+    def stopped(number, frame):
+        """Ctrl-C, or a batch system's SIGTERM: one line and the exit code, at any moment."""
+        os.write(2, b"\ntoy_neon: stopped; finished parts are kept, run the same command again\n")
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, stopped)
+
 import argparse
 import contextlib
-import copy
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
-import os
+import pickle
 import platform
-import sys
+import shutil
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import scipy.optimize
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from scipy.special import ndtri
 from scipy.stats import qmc
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.functional import linear
 from tqdm import tqdm
 
 try:
     import neon_ext
-except ImportError:  # reported by parse(), in one line
-    neon_ext = None
+except ImportError as error:  # reported by parse(), in one line
+    neon_ext, import_error = None, str(error)
 
+# ---------------------------------------------------------------- the setting
+# A constant that reaches a number belongs into constants() below, which is part of every key.
+TARGET_MEAN = (0.0, 0.0)
+TARGET_COV = ((2.0, 1.0), (1.0, 2.0))
 LAYERS = ("input", "block 0", "block 1", "block 2", "block 3", "output")
-FAN_IN, SIZES = (3, 32, 32, 32, 32, 32), (128, 1056, 1056, 1056, 1056, 66)  # inputs and parameters by layer
-OFFSETS = [0, *np.cumsum(SIZES).tolist()]
-HIDDEN = [layer for _ in range(4) for layer in (torch.nn.Linear(32, 32), torch.nn.ReLU())]
-NETWORK = torch.nn.Sequential(torch.nn.Linear(3, 32), *HIDDEN, torch.nn.Linear(32, 2))
-TARGET_MEAN, TARGET_COV = torch.zeros(2).double(), torch.tensor([[2.0, 1.0], [1.0, 2.0]]).double()
-TARGET_ROOT = torch.linalg.cholesky(TARGET_COV).float().T  # standard normal z [N, 2] @ TARGET_ROOT: real data
-THREADS = torch.get_num_threads()
-GLOBAL_W = np.linspace(-2, 2, 101).round(4)
+SHAPES = ((32, 3), (32, 32), (32, 32), (32, 32), (32, 32), (2, 32))  # outputs, inputs by layer
+NOISE_LEVELS = 1000  # of the schedule in training
+SAMPLE_STEPS = 20  # of the schedule in sampling
+SCHEDULE_OFFSET = 0.008
+SW2_DIRECTIONS = 32
+
+SIZES = tuple(n_out * (n_in + 1) for n_out, n_in in SHAPES)  # parameters of each layer, 4418 in all
+OFFSETS = [0, *itertools.accumulate(SIZES)]
+GLOBAL_W = tuple(np.linspace(-2, 2, 101).round(4).tolist())
+
+# What the paper reports, for the table and the pictures.
 DELTAS = (0.05, 0.1, 0.2, 0.4, 0.6, 1.0, 1.5, 1.72)
-PAPER_FD = dict(zip(("base", "global", *(f"delta {delta:g}" for delta in DELTAS)), (
-    0.1626, 0.03554, 0.033162, 0.033426, 0.031258, 0.025099, 0.020841, 0.015483, 0.011345, 0.009516)))
+PAPER_FD = (0.033162, 0.033426, 0.031258, 0.025099, 0.020841, 0.015483, 0.011345, 0.009516)
+PAPER_ROWS = {"base": 0.1626, "global": 0.03554}
+PAPER_OPTIMA = {  # best global w and its FD
+    "zeta 1.1, 50 epochs": (1.20, 0.0268),
+    "zeta 1.1, 250 epochs": (0.28, 0.0355),
+    "zeta 0.9, 50 epochs": (-1.04, 0.0521),
+    "zeta 0.9, 250 epochs": (-0.28, 0.0527),
+}
+PAPER_ALIGNMENT = ((0.9, 1.1), (0.127, -0.175))
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What determines every number, beside the deltas asked for. Paper defaults but for the protocol."""
+@dataclass(frozen=True)
+class Training:
+    """What determines theta_r and theta_s: the paper's values."""
+
     seed: int = 42
     real_points: int = 1000
+    # Base model: full-batch Adam on the real points.
     base_steps: int = 10_000
     base_lr: float = 1e-4
+    # Self-training: the same on as many samples of the base, drawn with the score scaled by zeta.
+    zetas: tuple[float, ...] = (1.1, 0.9)
+    self_epochs: tuple[int, ...] = (50, 250)
     self_lr: float = 1e-5
-    self_epochs: tuple = (50, 250)
-    noise_levels: int = 1000
-    sample_steps: int = 20
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What determines the score of a network."""
+
     protocol: str = "exact"  # Sobol points, or "paper": the authors' random draws
     points: int = 2**15  # the most that one score takes
     device: str = "cpu"
+    seed: int = 42  # of the random draws
+    # Ranking: a round scores with points / divisor and keeps this many, the last the winner.
+    rounds: tuple[tuple[int, int], ...] = ((64, 64), (8, 4), (1, 1))
+    # The winner's score: points that no search has used.
+    fresh_sets: int = 8
+    sw2_points: int = 2**15
 
 
-def fail(message, code=2):
-    """Something the user can mend: one line and the exit code."""
-    sys.exit(print(f"toy_neon: {message}", file=sys.stderr) or code)
+@dataclass(frozen=True)
+class Search:
+    """Search of the six weights by exact gradients."""
+
+    points: int = 2**13  # at most a quarter of a score's
+    evaluations: int = 60
+    tolerance: float = 1e-9  # below the integral's own error
+    bound: float = 20.0  # of each weight
 
 
-# ---------------------------------------------------------------- model and training
-def cosine_schedule(n: int, s: float = 0.008) -> torch.Tensor:
+@dataclass(frozen=True)
+class Alignment:
+    """Comparison of the gradients on real and on synthetic data: the authors' values."""
+
+    seed: int = 42
+    points: int = 100_000
+    passes: int = 16
+    batch: int = 2048
+    decay: float = 0.999
+    epsilon: float = 1e-8
+    zetas: tuple[float, ...] = tuple(np.linspace(0.8, 1.2, 46).tolist())
+
+
+def constants() -> dict:
+    """What every number depends on and no argument says."""
+    return {
+        "target": (TARGET_MEAN, TARGET_COV),
+        "network": SHAPES,
+        "schedule": (NOISE_LEVELS, SAMPLE_STEPS, SCHEDULE_OFFSET),
+        "directions": SW2_DIRECTIONS,
+        "versions": (str(torch.__version__), np.__version__, scipy.__version__),
+    }
+
+
+# ---------------------------------------------------------------- results
+# Raise a version with every change of code that changes the numbers: older results are then void.
+@dataclass
+class Models:
+    data: torch.Tensor  # [N, 2] float32
+    theta_r: torch.Tensor  # [4418] float32
+    theta_s: dict[str, torch.Tensor]  # by setting, "zeta 1.1, 250 epochs"
+    version: ClassVar[int] = 1
+
+
+@dataclass
+class Ranking:
+    """Configurations W and the one that won; fd and points are those of each one's last round."""
+
+    w: list[float]  # [6]
+    W: torch.Tensor  # [G, 6] float64
+    fd: list[float]  # [G]
+    points: list[int]  # [G]
+    evaluations: int
+    seconds: float
+    version: ClassVar[int] = 1
+
+
+@dataclass
+class Descent:
+    """A gradient search: the best weights and FD at every evaluation."""
+
+    objective: str
+    start: str
+    w: list[float]  # [6]
+    fd: list[float]  # [evaluations]
+    seconds: float
+    version: ClassVar[int] = 3
+
+
+@dataclass
+class Score:
+    """One configuration's score on points that no search has used."""
+
+    w: list[float]  # [6]
+    fd: float
+    fd_error: float | None  # standard error of the integral; one random draw has none
+    sw2: float
+    version: ClassVar[int] = 1
+
+
+@dataclass
+class Curve:
+    zeta: list[float]
+    cosine: list[float]
+    version: ClassVar[int] = 1
+
+
+@dataclass
+class Run:
+    """All results of one seed; scores are those of the winners."""
+
+    seed: int
+    models: Models
+    main: str  # the setting that the layers are studied in
+    scores: dict[str, Score]  # the rows of the table: base, collapsed, global, delta 1.72, ...
+    optima: dict[str, Score]  # the best global weight of each setting
+    sweeps: dict[str, Ranking]  # by setting
+    grids: dict[float, Ranking]  # by delta
+    descents: dict[str, Descent]  # by row of the table
+    alignment: Curve | None
+
+
+# ---------------------------------------------------------------- the experiment
+def experiment(
+    training: Training,
+    scoring: Scoring,
+    deltas: tuple[float, ...],
+    search: Search | None,
+    alignment: Alignment | None,
+    out: Path,
+) -> Run:
+    """Everything for one seed; each part is kept in the seed's folder as soon as it is finished.
+
+    deltas: spacings of the layer-wise grids. A search or alignment of None is left out.
+    """
+    part = functools.partial(finished, out / f"seed_{training.seed}")
+
+    # Train on the data, then on samples: operations that are too small for a second thread.
+    with threads(1):
+        models = part("models", Models, train_models, training)
+
+    scorers = {}
+    for setting, theta_s in models.theta_s.items():
+        scorers[setting] = Scorer(models.theta_r, theta_s, scoring)
+
+    # One weight for all layers, in each of the four settings.
+    sweeps, optima = {}, {}
+    for setting, scorer in progress(scorers.items(), "global sweeps"):
+        sweeps[setting] = part(f"sweep, {setting}", Ranking, global_sweep, scorer, GLOBAL_W)
+        optima[setting] = part(f"global, {setting}", Score, fresh_score, scorer, sweeps[setting].w)
+
+    # The layers are studied in the paper's setting: mode-seeking samples, the longer training.
+    main = f"zeta {training.zetas[0]}, {training.self_epochs[-1]} epochs"
+    scorer, w_star = scorers[main], optima[main].w[0]
+    scores = {
+        "base": part("base", Score, fresh_score, scorer, [0.0] * 6),
+        "collapsed": part("collapsed", Score, fresh_score, scorer, [-1.0] * 6),
+        "global": optima[main],
+    }
+
+    # A weight for each layer: grids around the best global weight.
+    grids = {}
+    for delta in progress(deltas, "layer-wise grids"):
+        row = f"delta {shortest(delta)}"
+        grids[delta] = part(f"grid, {row}", Ranking, layer_grid, scorer, w_star, delta)
+        scores[row] = part(row, Score, fresh_score, scorer, grids[delta].w)
+
+    # The same weights by descent.
+    starts = {"global": w_star, "zero": 0.0}
+    pairs = list(itertools.product(("fd", "sw2"), starts)) if search else []
+    descents = {}
+    for objective, start in progress(pairs, "gradient searches"):
+        row = f"gradient on {objective} from {start}"
+        setup = (scorer, search, objective, start, starts[start])
+        with threads(1):
+            descents[row] = part(f"search, {row}", Descent, descend, *setup)
+        scores[row] = part(row, Score, fresh_score, scorer, descents[row].w)
+
+    # Why a step away from the samples helps: their gradient pulls against the data's.
+    curve = None
+    if alignment:
+        with threads(1):
+            curve = part("alignment", Curve, gradient_alignment, models.theta_r, alignment)
+    return Run(training.seed, models, main, scores, optima, sweeps, grids, descents, curve)
+
+
+# ---------------------------------------------------------------- data and network
+def target() -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean [2] and covariance [2, 2] of the target, float64."""
+    return torch.tensor(TARGET_MEAN).double(), torch.tensor(TARGET_COV).double()
+
+
+def real_data(n: int, seed: int) -> torch.Tensor:
+    """n points of the target [n, 2] float32: at seed 42 the authors' own."""
+    points = np.random.RandomState(seed).multivariate_normal(TARGET_MEAN, TARGET_COV, n)
+    return torch.from_numpy(points).float()
+
+
+def initial_weights() -> torch.Tensor:
+    """nn.Linear's default initialisation of all layers [4418] float64, from torch's own generator.
+
+    nn.Linear itself rounds differently from processor to processor.
+    """
+    parts = []
+    for n_out, n_in in SHAPES:
+        bound = torch.tensor(n_in**-0.5).double()  # a float32 number
+        for n in (n_out * n_in, n_out):  # weight, then bias
+            parts.append((torch.rand(n).double() * (2 * bound) - bound).float())
+    return torch.cat(parts).double()
+
+
+def predict_noise(theta, x, time):
+    """The noise in x [N, 2] at time [N, 1] from 0, clean, to 1 -> [N, 2]; theta [4418]."""
+    h = torch.cat([x, time], 1)
+    for layer, (part, shape) in enumerate(zip(theta.split(SIZES), SHAPES, strict=True)):
+        weight, bias = part.split([shape[0] * shape[1], shape[0]])
+        h = linear(h, weight.view(shape), bias)
+        if 0 < layer < len(SHAPES) - 1:
+            h = h.relu()
+    return h
+
+
+def cosine_schedule(n: int) -> torch.Tensor:
     """Cumulative noise schedule abar [n] float64 (arXiv 2102.09672), abar[0] = 1."""
-    abar = torch.cos((torch.arange(n).double() / n + s) / (1 + s) * torch.pi / 2) ** 2
+    t = torch.arange(n).double() / n
+    abar = torch.cos((t + SCHEDULE_OFFSET) / (1 + SCHEDULE_OFFSET) * torch.pi / 2) ** 2
     return abar / abar[0]
 
 
-def network(theta):
-    """(x, y, time) [N, 3] -> noise [N, 2] with a copy of the parameters theta [4418]."""
-    net = copy.deepcopy(NETWORK)
-    vector_to_parameters(theta.clone(), net.parameters())
-    return net
+def ddim(theta, z, zeta=1.0):
+    """Starting noise z [N, 2] -> samples [N, 2]: neon_ext.mlp_ddim, differentiable."""
+    abar = [1.0, *cosine_schedule(SAMPLE_STEPS).tolist()]
+    x = z
+    for t in range(SAMPLE_STEPS, 0, -1):
+        time = torch.full_like(x[:, :1], (t - 1) / (SAMPLE_STEPS - 1))
+        eps = predict_noise(theta, x, time)
+        x0 = (x - (1 - abar[t]) ** 0.5 * zeta * eps) / abar[t] ** 0.5
+        x = abar[t - 1] ** 0.5 * x0 + (1 - abar[t - 1]) ** 0.5 * eps
+    return x
 
 
-def denoising_loss(net, data, abar):
-    """Mean squared error of the noise at one random time per point; data [N, 2], abar [T] float32."""
-    t, eps = torch.randint(len(abar), (len(data), 1)), torch.randn_like(data)
+# ---------------------------------------------------------------- training
+# In float64: 10,000 steps amplify float32's last bit, which differs between processors, to a tenth
+# of theta_r.
+def denoising_loss(theta, data, abar):
+    """Mean squared error of the noise at a random time per point; data [N, 2], abar [T] float64."""
+    t = torch.randint(len(abar), (len(data), 1))
+    eps = torch.randn_like(data)
     noisy = abar[t].sqrt() * data + (1 - abar[t]).sqrt() * eps
-    return (net(torch.cat([noisy, t / (len(abar) - 1)], 1)) - eps).square().mean()
+    predicted = predict_noise(theta, noisy, t.double() / (len(abar) - 1))
+    return (predicted - eps).square().mean()
 
 
-def train(theta, data, lr, epochs, config):
-    """Full-batch Adam from theta [4418] on data [N, 2]; {epoch: theta}."""
-    torch.empty(2**22)  # freeing 16 MB raises glibc's mmap threshold: no page faults in every step, 2.5x
-    net = network(theta)
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
-    abar, saved = cosine_schedule(config.noise_levels).float(), {}
-    for epoch in tqdm(range(1, max(epochs) + 1), desc="training", leave=False, mininterval=1):
+def train(theta, data, lr, epochs) -> dict[int, torch.Tensor]:
+    """Full-batch Adam from theta [4418] on data [N, 2], float64 -> theta after these epochs."""
+    torch.empty(2**22)  # freeing 16 MB raises glibc's mmap threshold: no page faults in every step
+    theta = theta.clone().requires_grad_()
+    optimizer = torch.optim.Adam([theta], lr=lr, fused=True)
+    abar = cosine_schedule(NOISE_LEVELS)
+
+    saved = {}
+    for epoch in progress(range(1, max(epochs) + 1), "training"):
         optimizer.zero_grad()
-        denoising_loss(net, data, abar).backward()
+        denoising_loss(theta, data, abar).backward()
         optimizer.step()
         if epoch in epochs:
-            saved[epoch] = parameters_to_vector(net.parameters()).detach()
+            saved[epoch] = theta.detach().clone()
     return saved
 
 
-def train_models(config):
-    """The real data [N, 2], theta_r [4418] and {setting: theta_s}, trained on samples at score scale zeta."""
-    torch.manual_seed(config.seed)
-    data, theta_s = torch.randn(config.real_points, 2) @ TARGET_ROOT, {}
-    start = torch.cat([(torch.rand(n) * 2 - 1) * k ** -0.5 for n, k in zip(SIZES, FAN_IN)])  # as nn.Linear
-    theta_r = train(start, data, config.base_lr, [config.base_steps], config)[config.base_steps]
-    for zeta in (1.1, 0.9):
-        torch.manual_seed(config.seed + 2**20)  # not the real data's noise again
-        z = torch.randn(config.real_points, 2)
-        synthetic = neon_ext.mlp_ddim(theta_r[None], z, cosine_schedule(config.sample_steps), zeta)[0]
-        saved = train(theta_r, synthetic, config.self_lr, config.self_epochs, config)
-        theta_s |= {f"zeta {zeta}, {epochs} epochs": theta for epochs, theta in saved.items()}
-    return {"data": data, "theta_r": theta_r, "theta_s": theta_s}
+def train_models(training: Training) -> Models:
+    """theta_r on real data, theta_s on samples of theta_r in every setting; rounded at the end."""
+    data = real_data(training.real_points, training.seed)
 
+    # The initial weights are the authors'. The noise is a stream of our own: theirs was a GPU's.
+    torch.manual_seed(training.seed)
+    start = initial_weights()
+    torch.manual_seed(training.seed)
+    steps = training.base_steps
+    theta_r = train(start, data.double(), training.base_lr, [steps])[steps]
 
-# ---------------------------------------------------------------- files
-def write_atomically(path: Path, write):
-    """write(temporary path), then rename: an interrupted run leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def finished(folder, config, name, make, *inputs):
-    """A part of the experiment: make(*inputs), or what an earlier run of the same code and config stored."""
-    code = Path(__file__).read_text(encoding="utf-8").split("# " + "-" * 64)[1:5]  # model to searches
-    key = hashlib.sha256(repr([config, code, torch.__version__]).encode()).hexdigest()[:12]
-    path = folder / f"{name}_{key}.pt"
-    if not path.exists():
-        # PyTorch's operations are too small for a second thread, and lose 10x waiting when a core is busy.
-        torch.set_num_threads(1 if make in (train_models, gradient_search, gradient_alignment) else THREADS)
-        torch.manual_seed(config.seed + 2**21)  # whatever ran before
-        part = make(*inputs)
-        folder.mkdir(exist_ok=True)
-        write_atomically(path, lambda temporary: torch.save({"key": key, "part": part}, temporary))
-        return part
-    with contextlib.suppress(Exception):  # whatever a damaged file makes of torch.load
-        stored = torch.load(path, weights_only=True)
-        if stored["key"] == key:
-            return stored["part"]
-    fail(f"the cache {path} is damaged or comes from another experiment: delete it and run again")
+    theta_s = {}
+    for zeta in training.zetas:
+        torch.manual_seed(training.seed + 2**20)  # noise of its own, the same for every zeta
+        z = torch.randn(training.real_points, 2, dtype=torch.float64)
+        with torch.no_grad():
+            synthetic = ddim(theta_r, z, zeta)
+        saved = train(theta_r, synthetic, training.self_lr, training.self_epochs)
+        for epochs, theta in saved.items():
+            theta_s[f"zeta {zeta}, {epochs} epochs"] = theta.float()
+    return Models(data, theta_r.float(), theta_s)
 
 
 # ---------------------------------------------------------------- scores
 @functools.lru_cache(maxsize=16)
 def sobol_normal(n: int, seed: int) -> torch.Tensor:
-    """n = 2^k scrambled Sobol points of N(0, I): [n, 2] float32."""
+    """n = 2^k scrambled Sobol points of N(0, I): [n, 2] float64."""
     u = qmc.Sobol(2, scramble=True, seed=seed).random_base2(n.bit_length() - 1)
-    return torch.from_numpy(ndtri(np.clip(u, 2.0**-33, 1 - 2.0**-33))).float()
+    return torch.from_numpy(ndtri(np.clip(u, 2.0**-33, 1 - 2.0**-33)))
 
 
 def frechet_to_target(mean, cov):
     """mean [..., 2], cov [..., 2, 2] float64 -> Fréchet distances to the exact target [...]."""
-    return neon_ext.frechet_distance(mean, cov, TARGET_MEAN, TARGET_COV)
+    return neon_ext.frechet_distance(mean, cov, *target())
 
 
-def sliced_w2(x, directions=32):
-    """Sliced squared 2-Wasserstein distance of x [N, 2] to the target, whose projections are Gaussian."""
-    angle = torch.arange(directions).double() * torch.pi / directions
+def sliced_w2(x):
+    """Sliced squared 2-Wasserstein distance of x [N, 2] to the target.
+
+    The target's projections are Gaussian: mean, standard deviation and quantiles are known exactly.
+    """
+    mean, cov = target()
+    angle = torch.arange(SW2_DIRECTIONS).double() * torch.pi / SW2_DIRECTIONS
     direction = torch.stack([angle.cos(), angle.sin()])  # [2, directions]
-    sigma = (direction * (TARGET_COV @ direction)).sum(0).sqrt()
-    quantile = torch.from_numpy(ndtri((np.arange(len(x)) + 0.5) / len(x)))
-    return ((x.double() @ direction).sort(0).values - quantile[:, None] * sigma).square().mean()
+    sigma = (direction * (cov @ direction)).sum(0).sqrt()  # [directions]
+
+    # In one dimension the optimal map pairs the sorted points with the quantiles.
+    quantile = torch.from_numpy(ndtri((np.arange(len(x)) + 0.5) / len(x)))  # [N]
+    projected = (x.double() @ direction).sort(0).values  # [N, directions]
+    return (projected - mean @ direction - quantile[:, None] * sigma).square().mean()
 
 
-class Scores:
-    """Scores of configurations w [6] between theta_r and theta_s [4418]."""
+@dataclass(frozen=True, eq=False)
+class Scorer:
+    """Scores of configurations w [6] between theta_r and theta_s [4418] float32."""
 
-    def __init__(self, theta_r, theta_s, config):
-        self.theta_r, self.theta_s, self.config = theta_r, theta_s, config
-        self.abar, self.exact = cosine_schedule(config.sample_steps), config.protocol == "exact"
+    theta_r: torch.Tensor
+    theta_s: torch.Tensor
+    scoring: Scoring
+
+    @property
+    def exact(self):
+        return self.scoring.protocol == "exact"
 
     def theta(self, W):
-        """W [G, 6] -> [G, 4418] float32 on the device."""
-        ends = (theta.to(self.config.device) for theta in (self.theta_r, self.theta_s))
-        return neon_ext.extrapolate_grid(*ends, OFFSETS, torch.tensor(np.array(W, dtype=float)))
+        """W [G][6] -> [G, 4418] float32 on the device."""
+        device = self.scoring.device
+        W = torch.as_tensor(W, dtype=torch.float64).to(device)
+        return neon_ext.extrapolate_grid(
+            self.theta_r.to(device), self.theta_s.to(device), OFFSETS, W
+        )
 
     def samples(self, w, n):
-        """w [6] -> [n, 2], from the same starting points for every w."""
-        z = sobol_normal(n, 1000).to(self.config.device)
-        return neon_ext.mlp_ddim(self.theta([w]), z, self.abar)[0].cpu()
+        """w [6] -> [n, 2] float32, from the same starting points for every w."""
+        theta = self.theta([w])
+        z = sobol_normal(n, 1000).float().to(theta.device)
+        abar = cosine_schedule(SAMPLE_STEPS).to(theta.device)
+        return neon_ext.mlp_ddim(theta, z, abar).cpu()[0]
 
-    def moments(self, W, n, seed=0):
-        """W [G, 6] -> means [G, 2] and covariances [G, 2, 2] of n samples each, float64 on the CPU."""
-        chunks = self.theta(W).split(729 if self.exact else 1)  # the authors draw anew for each configuration
-        moments = []
-        for theta in tqdm(chunks, desc="configurations", leave=False, disable=len(chunks) == 1):
-            z = (sobol_normal(n, seed) if self.exact else torch.randn(n, 2)).to(theta.device)
-            moments.append(neon_ext.mlp_ddim_moments(theta, z, self.abar, correction=int(not self.exact)))
-        return (torch.cat(parts).cpu() for parts in zip(*moments))
+    def moments(self, W, n, seed):
+        """W [G][6] -> means [G, 2], covariances [G, 2, 2] of n samples each, float64 on the CPU."""
+        theta = self.theta(W)
+        abar = cosine_schedule(SAMPLE_STEPS).to(theta.device)
+        if self.exact:
+            z = sobol_normal(n, seed).float().to(theta.device)
+            mean, cov = neon_ext.mlp_ddim_moments(theta, z, abar)
+            return mean.cpu(), cov.cpu()
 
-    def verified(self, w):
-        """Score of w [6] on point sets no search uses: FD, its standard error over the sets, and SW2."""
-        sets = 8 if self.exact else 1
-        parts = [self.moments([w], self.config.points, 1000 + k) for k in range(sets)]
-        mean, cov = map(torch.cat, zip(*parts))  # [sets, 2], [sets, 2, 2]
-        spread = mean - mean.mean(0)
-        fd = frechet_to_target(mean.mean(0), cov.mean(0) + spread.T @ spread / sets)
-        error = float(frechet_to_target(mean, cov).std() / sets ** 0.5) if sets > 1 else None
-        sw2 = float(sliced_w2(self.samples(w, 2**15)))
-        return {"w": list(w), "fd": float(fd), "fd_error": error, "sw2": sw2}
+        # The authors draw anew for each configuration; in float64, the same on every processor.
+        generator = torch.Generator().manual_seed(self.scoring.seed + 2**21 + seed)
+        means, covs = [], []
+        for one in progress(theta.split(1), "configurations"):
+            z = torch.randn(n, 2, dtype=torch.float64, generator=generator).float().to(theta.device)
+            mean, cov = neon_ext.mlp_ddim_moments(one, z, abar, correction=1)
+            means.append(mean.cpu())
+            covs.append(cov.cpu())
+        return torch.cat(means), torch.cat(covs)
+
+
+def fresh_score(scorer: Scorer, w) -> Score:
+    """Score of w [6] on point sets that no search uses: FD, its error over the sets, and SW2."""
+    sets = scorer.scoring.fresh_sets if scorer.exact else 1
+    means, covs = [], []
+    for k in range(sets):
+        mean, cov = scorer.moments([w], scorer.scoring.points, seed=1000 + k)
+        means.append(mean)
+        covs.append(cov)
+    mean, cov = torch.cat(means), torch.cat(covs)  # [sets, 2], [sets, 2, 2]
+
+    # FD of all sets together: the covariance within them and between their means.
+    spread = mean - mean.mean(0)
+    fd = frechet_to_target(mean.mean(0), cov.mean(0) + spread.T @ spread / sets)
+    error = None
+    if sets > 1:
+        error = float(frechet_to_target(mean, cov).std() / sets**0.5)
+    sw2 = sliced_w2(scorer.samples(w, scorer.scoring.sw2_points))
+    return Score(list(w), float(fd), error, float(sw2))
 
 
 # ---------------------------------------------------------------- searches
-def ranking(scores, W, delta=None):
-    """Few points for all of W [G][6], many for the survivors; fd and points [G] are of each last round."""
-    begin, n = time.perf_counter(), scores.config.points
-    rounds = [(n // 64, 64), (n // 8, 4), (n, 1)] if scores.exact else [(n // 100 if delta else n, 1)]
-    W, fd, points = np.array(W), np.full(len(W), np.inf), np.zeros(len(W), dtype=int)
-    alive, took = np.arange(len(W)), {"evaluations": 0}
+def ranking(scorer: Scorer, W, rounds) -> Ranking:
+    """The best of W [G][6]: each round (points, survivors) scores the survivors of the last."""
+    begin = time.perf_counter()
+    W = torch.as_tensor(W, dtype=torch.float64)
+    fd = np.full(len(W), np.inf)
+    points = np.zeros(len(W), dtype=int)
+    alive = np.arange(len(W))
+    evaluations = 0
+
     for n, survivors in rounds:
-        fd[alive], points[alive] = frechet_to_target(*scores.moments(W[alive], n)), n
-        took["evaluations"] += len(alive)
+        mean, cov = scorer.moments(W[alive], n, seed=0)
+        fd[alive] = frechet_to_target(mean, cov)
+        points[alive] = n
+        evaluations += len(alive)
         alive = alive[np.argsort(fd[alive], kind="stable")[:survivors]]
-    took["seconds"] = time.perf_counter() - begin
-    best = ({"delta": delta} if delta else {}) | scores.verified(W[alive[0]].tolist()) | took
-    return {"best": best, "W": W.tolist(), "fd": fd.tolist(), "points": points.tolist()}
+
+    seconds = time.perf_counter() - begin
+    return Ranking(W[alive[0]].tolist(), W, fd.tolist(), points.tolist(), evaluations, seconds)
 
 
-def layer_grid(scores, w_star, delta):
-    """{w* - delta, w*, w* + delta}^6 around the global optimum."""
-    steps = np.round(w_star + delta * np.arange(-1, 2), 9)
-    return ranking(scores, list(itertools.product(steps, repeat=6)), delta)
+def refinement(scoring: Scoring):
+    """Few points for all, many for the survivors: (points, survivors) of each round."""
+    return [(scoring.points // divisor, survivors) for divisor, survivors in scoring.rounds]
 
 
-def ddim_plain(net, z, abar):
-    """The fused sampler's trajectory in plain PyTorch, differentiable; z [N, 2] -> [N, 2]."""
-    x, a = z, [1.0, *abar.tolist()]
-    for t in range(len(abar), 0, -1):
-        eps = net(torch.cat([x, torch.full_like(x[:, :1], (t - 1) / (len(abar) - 1))], 1))
-        x0 = (x - (1 - a[t]) ** 0.5 * eps) / a[t] ** 0.5
-        x = a[t - 1] ** 0.5 * x0 + (1 - a[t - 1]) ** 0.5 * eps
-    return x
+def global_sweep(scorer: Scorer, weights) -> Ranking:
+    """One weight for all layers."""
+    rounds = [(scorer.scoring.points, 1)]
+    if scorer.exact:
+        rounds = refinement(scorer.scoring)[1:]  # it is drawn as a curve: nothing coarse
+    return ranking(scorer, [[w] * 6 for w in weights], rounds)
 
 
-def gradient_search(scores, objective, start, evaluations=60):
-    """scipy's L-BFGS-B from start: objective (fd or sw2) and exact gradient on at most 8192 Sobol points."""
-    begin, fds, best = time.perf_counter(), [], (np.inf, None)
-    z = sobol_normal(2 ** min(13, scores.config.points.bit_length() - 3), 7)
+def layer_grid(scorer: Scorer, w_star: float, delta: float) -> Ranking:
+    """{w* - delta, w*, w* + delta}^6 around the best global weight."""
+    steps = [round(w_star + k * delta, 12) for k in (-1, 0, 1)]
+    rounds = [(scorer.scoring.points // 100, 1)]  # as the authors
+    if scorer.exact:
+        rounds = refinement(scorer.scoring)
+    return ranking(scorer, list(itertools.product(steps, repeat=6)), rounds)
 
-    def value(w):
-        nonlocal best
-        if len(fds) == evaluations:
-            raise StopIteration
-        net = network(scores.theta([w])[0].cpu())
-        x = ddim_plain(net, z, scores.abar).double()
+
+class BudgetSpent(Exception):
+    """A search has used its evaluations."""
+
+
+class Objective:
+    """FD or SW2 and its gradient in the six weights; counts evaluations and keeps the best."""
+
+    def __init__(self, scorer: Scorer, search: Search, objective: str):
+        self.theta_r = scorer.theta_r.double()
+        self.drift = scorer.theta_s.double() - self.theta_r
+        points = min(search.points, scorer.scoring.points // 4)
+        self.z = sobol_normal(2 ** (points.bit_length() - 1), 7)  # a power of two of them
+        self.objective, self.evaluations = objective, search.evaluations
+        self.fds, self.best, self.w = [], np.inf, None
+
+    def __call__(self, w):
+        """w [6] -> value, gradient [6]."""
+        if len(self.fds) == self.evaluations:
+            raise BudgetSpent
+
+        # Rounded, in and out, far below what matters: the last bits, which differ between machines,
+        # would grow from step to step into another path.
+        w = np.round(w, 6)
+        weights = torch.tensor(w, dtype=torch.float64, requires_grad=True)
+        theta = self.theta_r - weights.repeat_interleave(torch.tensor(SIZES)) * self.drift
+        x = ddim(theta, self.z)
         centred = x - x.mean(0)
-        loss = {"fd": frechet_to_target(x.mean(0), centred.T @ centred / len(x)), "sw2": sliced_w2(x)}
-        slope = parameters_to_vector(torch.autograd.grad(loss[objective], list(net.parameters())))
-        fds.append(loss["fd"].item())
-        best = min(best, (loss[objective].item(), w.tolist()))
-        gradient = [float(part.sum()) for part in (slope * (scores.theta_r - scores.theta_s)).split(SIZES)]
-        return loss[objective].item(), gradient
+        fd = frechet_to_target(x.mean(0), centred.T @ centred / len(x))
+        loss = fd if self.objective == "fd" else sliced_w2(x)
+        (gradient,) = torch.autograd.grad(loss, weights)
 
-    with contextlib.suppress(StopIteration):
-        scipy.optimize.minimize(value, np.full(6, start), jac=True, method="L-BFGS-B", bounds=[(-20, 20)] * 6,
-                                options={"ftol": 1e-9, "gtol": 1e-9})  # below the integral's own error
-    took = {"evaluations": len(fds), "seconds": time.perf_counter() - begin}
-    return {"best": {"objective": objective, "start": start, **scores.verified(best[1]), **took}, "fd": fds}
+        self.fds.append(fd.item())
+        if loss.item() < self.best:
+            self.best, self.w = loss.item(), w.tolist()
+        return round(loss.item(), 12), gradient.numpy().round(9)
 
 
-def gradient_alignment(theta_r, config, points=100_000, passes=16):
-    """Cosine of the gradients on real and synthetic data, weighted by Adam's preconditioner, for 46 zetas."""
-    net, abar = network(theta_r), cosine_schedule(config.noise_levels).float()
-    z, real_z = torch.randn(2, points, 2)  # shared points would align the gradients of their own noise
-
-    def gradients(data, seed):  # [passes, 4418]
-        torch.manual_seed(seed)
-        losses = (denoising_loss(net, data, abar) for _ in range(passes))
-        return torch.stack([parameters_to_vector(torch.autograd.grad(loss, list(net.parameters())))
-                            for loss in losses])
-
-    real, decay = gradients(real_z @ TARGET_ROOT, config.seed + 2**22), 0.999 ** torch.arange(passes).flip(0)
-    weight, real = 1 / ((decay @ real.square() / decay.sum()).sqrt() + 1e-8), real.mean(0)
-    curve = {"zeta": np.linspace(0.8, 1.2, 46).tolist(), "cosine": []}
-    for zeta in tqdm(curve["zeta"], desc="gradient alignment", leave=False):
-        synthetic = neon_ext.mlp_ddim(theta_r[None], z, cosine_schedule(config.sample_steps), zeta)[0]
-        g = gradients(synthetic, config.seed + 2**23).mean(0)  # the same noise for every zeta
-        cosine = (weight * g * real).sum() / ((weight * g * g).sum() * (weight * real * real).sum()).sqrt()
-        curve["cosine"].append(float(cosine))
-    return curve
+def descend(scorer: Scorer, search: Search, objective: str, start: str, w_start: float) -> Descent:
+    """scipy's L-BFGS-B from w_start in all layers."""
+    begin = time.perf_counter()
+    value = Objective(scorer, search, objective)
+    with contextlib.suppress(BudgetSpent):
+        scipy.optimize.minimize(
+            value,
+            np.full(6, w_start),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=[(-search.bound, search.bound)] * 6,
+            options={"ftol": search.tolerance, "gtol": search.tolerance},
+        )
+    return Descent(objective, start, value.w, value.fds, time.perf_counter() - begin)
 
 
-def experiment(config, args):
-    """Every part for one seed; each is kept in the seed's folder as soon as it is finished."""
-    part = functools.partial(finished, args.out / f"seed_{config.seed}", config)
-    models = part("models", train_models, config)
-    scores = {name: Scores(models["theta_r"], theta_s, config) for name, theta_s in models["theta_s"].items()}
-    sweeps = {name: part(f"sweep of {name}", ranking, scores[name], [[w] * 6 for w in GLOBAL_W])
-              for name in tqdm(scores, desc="global sweeps", leave=False)}
-    main = f"zeta 1.1, {config.self_epochs[-1]} epochs"
-    scores, w_star = scores[main], sweeps[main]["best"]["w"][0]
-    found = {"base": {"best": part("base", scores.verified, [0.0] * 6)},
-             "collapsed": {"best": part("collapsed", scores.verified, [-1.0] * 6)}, "global": sweeps[main]}
-    for delta in tqdm(args.delta, desc="layer-wise grids", leave=False):
-        found[f"delta {delta:g}"] = part(f"grid {delta}", layer_grid, scores, w_star, delta)
-    starts = {"global": w_star, "zero": 0.0}
-    searches = list(itertools.product(("fd", "sw2"), starts)) if args.search else []
-    for objective, start in tqdm(searches, desc="gradient searches", leave=False):
-        name = f"gradient on {objective} from {start}"
-        found[name] = part(name, gradient_search, scores, objective, starts[start])
-    aligned = args.alignment and config.seed == args.seed  # one curve, from the first seed
-    curve = part("alignment", gradient_alignment, models["theta_r"], config) if aligned else None
-    best = {name: search["best"] for name, search in found.items()}
-    summary = {"seed": config.seed, "base": best["base"], "collapsed": best["collapsed"],
-               "global": best["global"] | {"w": w_star},
-               "layerwise": [row for row in best.values() if "delta" in row],
-               "search": sorted((row for row in best.values() if "start" in row), key=lambda row: row["fd"]),
-               "global_optima": {name: sweep["best"] for name, sweep in sweeps.items()}, "alignment": curve}
-    return {"data": models["data"], "scores": scores, "sweeps": sweeps, "found": found, "best": best,
-            "summary": summary}
+# ---------------------------------------------------------------- gradient alignment
+def batch_gradients(theta, data, alignment: Alignment, seed: int) -> torch.Tensor:
+    """Gradients of the training loss in passes over data [N, 2], one a batch: [batches, 4418]."""
+    torch.manual_seed(seed)
+    abar = cosine_schedule(NOISE_LEVELS)
+    gradients = []
+    for _ in range(alignment.passes):
+        for batch in data.split(alignment.batch):
+            loss = denoising_loss(theta, batch, abar)
+            gradients.append(torch.autograd.grad(loss, theta)[0])
+    return torch.stack(gradients)
+
+
+def preconditioner(gradients, alignment: Alignment) -> torch.Tensor:
+    """Adam's after these gradients [batches, 4418] -> [4418]; the batches' noise is part of it."""
+    v = torch.zeros_like(gradients[0])
+    for gradient in gradients:
+        v = alignment.decay * v + (1 - alignment.decay) * gradient.square()
+    v = v / (1 - alignment.decay ** len(gradients))
+    return 1 / (v.sqrt() + alignment.epsilon)
+
+
+def gradient_alignment(theta_r, alignment: Alignment) -> Curve:
+    """Cosine of the gradients on real and synthetic data for each zeta, weighted as Adam does."""
+    theta = theta_r.double().requires_grad_()
+    mean, cov = target()
+
+    # Points of their own for either side: shared ones would align the gradients of their noise.
+    torch.manual_seed(alignment.seed + 2**21)
+    z, real_z = torch.randn(2, alignment.points, 2, dtype=torch.float64)
+    real = mean + real_z @ torch.linalg.cholesky(cov).T
+    gradients = batch_gradients(theta, real, alignment, alignment.seed + 2**22)
+    weight, real_gradient = preconditioner(gradients, alignment), gradients.mean(0)
+
+    def product(a, b):
+        return (weight * a * b).sum()
+
+    cosines = []
+    for zeta in progress(alignment.zetas, "gradient alignment"):
+        abar = cosine_schedule(SAMPLE_STEPS)
+        synthetic = neon_ext.mlp_ddim(theta_r[None], z.float(), abar, zeta)[0].double()
+        # The same noise for every zeta, and not the real side's.
+        g = batch_gradients(theta, synthetic, alignment, alignment.seed + 2**23).mean(0)
+        norms = product(g, g) * product(real_gradient, real_gradient)
+        cosines.append(float(product(g, real_gradient) / norms.sqrt()))
+    return Curve(list(alignment.zetas), cosines)
+
+
+# ---------------------------------------------------------------- files
+def fail(message, code=2):
+    """Something the user can mend: one line and the exit code."""
+    print(f"toy_neon: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def progress(items, what):
+    """A bar on a terminal, nothing in a log."""
+    return tqdm(items, desc=what, leave=False, mininterval=1, disable=None)
+
+
+@contextlib.contextmanager
+def threads(count):
+    """PyTorch's threads inside the block: on a busy core, waiting for a second costs 10x."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def write_atomically(path, write):
+    """Text, or what write(temporary path) leaves, then rename: either the old or the new."""
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
+        part = Path(folder) / path.name  # torch.save writes the name into the file
+        try:
+            if isinstance(write, str):
+                part.write_text(write, "utf-8")
+            else:
+                write(part)
+        except RuntimeError as error:  # torch's and safetensors' for a full disk
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{path} cannot be written, is the disk full? ({reason})") from error
+        os.replace(part, path)
+
+
+def remove_orphans(folder):
+    """Temporary folders that a killed run has left."""
+    for part in folder.glob(".part-*"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def fingerprint(value) -> str:
+    """Hash of the content of plain data, tensors and dataclasses."""
+    if dataclasses.is_dataclass(value):
+        value = {"class": type(value).__name__, **vars(value)}
+
+    if isinstance(value, torch.Tensor):
+        content = repr((value.dtype, value.shape)).encode() + value.contiguous().numpy().tobytes()
+    elif isinstance(value, dict):
+        content = repr([(key, fingerprint(item)) for key, item in value.items()]).encode()
+    elif isinstance(value, list | tuple):
+        content = repr([fingerprint(item) for item in value]).encode()
+    elif value is None or type(value) in (bool, int, float, str):
+        content = repr(value).encode()
+    else:
+        raise TypeError(f"no fingerprint of {type(value)}")
+    return hashlib.sha256(content).hexdigest()
+
+
+def finished(folder: Path, name: str, kind: type, make, *inputs):
+    """A part of the experiment: make(*inputs), or what an earlier run stored for the same inputs.
+
+    The key is a hash of all that determines the part: its inputs by content, earlier parts among
+    them, the constants, the packages' versions and the version of the part's own code.
+    """
+    key = fingerprint([name, kind.__name__, kind.version, constants(), inputs])
+    path = folder / f"{name}, {key[:16]}.pt"
+    if path.exists():
+        return read_part(path, key, kind)
+
+    part = make(*inputs)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {"key": key, "content": fingerprint(vars(part)), "part": vars(part)}
+    write_atomically(path, functools.partial(torch.save, stored))
+    return part
+
+
+# What torch.load and the checks below make of a damaged or foreign file.
+BAD_FILE = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    AttributeError,
+    pickle.UnpicklingError,
+)
+
+
+def read_part(path: Path, key: str, kind: type):
+    try:
+        stored = torch.load(path, weights_only=True)
+        if stored["key"] != key or stored["content"] != fingerprint(stored["part"]):
+            raise ValueError("not what its name says")
+        return kind(**stored["part"])
+    except BAD_FILE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        fail(f"{path} is damaged or foreign: delete it and run again ({reason})")
 
 
 # ---------------------------------------------------------------- report
-def print_table(runs):
-    """Mean and standard deviation over seeds (of one: FD's numerical error), and how many beat global."""
-    print(f"\n{f'seeds: {len(runs)}':<28}FD{'SW2':>21}{'paper FD':>28}   seeds beating global: FD, SW2")
-    scores = {name: np.array([[run["best"][name][score] for score in ("fd", "sw2")] for run in runs])
-              for name in runs[0]["best"]}  # [seeds, 2]
+def shortest(number: float) -> str:
+    """1.0 -> "1", 0.1234567 -> "0.1234567": different numbers, different names."""
+    return repr(float(number)).removesuffix(".0")
+
+
+def table_over_seeds(runs) -> list[dict]:
+    """For each row: mean and standard deviation over seeds, and how many seeds beat global."""
+
+    def column(name):
+        return np.array([[run.scores[name].fd, run.scores[name].sw2] for run in runs])  # [seeds, 2]
+
     table = []
-    for name, ours in scores.items():
-        best, mean, wins = runs[0]["best"][name], ours.mean(0), (ours < scores["global"]).sum(0).tolist()
-        std = ours.std(0, ddof=1).tolist() if len(runs) > 1 else [best["fd_error"], None]
-        table.append({"name": name, "mean": mean.tolist(), "std": std, "better_than_global": wins})
-        spread, weights = ("" if v is None else f"+- {v:.6f}" for v in std), np.round(best["w"], 2)
-        print(f"{name:<27} {mean[0]:.6f} {next(spread):<11} {mean[1]:.6f} {next(spread):<11} "
-              f"{PAPER_FD.get(name, ''):>9}   {wins[0]}, {wins[1]}  {weights if len(runs) == 1 else ''}")
+    for name, first in runs[0].scores.items():
+        ours = column(name)
+        # One seed has no spread; FD's numerical error stands in its place.
+        std = ours.std(0, ddof=1).tolist() if len(runs) > 1 else [first.fd_error, None]
+        wins = (ours < column("global")).sum(0).tolist()
+        row = {"name": name, "mean": ours.mean(0).tolist(), "std": std, "better_than_global": wins}
+        table.append(row)
     return table
 
 
-def draw(path, *panels, width=5, height=4):
-    """One picture: panels of (curves, settings of the axis), a curve being (x, y, style, label)."""
-    figure = Figure((width * len(panels), height), layout="constrained")
-    for axis, (curves, settings) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        for x, y, style, label in curves:
-            axis.plot(x, y, style, label=label, markersize=3)
-        axis.set(**settings)
-        if label:
-            axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=80, format="png"))
+def digits(value: float) -> str:
+    """As many as are the same on every machine."""
+    return f"{value:.5f}" if value >= 1e-3 else f"{value:.1e}"
 
 
-def pictures(out, run):
-    best, log = run["best"], {"yscale": "log"}
-    grids = {name: row for name, row in best.items() if "delta" in row}
-    deltas, fds, sw2s = zip(*((row["delta"], row["fd"], row["sw2"]) for row in grids.values()))
-    curves = [(GLOBAL_W, sweep["fd"], "-", f"{name}, best w = {sweep['best']['w'][0]:g}")
-              for name, sweep in run["sweeps"].items()]
-    draw(out / "score_against_w.png", (curves, log | {"xlabel": "w, all layers", "ylabel": "FD"}), width=7)
-    weights = [(LAYERS, row["w"], "o-", name) for name, row in grids.items()]
-    curves = [(deltas, fds, "o-", "FD, ours"), (deltas, sw2s, "s-", "SW2, ours, not searched"),
-              (deltas, [best["global"]["fd"]] * len(grids), ":", "FD, global optimum, ours"),
-              (DELTAS, list(PAPER_FD.values())[2:], "x--", "FD, paper")]
-    draw(out / "layers_and_deltas.png", (weights, {"ylabel": "weight of the winner"}),
-         (curves, log | {"xlabel": "delta", "ylabel": "score of the winner"}))
-    circle = np.exp(1j * np.linspace(0, 2 * np.pi, 200))
-    ellipse = 2 * TARGET_ROOT.T.numpy() @ [circle.real, circle.imag]
-    names = ("base", "collapsed", "global", min(grids, key=lambda name: grids[name]["fd"]))
-    clouds = {"real": run["data"]} | {name: run["scores"].samples(best[name]["w"], 1024) for name in names}
-    axis = {"aspect": "equal", "xlim": (-5, 5), "ylim": (-5, 5)}
-    draw(out / "samples.png", *(([(*points.T, ".", ""), (*ellipse, "-", "")], axis | {"title": name})
-                                for name, points in clouds.items()), width=2.6, height=2.9)
-    curves = [(range(1, 1 + len(search["fd"])), np.minimum.accumulate(search["fd"]),
-               "-" if name in grids else "--", name)
-              for name, search in run["found"].items() if "fd" in search and name != "global"]
-    axis = {"xscale": "log", "yscale": "log", "xlabel": "evaluations", "ylabel": "best FD so far"}
-    draw(out / "search.png", (curves, axis), width=7, height=5)
-    if run["summary"]["alignment"]:
-        ours, paper = run["summary"]["alignment"].values(), ((0.9, 1.1), (0.127, -0.175))
-        axis = {"xlabel": "zeta of the samples", "ylabel": "cosine with the real gradient"}
-        draw(out / "alignment.png", ([(*ours, "-", "ours"), (*paper, "x", "paper")], axis))
+def print_table(table, runs):
+    paper = PAPER_ROWS | {
+        f"delta {shortest(d)}": fd for d, fd in zip(DELTAS, PAPER_FD, strict=True)
+    }
+    weights = "weights: input, blocks 0 to 3, output"
+    last = weights if len(runs) == 1 else "seeds better than global: FD, SW2"
+    print(f"\n{f'seeds: {len(runs)}':<29}{'FD':<20}{'SW2':<20}{'paper FD':<10}{last}")
+
+    for row in table:
+        name, cells = row["name"], []
+        for mean, std in zip(row["mean"], row["std"], strict=True):
+            cells.append(digits(mean) if std is None else f"{digits(mean)} +- {digits(std)}")
+        last = ", ".join(map(str, row["better_than_global"]))
+        if len(runs) == 1:
+            last = ", ".join(f"{w:.2f}" for w in runs[0].scores[name].w)
+        print(f"{name:<29}{cells[0]:<20}{cells[1]:<20}{paper.get(name, ''):<10}{last}")
+
+
+def summary_of(run: Run) -> dict:
+    """One seed's results as they stand in summary.json."""
+
+    def cost(ranking):
+        return {"evaluations": ranking.evaluations, "seconds": ranking.seconds}
+
+    optima = {name: vars(score) | cost(run.sweeps[name]) for name, score in run.optima.items()}
+    layerwise = []
+    for delta, grid in run.grids.items():
+        layerwise.append(
+            {"delta": delta} | vars(run.scores[f"delta {shortest(delta)}"]) | cost(grid)
+        )
+    searches = []
+    for row, found in run.descents.items():
+        about = {"objective": found.objective, "start": found.start}
+        took = {"evaluations": len(found.fd), "seconds": found.seconds}
+        searches.append(about | vars(run.scores[row]) | took)
+
+    return {
+        "seed": run.seed,
+        "base": vars(run.scores["base"]),
+        "collapsed": vars(run.scores["collapsed"]),
+        "global": optima[run.main] | {"w": run.scores["global"].w[0]},
+        "layerwise": layerwise,
+        "search": sorted(searches, key=lambda row: row["fd"]),
+        "global_optima": optima,
+        "alignment": vars(run.alignment) if run.alignment else None,
+    }
+
+
+def grid_csv(grid: Ranking) -> str:
+    """All configurations of a grid, their scores and on how many points."""
+    columns = [f"w_{layer.replace(' ', '_')}" for layer in LAYERS]
+    lines = [",".join([*columns, "fd", "points"])]
+    for w, fd, points in zip(grid.W.tolist(), grid.fd, grid.points, strict=True):
+        lines.append(",".join([*map(shortest, w), f"{fd:.7g}", str(points)]))
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------- pictures
+def new_figure(width, height, mosaic):
+    """A figure of this many inches and its axes by name."""
+    figure = Figure((width, height), layout="constrained")
+    axes = figure.subplot_mosaic(mosaic)
+    for axis in axes.values():
+        axis.grid(alpha=0.3)
+    return figure, axes
+
+
+def save(figure, path):
+    write_atomically(path, functools.partial(figure.savefig, dpi=150))
+
+
+def shade(k, n):
+    """One colour a delta, dark to light."""
+    return colormaps["viridis"](0.9 * k / max(n - 1, 1))
+
+
+def draw_sweeps(path, run: Run):
+    """FD against the weight of all layers, in the four settings."""
+    figure, axes = new_figure(6, 4.6, [["fd"]])
+    axis = axes["fd"]
+    base = run.scores["base"].fd
+    top = 2 * base  # a collapsed network's score would flatten the rest
+    interesting = [0.0]
+    for k, (setting, sweep) in enumerate(run.sweeps.items()):
+        w, fd, best = sweep.W[:, 0].numpy(), np.array(sweep.fd), run.optima[setting]
+        interesting.extend(w[fd < top])
+        axis.plot(w, fd, color=f"C{k}", label=f"{setting}, best w = {best.w[0]:g}")
+        axis.plot(best.w[0], best.fd, "o", color=f"C{k}")
+        axis.plot(*PAPER_OPTIMA[setting], "x", color=f"C{k}", markersize=8, markeredgewidth=2)
+
+    axis.axhline(base, color="black", linestyle=":", label="base, w = 0")
+    axis.plot([], [], "o", color="gray", label="our optimum")
+    axis.plot([], [], "x", color="gray", markersize=8, markeredgewidth=2, label="paper's optimum")
+    axis.set(xlim=(min(interesting), max(interesting)), ylim=(0, top), ylabel="FD")
+    axis.set(
+        xlabel="w, the same for all layers", title=f"One weight for all layers (seed {run.seed})"
+    )
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    save(figure, path)
+
+
+def draw_deltas(path, runs):
+    """The winners' weights as bars and, where there are several deltas, their scores."""
+    first, deltas = runs[0], list(runs[0].grids)
+    several = len(deltas) > 1
+    mosaic = [["weights", "weights"], ["fd", "sw2"]] if several else [["weights"]]
+    figure, axes = new_figure(8.5, 6.5 if several else 3.2, mosaic)
+
+    axis, width = axes["weights"], 0.8 / len(deltas)
+    for k, (delta, grid) in enumerate(first.grids.items()):
+        left = np.arange(6) - 0.4 + (k + 0.5) * width
+        axis.bar(left, grid.w, width, color=shade(k, len(deltas)), label=f"delta {delta:g}")
+    w_star = first.scores["global"].w[0]
+    axis.axhline(w_star, color="black", linestyle=":", label=f"global, {w_star:g}")
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xticks(range(6), LAYERS)
+    axis.set(ylabel="weight of the winner", title=f"Layer-wise winners (seed {first.seed})")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+    if several:
+        draw_scores(axes["fd"], runs, "fd", "FD, which the grid ranks by")
+        draw_scores(axes["sw2"], runs, "sw2", "SW2, which no search has seen")
+    save(figure, path)
+
+
+def draw_scores(axis, runs, score: str, title: str):
+    """fd or sw2 of the winners against delta, its mean and standard deviation over seeds."""
+    deltas = list(runs[0].grids)
+    rows = [f"delta {shortest(delta)}" for delta in deltas]
+    ours = np.array([[getattr(run.scores[row], score) for row in rows] for run in runs])
+    mean, label = ours.mean(0), "ours"
+    if len(runs) > 1:
+        std, label = ours.std(0, ddof=1), f"ours, mean and std of {len(runs)} seeds"
+        axis.fill_between(deltas, mean - std, mean + std, color="C0", alpha=0.2)
+    axis.plot(deltas, mean, "o-", color="C0", label=label)
+
+    best_global = np.mean([getattr(run.scores["global"], score) for run in runs])
+    axis.axhline(best_global, color="C0", linestyle=":", label="ours, one weight")
+    if score == "fd":
+        axis.plot(DELTAS, PAPER_FD, "x--", color="C1", label="paper, one run")
+    axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # room for the legend
+    axis.set(xlabel="delta", ylabel=score.upper(), title=title)
+    axis.legend(fontsize=8)
+
+
+def draw_samples(path, run: Run):
+    """Real points and samples, with the target's ellipse at one and two standard deviations."""
+    best = min((f"delta {shortest(d)}" for d in run.grids), key=lambda row: run.scores[row].fd)
+    scorer = Scorer(run.models.theta_r, run.models.theta_s[run.main], Scoring())
+    clouds = {"real data": run.models.data}
+    for row in ("base", "collapsed", "global", best):
+        score = run.scores[row]
+        clouds[f"{row}: FD {digits(score.fd)}"] = scorer.samples(score.w, 1024)
+
+    mean, cov = target()
+    circle = torch.linspace(0, 2 * torch.pi, 200).double()
+    ellipse = torch.linalg.cholesky(cov) @ torch.stack([circle.cos(), circle.sin()])  # [2, 200]
+    figure, axes = new_figure(12.5, 2.7, [list(clouds)])
+    for title, points in clouds.items():
+        axes[title].plot(*points.T, ".", markersize=2)
+        for deviations in (1, 2):
+            axes[title].plot(*(mean[:, None] + deviations * ellipse), color="C3")
+        axes[title].set(aspect="equal", xlim=(-5, 5), ylim=(-5, 5))
+        axes[title].set(xticks=range(-4, 5, 2), yticks=range(-4, 5, 2))
+        axes[title].set_title(title, fontsize=10)
+    save(figure, path)
+
+
+def draw_search(path, run: Run):
+    """The best FD so far of every grid and every gradient search."""
+    both = bool(run.descents)
+    figure, axes = new_figure(
+        11 if both else 6.5, 4, [["grids", "searches"] if both else ["grids"]]
+    )
+    for k, (delta, grid) in enumerate(run.grids.items()):
+        best, color = np.minimum.accumulate(grid.fd), shade(k, len(run.grids))
+        axes["grids"].plot(range(1, 1 + len(best)), best, color=color, label=f"delta {delta:g}")
+    axes["grids"].set(
+        xlabel="configurations of the grid, in order", title=f"Grids (seed {run.seed})"
+    )
+
+    for row, found in run.descents.items():
+        best = np.minimum.accumulate(found.fd)
+        style = "-" if found.start == "global" else "--"
+        color = "C0" if found.objective == "fd" else "C1"
+        label = row.removeprefix("gradient ")
+        axes["searches"].plot(range(1, 1 + len(best)), best, style, color=color, label=label)
+    if both:
+        axes["searches"].set(xlabel="evaluations", title="Gradient searches")
+    for axis in axes.values():
+        axis.set(yscale="log", ylabel="best FD so far")
+        axis.legend(fontsize=8)
+    save(figure, path)
+
+
+def draw_alignment(path, curve: Curve):
+    """Cosine of the real and the synthetic gradient against zeta."""
+    figure, axes = new_figure(5, 3.5, [["cosine"]])
+    axis = axes["cosine"]
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.plot(curve.zeta, curve.cosine, label="ours")
+    axis.plot(*PAPER_ALIGNMENT, "x", color="C1", markeredgewidth=2, label="paper")
+    axis.set(xlabel="zeta, score scale of the samples", ylabel="cosine with the real gradient")
+    axis.legend(fontsize=8)
+    save(figure, path)
 
 
 # ---------------------------------------------------------------- command line
-def deltas(text):
-    """"0.4,1.0" or "all" -> floats."""
+def delta_list(text):
+    """ "0.4,1.0" or "all" -> floats."""
     values = DELTAS if text == "all" else sorted(set(map(float, text.split(","))))
-    if not all(0 < value <= 100 for value in values):
+    if not all(1e-6 <= value <= 100 for value in values):
         raise ValueError
     return values
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error, add = lambda message: fail(f"{message} (see --help)"), parser.add_argument
-    add("--delta", type=deltas, default=[1.72], help="spacing of the grid, 1.72; several by commas, or all")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawTextHelpFormatter
+    parser.error = lambda message: fail(f"{message} (see --help)")
+    add = parser.add_argument
+    add("--delta", type=delta_list, default=[1.72], help="spacing of the grid: 1.72, several, all")
     add("--seed", type=int, default=42)
     add("--seeds", type=int, default=1, help="repeat for this many seeds from --seed on")
-    add("--protocol", choices=["exact", "paper"], default="exact", help="Sobol points or the authors' draws")
-    add("--points", type=int, help="the most points one score takes: 32768, or 1000000 for --protocol paper")
+    add(
+        "--protocol", choices=["exact", "paper"], default="exact", help="Sobol or the paper's draws"
+    )
+    add("--points", type=int, help="most points of one score: 32768; --protocol paper: 1000000")
     add("--search", choices=["gradient"], help="also search the six weights by exact gradients")
     add("--alignment", action="store_true", help="also the gradient-alignment curve, first seed")
-    add("--base-steps", type=int, default=Config.base_steps, help="training steps of the base model")
+    add("--base-steps", type=int, default=Training.base_steps, help="training steps of the base")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where configurations are scored")
-    add("--out", type=Path, default=Path("results/toy"))
+    add("--out", type=Path, default=Path("runs/toy"), help="folder of one study: runs/toy")
     args = parser.parse_args(argv)
-    args.points = args.points or (Config.points if args.protocol == "exact" else 1_000_000)
-    if args.seeds < 1 or args.base_steps < 1 or not 0 <= args.seed < 2**31:
-        fail("--seeds and --base-steps must be at least 1, --seed at least 0")
-    if not 512 <= args.points <= 2**24 or args.protocol == "exact" and args.points.bit_count() > 1:
+
+    exact = args.protocol == "exact"
+    if args.points is None:
+        args.points = Scoring.points if exact else 1_000_000
+    if args.seeds < 1 or args.base_steps < 1:
+        fail("--seeds and --base-steps must be at least 1")
+    if not 0 <= args.seed <= 2**31 - args.seeds:
+        fail(f"--seed {args.seed}: seeds go from 0 to {2**31 - 1}")
+    if not 512 <= args.points <= 2**24 or (exact and args.points.bit_count() > 1):
         fail(f"--points {args.points}: give a power of two from 512 to {2**24}")
     if neon_ext is None:
-        fail("the extension neon_ext is not built: run `pip install --no-build-isolation .` here first")
-    if args.device == "cuda" and not (torch.cuda.is_available() and neon_ext.build_config()["cuda"]):
+        fail(f"neon_ext is not built ({import_error}): run `pip install --no-build-isolation .`")
+    if args.device == "cuda" and not (
+        torch.cuda.is_available() and neon_ext.build_config()["cuda"]
+    ):
         fail("--device cuda: no usable GPU, or neon_ext was built without CUDA; use --device cpu")
-    args.out.mkdir(parents=True, exist_ok=True)
-    if not os.access(args.out, os.W_OK):
-        fail(f"--out {args.out} cannot be written: choose another folder")
     return args
 
 
+def write_results(args, runs, about):
+    """Grids, pictures and summary.json; what another study has left of them in this folder goes."""
+    for old in [*args.out.glob("grid_*.csv"), args.out / "alignment.png"]:
+        old.unlink(missing_ok=True)
+    for delta, grid in runs[0].grids.items():
+        write_atomically(args.out / f"grid_{shortest(delta)}.csv", grid_csv(grid))
+
+    draw_sweeps(args.out / "score_against_w.png", runs[0])
+    draw_deltas(args.out / "layers_and_deltas.png", runs)
+    draw_samples(args.out / "samples.png", runs[0])
+    draw_search(args.out / "search.png", runs[0])
+    if runs[0].alignment:
+        draw_alignment(args.out / "alignment.png", runs[0].alignment)
+    write_atomically(args.out / "summary.json", json.dumps(about, indent=1) + "\n")
+
+
 def main(argv):
-    begin, args = time.perf_counter(), parse(argv)
-    settings = {key: value for key, value in vars(args).items() if key in Config.__dataclass_fields__}
-    runs = [experiment(Config(**settings | {"seed": args.seed + k}), args) for k in range(args.seeds)]
-    header = ",".join([f"w_{layer.replace(' ', '_')}" for layer in LAYERS] + ["fd", "points"])
-    for grid in (search for search in runs[0]["found"].values() if "delta" in search["best"]):
-        table = np.column_stack([grid["W"], grid["fd"], grid["points"]])
-        write_atomically(args.out / f"grid_{grid['best']['delta']:g}.csv", lambda path: np.savetxt(
-            path, table, ["%g"] * 6 + ["%.7g", "%d"], ",", header=header, comments=""))
-    pictures(args.out, runs[0])
-    result = {
-        "command": " ".join(["python toy_neon.py", *argv]), "config": dataclasses.asdict(Config(**settings)),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                     "scipy": scipy.__version__, "neon_ext": neon_ext.build_config()},
-        **runs[0]["summary"], "over_seeds": print_table(runs), "seeds": [run["summary"] for run in runs],
-        "seconds_total": time.perf_counter() - begin}
-    write_atomically(args.out / "summary.json", lambda path: path.write_text(json.dumps(result, indent=1)))
-    print(f"\n{result['seconds_total']:.1f} s; summary.json, grids and pictures in {args.out}")
+    begin = time.perf_counter()
+    args = parse(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for folder in [args.out, *args.out.glob("seed_*")]:
+        remove_orphans(folder)
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=args.out):
+        pass  # fails now if nothing can be written, not after the training
+
+    runs, settings = [], []
+    for seed in range(args.seed, args.seed + args.seeds):
+        training = Training(seed, base_steps=args.base_steps)
+        scoring = Scoring(args.protocol, args.points, args.device, seed)
+        search = Search() if args.search else None
+        alignment = Alignment(seed) if args.alignment and seed == args.seed else None  # one curve
+        settings.append(vars(scoring) | vars(training))
+        runs.append(experiment(training, scoring, args.delta, search, alignment, args.out))
+
+    table = table_over_seeds(runs)
+    threads_used = torch.get_num_threads()
+    summary = {
+        "command": " ".join(["python toy_neon.py", *argv]),
+        "config": settings[0] | {"noise_levels": NOISE_LEVELS, "sample_steps": SAMPLE_STEPS},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads_used} threads",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "scipy": scipy.__version__,
+            "neon_ext": neon_ext.build_config(),
+        },
+        **summary_of(runs[0]),
+        "over_seeds": table,
+        "seeds": [summary_of(run) for run in runs],
+        "seconds_total": time.perf_counter() - begin,
+    }
+    write_results(args, runs, summary)
+    print_table(table, runs)
+    print(f"\n{summary['seconds_total']:.1f} s; summary.json, grids and pictures in {args.out}")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except BrokenPipeError:  # `| head`: everything is written already
+        os._exit(0)
     except OSError as error:
         fail(f"{error}: choose an --out that can be written")
-    except KeyboardInterrupt:
-        fail("stopped; finished parts are kept, run the same command again", 130)
