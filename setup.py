@@ -31,7 +31,7 @@ def wants_cuda() -> bool:
 
 
 def extension(cuda: bool):
-    flags = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+    flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
     if not cuda:
         return CppExtension("neon_ext", SOURCES, extra_compile_args={"cxx": flags})
     if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
@@ -39,8 +39,8 @@ def extension(cuda: bool):
     arches = os.environ.get("TORCH_CUDA_ARCH_LIST", "this machine's GPUs")
     print(f"neon_ext: CUDA {torch.version.cuda}, architectures: {arches}", flush=True)
     return CUDAExtension("neon_ext", SOURCES + CUDA_SOURCES,
-                         extra_compile_args={"cxx": [*flags, "-DNEON_CUDA=1"],
-                                             "nvcc": ["-O3", "-lineinfo", "-DNEON_CUDA=1"]})
+                         extra_compile_args={"cxx": [*flags, "-DADAPTIVE_CUDA=1"],
+                                             "nvcc": ["-O3", "-lineinfo", "-DADAPTIVE_CUDA=1"]})
 
 
 setup(ext_modules=[extension(wants_cuda())], py_modules=[],

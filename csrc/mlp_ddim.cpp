@@ -19,7 +19,7 @@ using Steps = std::vector<DdimStep>;
 
 // z [n, 2] -> x [n, 2]; the last tile is padded with zeros.
 template <int V>
-NEON_INLINE void trajectories(const float* net, int blocks, const Steps& steps, const float* z, float* x,
+ADAPTIVE_INLINE void trajectories(const float* net, int blocks, const Steps& steps, const float* z, float* x,
                               int64_t n) {
   constexpr int kTile = V * kLanes;
   for (int64_t begin = 0; begin < n; begin += kTile) {
@@ -36,14 +36,14 @@ NEON_INLINE void trajectories(const float* net, int blocks, const Steps& steps, 
   }
 }
 
-void run_default(const float* net, int blocks, const Steps& steps, const float* z, float* x, int64_t n) {
+void run_baseline(const float* net, int blocks, const Steps& steps, const float* z, float* x, int64_t n) {
   trajectories<1>(net, blocks, steps, z, x, n);
 }
-NEON_TARGET("avx2,fma")
+ADAPTIVE_TARGET("avx2,fma")
 void run_avx2(const float* net, int blocks, const Steps& steps, const float* z, float* x, int64_t n) {
   trajectories<1>(net, blocks, steps, z, x, n);
 }
-NEON_TARGET("avx512f,fma")
+ADAPTIVE_TARGET("avx512f,fma")
 void run_avx512(const float* net, int blocks, const Steps& steps, const float* z, float* x, int64_t n) {
   trajectories<4>(net, blocks, steps, z, x, n);
 }
@@ -70,9 +70,10 @@ void add_moments(const float* x, int64_t n, double* sum) {
 
 // A task is a network and a chunk of samples.
 void mlp_ddim_cpu(const Tensor& theta, const Tensor& z, const Steps& steps, float* samples, double* sums) {
-  static const auto run = NEON_SUPPORTS("avx512f")                        ? run_avx512
-                          : NEON_SUPPORTS("avx2") && NEON_SUPPORTS("fma") ? run_avx2
-                                                                          : run_default;
+  auto run = run_baseline;
+  if (isa() >= Isa::kAvx2) {
+    run = isa() == Isa::kAvx512 ? run_avx512 : run_avx2;
+  }
   const int64_t params = theta.size(1), n = z.size(0), chunks = (n + kSamples - 1) / kSamples;
   const auto blocks = static_cast<int>((params - kOuter) / kHidden);
   const float *weights = theta.const_data_ptr<float>(), *start = z.const_data_ptr<float>();

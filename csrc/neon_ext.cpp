@@ -1,10 +1,16 @@
-// Schemas and the Python module. Kernels register themselves per device in their own files.
+// Schemas, threads and the Python module. Kernels register themselves per device in their own files.
 #include "neon_ext.h"
 
+#include <ATen/TensorIterator.h>
+#include <ATen/Version.h>
 #include <torch/extension.h>
 
-#ifndef NEON_CUDA
-#define NEON_CUDA 0
+#if ADAPTIVE_X86
+#include <cpuid.h>
+#endif
+
+#ifndef ADAPTIVE_CUDA
+#define ADAPTIVE_CUDA 0
 #endif
 
 TORCH_LIBRARY(neon_ext, m) {
@@ -26,8 +32,50 @@ TORCH_LIBRARY(neon_ext, m) {
 }
 
 namespace neon {
+
 void bind_statistics(pybind11::module_& m);
+
+// torch's own choice, which ATEN_CPU_CAPABILITY can lower. Its AVX2 does not include F16C, which is
+// leaf 1's bit 29.
+Isa isa() {
+  static const Isa chosen = [] {
+    Isa found = Isa::kBaseline;
+#if ADAPTIVE_X86
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+    const std::string capability = at::get_cpu_capability();
+    if (f16c && (capability == "AVX2" || capability.rfind("AVX512", 0) == 0)) {
+      found = capability == "AVX2" ? Isa::kAvx2 : Isa::kAvx512;
+    }
+#endif
+    return found;
+  }();
+  return chosen;
 }
+
+// at::parallel_for would be serial here without OpenMP, and a second OpenMP runtime ignores torch's
+// setting. An iterator's loop runs inside torch's library: one over as many bytes as there are parts
+// hands out their numbers.
+void parallel(int64_t n, int64_t grain, c10::function_ref<void(int64_t, int64_t)> body) {
+  const int64_t parts = std::min<int64_t>(at::get_num_threads(), (n + grain - 1) / grain);
+  if (parts <= 1) {
+    body(0, n);
+    return;
+  }
+  const auto numbers = at::empty({parts}, at::TensorOptions().dtype(at::kByte).device(at::kCPU));
+  const char* first = static_cast<const char*>(numbers.const_data_ptr());
+  auto iterator = at::TensorIterator::borrowing_nullary_op(numbers);
+  const auto part = [&](char** data, const int64_t* strides, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t i = data[0] + k * strides[0] - first;
+      body(n * i / parts, n * (i + 1) / parts);
+    }
+  };
+  iterator.for_each(part, 1);
+}
+
+}  // namespace neon
+
 namespace {
 
 namespace py = pybind11;
@@ -56,16 +104,14 @@ TensorVector extrapolate(const TensorVector& theta_r, const TensorVector& theta_
   if (!out) return neon::op<Fresh>("neon_ext::extrapolate").call(theta_r, theta_s, block, w, dtype);
   TORCH_CHECK_VALUE(!dtype, "extrapolate: give either out or dtype, not both");
   neon::op<Into>("neon_ext::extrapolate_out").call(theta_r, theta_s, block, w, *out);
-  for (const auto& t : *out) t.unsafeGetTensorImpl()->bump_version();
   return *out;
 }
 
 py::dict build_config() {
-  const char* kernels = NEON_X86 ? "sse2" : "generic";
-  if (NEON_SUPPORTS("avx2")) kernels = "avx2";
-  if (NEON_SUPPORTS("avx512f")) kernels = "avx512";
+  const std::array<const char*, 3> names{ADAPTIVE_X86 ? "sse2" : "generic", "avx2", "avx512"};
+  const char* kernels = names[static_cast<size_t>(neon::isa())];
   return py::dict(py::arg("torch_version") = TORCH_VERSION, py::arg("compiler") = __VERSION__,
-                  py::arg("cuda") = static_cast<bool>(NEON_CUDA), py::arg("cpu_kernels") = kernels);
+                  py::arg("cuda") = static_cast<bool>(ADAPTIVE_CUDA), py::arg("cpu_kernels") = kernels);
 }
 
 }  // namespace
@@ -137,8 +183,8 @@ raises ValueError saying by how much.)");
 
 method: 'svd' (always accurate), 'gram' (eigenvalues of B B^T: fastest on CPU, loses singular values below
 1e-8 of the largest), 'polar' (matrix products only: for CUDA; loses those below 1e-12), 'auto' (what the
-Fréchet distance uses: gram where a bound proves it accurate to 1e-10, else svd; polar on CUDA). Not
-differentiable.)");
+Fréchet distance uses: gram where a bound proves it accurate to 1e-10, else svd; polar on CUDA). Entries
+of any magnitude; not finite ones raise ValueError. Not differentiable.)");
   m.def("feature_moments", python<true, TensorPair, In>("feature_moments"), arg("features"), release(),
         "Mean [D] and unbiased covariance [D, D], float64, of features [N, D] with N >= 2; differentiable.");
 
