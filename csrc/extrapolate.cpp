@@ -57,13 +57,14 @@ void run_baseline(const In* r, const In* s, Out* out, int64_t n, double w, bool)
 #if ADAPTIVE_X86
 #define ADAPTIVE_AVX2 ADAPTIVE_TARGET("avx2,fma,f16c") inline
 
-ADAPTIVE_AVX2 __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
+ADAPTIVE_AVX2 __m256 load8(const float* p) {
+  return _mm256_loadu_ps(p);
+}
 ADAPTIVE_AVX2 __m256 load8(const c10::Half* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 ADAPTIVE_AVX2 __m256 load8(const c10::BFloat16* p) {
-  const __m256i wide =
-      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
@@ -328,9 +329,9 @@ class Outputs {
   template <typename Meets>
   void crossing(const Tensor& t, const Meets& meets) const {
     const Span where = span(t);
-    auto after = std::lower_bound(
-        sorted_.begin(), sorted_.end(), where.end,
-        [](const Entry& entry, uintptr_t end) { return entry.where.begin < end; });
+    auto after =
+        std::lower_bound(sorted_.begin(), sorted_.end(), where.end,
+                         [](const Entry& entry, uintptr_t end) { return entry.where.begin < end; });
     while (after != sorted_.begin() && (after - 1)->reach > where.begin) {
       --after;
       if (after->where.end > where.begin && where.begin < where.end) {
@@ -349,7 +350,8 @@ class Outputs {
 };
 
 // Which entries to compute: an output that is written twice with the same result (tied weights) is
-// written once; anything else that would be read after it was written, or written twice, is refused.
+// written once; anything else that would be read after it was written, or written twice, is
+// refused.
 std::vector<bool> entries_to_compute(at::TensorList theta_r, at::TensorList theta_s,
                                      at::TensorList out, const std::vector<double>& step) {
   const Outputs outputs(out);
@@ -408,7 +410,9 @@ void check_one_device(at::TensorList theta_r, at::TensorList theta_s, at::Tensor
   check("out", out);
 }
 
-bool is_real(at::ScalarType type) { return at::isFloatingType(type) && at::elementSize(type) >= 2; }
+bool is_real(at::ScalarType type) {
+  return at::isFloatingType(type) && at::elementSize(type) >= 2;
+}
 
 void check_tensors(const Tensor& r, const Tensor& s, const Tensor& out, size_t i) {
   const auto type = r.scalar_type();
@@ -518,7 +522,8 @@ std::vector<Tensor> extrapolate(at::TensorList theta_r, at::TensorList theta_s,
   return out;
 }
 
-// Reached where a list holds tensors of a kind that has no kernel: sparse, quantised, other devices.
+// Reached where a list holds tensors of a kind that has no kernel: sparse, quantised, other
+// devices.
 void extrapolate_unsupported(at::TensorList theta_r, at::TensorList theta_s, at::IntArrayRef block,
                              at::ArrayRef<double> w, at::TensorList out) {
   check_lists(theta_r, theta_s, block, w, out);
@@ -544,8 +549,8 @@ Tensor extrapolate_grid(const Tensor& theta_r,          // [P] float32
                     describe(theta_r), " and ", describe(theta_s));
   const auto ends = static_cast<int64_t>(block_offsets.size());
   TORCH_CHECK_VALUE(w.dim() == 2 && w.size(1) + 1 == ends && !w.is_complex(),
-                    "extrapolate_grid: W must be [G, ", ends - 1,
-                    "] for these block_offsets, got ", describe(w));
+                    "extrapolate_grid: W must be [G, ", ends - 1, "] for these block_offsets, got ",
+                    describe(w));
   const auto rounded_w = w.to(at::kFloat);
   TORCH_CHECK_VALUE(at::isfinite(rounded_w).all().item<bool>(),
                     "extrapolate_grid: W has entries that are not finite in float32");

@@ -89,7 +89,7 @@ struct DdimStep {
 // y[o] = b[o] + sum_i w[i, o] x[i], with ReLU unless kLinear, for V values of type T (a vector of
 // samples on the CPU, a float on CUDA). NaN passes through the ReLU.
 template <typename T, int V, int In, int Out, bool kLinear>
-ADAPTIVE_INLINE void layer(const float* w,      // [In, Out] weights, [Out] biases; 16-byte aligned
+ADAPTIVE_INLINE void layer(const float* w,       // [In, Out] weights, [Out] biases; 16-byte aligned
                            const T (&x)[In][V],  // [In, V]
                            T (&y)[Out][V]) {     // [Out, V]
   constexpr int kRows = Out < 4 ? Out : 4;  // neurons at once: kRows * V sums hide the FMA latency

@@ -1,14 +1,18 @@
-// Moments, symmetric square roots and the Fréchet distance between Gaussians, in float64 on CPU and CUDA.
+// Moments, symmetric square roots and the Fréchet distance between Gaussians, in float64 on CPU and
+// CUDA.
 //
-//   d = |mu1 - mu2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2),   tr (C1 C2)^(1/2) = sum of svd(L1^T L2)
+//   d = |mu1 - mu2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2),   tr (C1 C2)^(1/2) = sum of svd(L1^T
+//   L2)
 //
 // for any factors C = L L^T (Dowson & Landau 1982). Factors never take the square root of a rounded
-// eigenvalue: one of C1 C2 that should be 0 and comes out as 1e-16 would add 1e-8 to the trace, times the
-// number of null directions. They are Cholesky's (fast), or the eigenvectors of the numerical range where a
-// covariance is singular to rounding. How the singular values are summed is chosen by measurement:
-//   gram   eigenvalues of B B^T, accepted only when a bound on its rounding error is below 1e-10 of the trace
-//   svd    singular values of B: always accurate, 3 to 4 times slower on CPU; also for small or batched B
-//   polar  CUDA: tr U^T B with U the polar factor by minimax polynomials, matrix products only
+// eigenvalue: one of C1 C2 that should be 0 and comes out as 1e-16 would add 1e-8 to the trace,
+// times the number of null directions. They are Cholesky's (fast), or the eigenvectors of the
+// numerical range where a covariance is singular to rounding. How the singular values are summed is
+// chosen by measurement:
+//   gram   eigenvalues of B B^T, accepted only when a bound on its rounding error is below 1e-10 of
+//   the trace svd    singular values of B: always accurate, 3 to 4 times slower on CPU; also for
+//   small or batched B polar  CUDA: tr U^T B with U the polar factor by minimax polynomials, matrix
+//   products only
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/extension.h>
 
@@ -25,16 +29,17 @@ using torch::autograd::variable_list;
 using Folds = std::optional<std::vector<int64_t>>;
 using State = std::map<std::string, Tensor>;
 constexpr double kEps = 2.220446049250313e-16;
-constexpr int64_t kSmall = 128;        // up to here one SVD costs less than the choice between methods
-constexpr int64_t kRows = 4096;        // features converted to float64 at a time: 64 MB at D = 2048
+constexpr int64_t kSmall = 128;  // up to here one SVD costs less than the choice between methods
+constexpr int64_t kRows = 4096;  // features converted to float64 at a time: 64 MB at D = 2048
 constexpr double kGramAccept = 1e-10;  // relative error of the trace at which gram is accepted
-constexpr double kPredictSlack = 1;
 
 // ---------------------------------------------------------------- checks and factors
 
 // Rounding leaves relative asymmetry and negative eigenvalues of about 1e-13 in float64 statistics
 // and 1e-6 in float32 ones; what is beyond these bounds is not rounding.
-double tolerance(at::ScalarType given) { return given == at::kDouble ? 1e-8 : 1e-3; }
+double tolerance(at::ScalarType given) {
+  return given == at::kDouble ? 1e-8 : 1e-3;
+}
 
 bool is_dense(const Tensor& t) {
   return t.layout() == at::kStrided && !t.is_quantized() && !t.is_nested() && !t.is_meta();
@@ -86,7 +91,7 @@ struct Symmetric {
 Symmetric checked(const Tensor& cov, const std::string& who) {
   TORCH_CHECK_VALUE(cov.dim() >= 2 && cov.size(-1) == cov.size(-2) &&
                         at::isFloatingType(cov.scalar_type()) && is_dense(cov),
-                    who, " must be [..., D, D] dense floating point, got ", cov.layout(), " ",
+                    who, " must be [..., D, D] floating point and dense, got ", cov.layout(), " ",
                     describe(cov));
   const auto c = cov.to(at::kDouble);
   const auto largest = largest_entries(c), skew = largest_entries(c - c.mT());
@@ -128,9 +133,9 @@ std::pair<Tensor, Tensor> eigen(const Tensor& c,  // [..., D, D] float64, of ord
 }
 
 struct Factor {
-  Tensor l;                  // [..., D, R]
-  double log_size = NAN;     // mean logarithm of its singular values, where that is known
-  bool triangular = false;   // lower triangular
+  Tensor l;                 // [..., D, R]
+  double log_size = NAN;    // mean logarithm of its singular values, where that is known
+  bool triangular = false;  // lower triangular
 };
 
 // L with L L^T = c; R < D for a single covariance that is singular to rounding.
@@ -161,7 +166,9 @@ Factor factor(const Tensor& c,  // [..., D, D] float64, of ordinary magnitude
 // most sqrt(delta). `largest`: of the matrix that the Gram matrix was computed from, if greater.
 struct GramSum {
   double sum, error, largest;
-  bool accurate() const { return error <= kGramAccept * sum; }
+  bool accurate() const {
+    return error <= kGramAccept * sum;
+  }
 };
 GramSum gram_sum(const Tensor& gram,  // [N, N] float64
                  double largest = 0) {
@@ -179,34 +186,53 @@ Tensor gram_of(const Tensor& b) {  // [M, N] -> the smaller of B B^T and B^T B
   return b.size(0) <= b.size(1) ? at::matmul(b, b.mT()) : at::matmul(b.mT(), b);
 }
 
-// Whether gram_sum(gram_of(b)) can be accurate, from the geometric mean of the singular values: at
-// least half the error bound comes from values below it. A wrong guess costs time, not accuracy.
+// Whether gram_sum(gram_of(b)) will be accurate: its error is about twice that of n singular values
+// at their geometric mean (measured at spectra from 1e-4 to 1e-12). A wrong guess costs time, not
+// accuracy.
 bool gram_may_do(const Tensor& b,    // [M, N] float64
                  double log_size) {  // mean logarithm of its singular values, about; NaN: unknown
   if (std::isnan(log_size)) {
     return true;
   }
-  const double norm = at::linalg_matrix_norm(b, "fro").item<double>();
-  const double delta = 16 * kEps * norm * norm;
+  auto v = at::ones({b.size(1)}, b.options());
+  double largest = 0;  // square of the largest singular value, by power iteration
+  for (int i = 0; i < 4; ++i) {
+    v = at::mv(b.t(), at::mv(b, v / at::linalg_vector_norm(v)));
+    largest = at::linalg_vector_norm(v).item<double>();
+  }
   const auto n = static_cast<double>(std::min(b.size(0), b.size(1)));
-  return n * delta / 2 / std::exp(log_size) <= kGramAccept * norm * kPredictSlack;
+  const double norm = at::linalg_vector_norm(b).item<double>();
+  const double sum = norm * std::pow(n, 0.25);  // between norm and norm * sqrt(n)
+  return n * 16 * kEps * largest / std::exp(log_size) <= kGramAccept * sum;
 }
 
-// Odd quintics x (a + b x^2 + c x^4), each minimax to 1 on the range the previous one leaves, starting from
-// [1e-12, 1] (Remez; the composition is that of Amsel et al., arXiv 2505.16932). Singular values below 1e-12
-// of the largest are underestimated: at most D * 1e-12 of it is lost. The last step is Newton-Schulz.
+// Odd quintics x (a + b x^2 + c x^4), each minimax to 1 on the range the previous one leaves,
+// starting from [1e-12, 1] (Remez; the composition is that of Amsel et al., arXiv 2505.16932).
+// Singular values below 1e-12 of the largest are underestimated: at most D * 1e-12 of it is lost.
+// The last step is Newton-Schulz.
 constexpr double kPolar[][3] = {
-    {8.51430227381, -25.2817505047, 18.7674482309},  {4.25715113685, -3.16021881306, 0.586482757214},
-    {4.2571511366, -3.16021881289, 0.586482757195},  {4.25715113555, -3.16021881216, 0.586482757112},
-    {4.25715113107, -3.16021880906, 0.586482756758}, {4.25715111198, -3.16021879586, 0.586482755252},
-    {4.25715103074, -3.16021873967, 0.586482748842}, {4.25715068487, -3.16021850044, 0.586482721555},
-    {4.25714921244, -3.16021748203, 0.586482605387}, {4.25714294412, -3.1602131465, 0.586482110845},
-    {4.25711625918, -3.16019468967, 0.586480005521}, {4.257002662, -3.16011611903, 0.586471043169},
-    {4.25651914563, -3.15978168405, 0.58643289505},  {4.25446226477, -3.15835888793, 0.586270600787},
-    {4.24573330545, -3.15231889442, 0.585581642583}, {4.20906503461, -3.12691147403, 0.58268364186},
-    {4.06143920119, -3.02402997763, 0.570951485191}, {3.55832428364, -2.66515051805, 0.530092389039},
-    {2.55470589468, -1.88882055859, 0.442839996785}, {1.93049126617, -1.31036562996, 0.381085910381},
-    {1.87505493773, -1.25006104057, 0.375006104109}, {1.875, -1.25, 0.375},
+    {8.51430227381, -25.2817505047, 18.7674482309},
+    {4.25715113685, -3.16021881306, 0.586482757214},
+    {4.2571511366, -3.16021881289, 0.586482757195},
+    {4.25715113555, -3.16021881216, 0.586482757112},
+    {4.25715113107, -3.16021880906, 0.586482756758},
+    {4.25715111198, -3.16021879586, 0.586482755252},
+    {4.25715103074, -3.16021873967, 0.586482748842},
+    {4.25715068487, -3.16021850044, 0.586482721555},
+    {4.25714921244, -3.16021748203, 0.586482605387},
+    {4.25714294412, -3.1602131465, 0.586482110845},
+    {4.25711625918, -3.16019468967, 0.586480005521},
+    {4.257002662, -3.16011611903, 0.586471043169},
+    {4.25651914563, -3.15978168405, 0.58643289505},
+    {4.25446226477, -3.15835888793, 0.586270600787},
+    {4.24573330545, -3.15231889442, 0.585581642583},
+    {4.20906503461, -3.12691147403, 0.58268364186},
+    {4.06143920119, -3.02402997763, 0.570951485191},
+    {3.55832428364, -2.66515051805, 0.530092389039},
+    {2.55470589468, -1.88882055859, 0.442839996785},
+    {1.93049126617, -1.31036562996, 0.381085910381},
+    {1.87505493773, -1.25006104057, 0.375006104109},
+    {1.875, -1.25, 0.375},
 };
 
 // low[i]: the i-th polynomial is made for values from low[i] on, up to high = 1 for the first and
@@ -262,8 +288,8 @@ Tensor trace_norm_polar(const Tensor& given,  // [M, N] float64
   return (b * x).sum() * magnitude;
 }
 
-// tr of the root of L1 L1^T L2 L2^T, by matrix products only. Where both factors are triangular, two
-// solves give (L1^T L2)^-1, whose norm bounds the singular values from below.
+// tr of the root of L1 L1^T L2 L2^T, by matrix products only. Where both factors are triangular,
+// two solves give (L1^T L2)^-1, whose norm bounds the singular values from below.
 Tensor polar_root(const Factor& a, const Factor& b) {  // [D, R] and [D, S]
   double lower = 0;
   if (a.triangular && b.triangular) {
@@ -425,8 +451,7 @@ std::tuple<Tensor, Tensor> frechet_distance_backward(const Tensor& grad,    // [
   if (s.size(-1) == 0) {
     return {g * identity, g * identity};
   }
-  const auto inverse_root =
-      at::where(s > rounding(s, cov1.size(-1)), s.rsqrt(), 0.0).unsqueeze(-2);
+  const auto inverse_root = at::where(s > rounding(s, cov1.size(-1)), s.rsqrt(), 0.0).unsqueeze(-2);
   const auto w1 = at::matmul(l1, u) * inverse_root, w2 = at::matmul(l2, vh.mT()) * inverse_root;
   auto product1 = at::matmul(w2, w2.mT()), product2 = at::matmul(w1, w1.mT());
   if (c1.root.defined() || c2.root.defined()) {  // homogeneous of degree 0 in both together
@@ -439,8 +464,8 @@ std::tuple<Tensor, Tensor> frechet_distance_backward(const Tensor& grad,    // [
 }
 
 struct FrechetFunction : torch::autograd::Function<FrechetFunction> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& mu1, const Tensor& cov1,
-                        const Tensor& mu2, const Tensor& cov2) {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& mu1,
+                        const Tensor& cov1, const Tensor& mu2, const Tensor& cov2) {
     const at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({mu1, cov1, mu2, cov2});
     return op<Distance>("neon_ext::frechet_distance").call(mu1, cov1, mu2, cov2);
@@ -449,13 +474,18 @@ struct FrechetFunction : torch::autograd::Function<FrechetFunction> {
     TORCH_CHECK(!at::GradMode::is_enabled(), "frechet_distance is differentiable once, not twice");
     using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&);
     const auto saved = ctx->get_saved_variables();
-    const auto grad_mu = 2 * grads[0].unsqueeze(-1) * (saved[0].to(at::kDouble) - saved[2].to(at::kDouble));
+    const auto grad_mu =
+        2 * grads[0].unsqueeze(-1) * (saved[0].to(at::kDouble) - saved[2].to(at::kDouble));
     variable_list all{grad_mu, {}, -grad_mu, {}};
-    if (ctx->needs_input_grad(1) || ctx->needs_input_grad(3))
+    if (ctx->needs_input_grad(1) || ctx->needs_input_grad(3)) {
       std::tie(all[1], all[3]) =
           op<Signature>("neon_ext::frechet_distance_backward").call(grads[0], saved[1], saved[3]);
-    for (size_t i = 0; i < 4; ++i)  // sums over what was broadcast
-      if (all[i].defined()) all[i] = at::sum_to(all[i], saved[i].sym_sizes()).to(saved[i].scalar_type());
+    }
+    for (size_t i = 0; i < 4; ++i) {  // sums over what was broadcast
+      if (all[i].defined()) {
+        all[i] = at::sum_to(all[i], saved[i].sym_sizes()).to(saved[i].scalar_type());
+      }
+    }
     return all;
   }
 };
@@ -475,9 +505,9 @@ std::tuple<Tensor, Tensor> feature_moments(const Tensor& features) {
 
 // ---------------------------------------------------------------- moments
 
-// Mean and covariance of features in one pass: float64 sums of (f - shift) and of its outer products,
-// per fold. Each fold has a shift of its own, the mean of its first rows, so that no fold's sums
-// cancel, whichever folds are combined and however far apart they lie.
+// Mean and covariance of features in one pass: float64 sums of (f - shift) and of its outer
+// products, per fold. Each fold has a shift of its own, the mean of its first rows, so that no
+// fold's sums cancel, whichever folds are combined and however far apart they lie.
 class Moments {
  public:
   Moments(int64_t dim, int64_t folds, const std::string& device)
@@ -689,10 +719,14 @@ class FrechetReference {
                       " must be at least 1");
   }
 
-  Tensor mu() const { return side_.mu; }
-  Tensor cov() const { return side_.cov; }
+  Tensor mu() const {
+    return side_.mu;
+  }
+  Tensor cov() const {
+    return side_.cov;
+  }
 
-  Tensor distance(const Tensor& mu,          // [..., D]
+  Tensor distance(const Tensor& mu,           // [..., D]
                   const Tensor& cov) const {  // [..., D, D] -> [...]
     if (at::GradMode::is_enabled() && (mu.requires_grad() || cov.requires_grad())) {
       return op<Distance>("neon_ext::frechet_distance").call(side_.mu, side_.cov, mu, cov);
@@ -803,9 +837,9 @@ class FrechetReference {
   // one, too.
   Distances from_rows(const Tensor& features, const std::vector<int64_t>& ends) const {
     const auto f = features.to(at::kDouble);
-    const auto mean = f.mean(0), centred = f - mean;              // [D], [N, D]
-    const auto product = at::matmul(centred, side_.factor.l);    // [N, R]
-    const auto squares = centred.square().sum(1);                 // [N]
+    const auto mean = f.mean(0), centred = f - mean;           // [D], [N, D]
+    const auto product = at::matmul(centred, side_.factor.l);  // [N, R]
+    const auto squares = centred.square().sum(1);              // [N]
     const bool by_gram = product.is_cpu() && f.size(0) > kSmall;
     const auto gram = by_gram ? at::matmul(product, product.mT()) : Tensor();  // [N, N]
     const auto rows = at::arange(f.size(0), f.options().dtype(at::kLong));
@@ -827,13 +861,14 @@ class FrechetReference {
       }
       if (!accurate) {
         const auto chosen = product.index_select(0, kept);
-        root = singular_sum(without_mean(chosen - chosen.mean(0)), by_gram ? -INFINITY : NAN).item<double>();
+        root = singular_sum(without_mean(chosen - chosen.mean(0)), by_gram ? -INFINITY : NAN)
+                   .item<double>();
       }
       if (side_.root.defined()) {
         root *= side_.root.item<double>();
       }
-      const double total = means + side_.trace().item<double>() + scatter / (n - 1) -
-                           2 * root / std::sqrt(n - 1);
+      const double total =
+          means + side_.trace().item<double>() + scatter / (n - 1) - 2 * root / std::sqrt(n - 1);
       TORCH_CHECK_VALUE(std::isfinite(total),
                         "fold_distances: the result is beyond the range of float64");
       return std::max(total, 0.0);
@@ -874,20 +909,26 @@ void bind_statistics(py::module_& m) {
            "mu [D], cov [D, D]; count: how many features they come from.")
       .def("distance", &FrechetReference::distance, arg("mu"), arg("cov"), release(),
            "Distance to mu [..., D], cov [..., D, D] -> [...] float64; differentiable in both.")
-      .def("distance_from_features", &FrechetReference::distance_from_features, arg("features"), release(),
-           "Distance to the moments of features [N, D], N >= 2. For N <= D an (N - 1)-dimensional problem is "
-           "solved.")
-      .def("fold_distances", &FrechetReference::fold_distances, arg("features"),
-           arg("folds") = 20, release(),
-           "(distance, [distance without fold k for every k]) of features [N, D], floats. Folds are "
-           "contiguous,\nas torch.tensor_split(features, folds) makes them. N > D: by Moments, the "
-           "same to the bit as with them.\nN <= D: by N x N problems, several times faster. At least 2 "
-           "rows must be left; not differentiable.")
-      .def("certificate", &FrechetReference::certificate, arg("mu"), arg("cov"), arg("count") = py::none(),
+      .def("distance_from_features", &FrechetReference::distance_from_features, arg("features"),
            release(),
-           "dict: distance, mean_term, cov_term, dimension; for both sides (suffix _ref: this one) numerical "
+           "Distance to the moments of features [N, D], N >= 2. For N <= D an (N - 1)-dimensional "
+           "problem is "
+           "solved.")
+      .def(
+          "fold_distances", &FrechetReference::fold_distances, arg("features"), arg("folds") = 20,
+          release(),
+          "(distance, [distance without fold k for every k]) of features [N, D], floats. Folds are "
+          "contiguous,\nas torch.tensor_split(features, folds) makes them. N > D: by Moments, the "
+          "same to the bit as with them.\nN <= D: by N x N problems, several times faster. At "
+          "least 2 "
+          "rows must be left; not differentiable.")
+      .def("certificate", &FrechetReference::certificate, arg("mu"), arg("cov"),
+           arg("count") = py::none(), release(),
+           "dict: distance, mean_term, cov_term, dimension; for both sides (suffix _ref: this one) "
+           "numerical "
            "rank, mass\n"
-           "clipped from negative eigenvalues, n_over_d where the count is known (below 1: the covariance is "
+           "clipped from negative eigenvalues, n_over_d where the count is known (below 1: the "
+           "covariance is "
            "singular).")
       .def_property_readonly("mu", &FrechetReference::mu)
       .def_property_readonly("cov", &FrechetReference::cov);
@@ -900,11 +941,12 @@ void bind_statistics(py::module_& m) {
       arg("L1"), arg("L2"), release(),
       "What CUDA computes of two lower triangular [D, D] float64, on any device; for tests.");
 
-  const char* folds_doc = "folds: which folds to combine (default: all), e.g. all but one for a jackknife.";
-  py::class_<Moments>(
-      m, "Moments",
-      "Running mean and covariance of features in K folds; shifted float64 sums, one batch in memory.\n"
-      "Merging and batch splits change nothing beyond rounding (1e-12 relative).")
+  const char* folds_doc =
+      "folds: which folds to combine (default: all), e.g. all but one for a jackknife.";
+  py::class_<Moments>(m, "Moments",
+                      "Running mean and covariance of features in K folds; shifted float64 sums, "
+                      "one batch in memory.\n"
+                      "Merging and batch splits change nothing beyond rounding (1e-12 relative).")
       .def(py::init([](int64_t dim, int64_t folds, const py::object& device) {
              return std::make_unique<Moments>(dim, folds, py::str(device));
            }),
@@ -934,14 +976,15 @@ TORCH_LIBRARY_IMPL(neon_ext, CompositeImplicitAutograd, m) {
   m.impl("feature_moments", feature_moments);
 }
 TORCH_LIBRARY_IMPL(neon_ext, Autograd, m) {
-  m.impl("frechet_distance", [](const Tensor& mu1, const Tensor& cov1, const Tensor& mu2,
-                                const Tensor& cov2) { return FrechetFunction::apply(mu1, cov1, mu2, cov2); });
+  m.impl("frechet_distance",
+         [](const Tensor& mu1, const Tensor& cov1, const Tensor& mu2, const Tensor& cov2) {
+           return FrechetFunction::apply(mu1, cov1, mu2, cov2);
+         });
 }
 TORCH_LIBRARY_IMPL(neon_ext, Meta, m) {
   m.impl("sqrtm", [](const Tensor& a) { return at::empty_like(a, at::kDouble); });
-  m.impl("trace_norm", [](const Tensor& b, c10::string_view) {
-    return b.sum(at::IntArrayRef{-2, -1});
-  });
+  m.impl("trace_norm",
+         [](const Tensor& b, c10::string_view) { return b.sum(at::IntArrayRef{-2, -1}); });
   m.impl("frechet_distance",
          [](const Tensor& mu1, const Tensor& cov1, const Tensor& mu2, const Tensor& cov2) {
            for (const Tensor* t : {&mu1, &cov1, &mu2, &cov2}) {
@@ -951,7 +994,8 @@ TORCH_LIBRARY_IMPL(neon_ext, Meta, m) {
            const auto rows = mu1.unsqueeze(-2) + cov1 + mu2.unsqueeze(-2) + cov2;  // [..., D, D]
            return rows.sum(at::IntArrayRef{-2, -1}, false, at::kDouble);
          });
-  m.impl("frechet_distance_backward", [](const Tensor& grad, const Tensor& cov1, const Tensor& cov2) {
+  m.impl("frechet_distance_backward", [](const Tensor& grad, const Tensor& cov1,
+                                         const Tensor& cov2) {
     const auto like = grad.unsqueeze(-1).unsqueeze(-1) + cov1 + cov2;
     return std::make_tuple(at::empty_like(like, at::kDouble), at::empty_like(like, at::kDouble));
   });
