@@ -1,11 +1,22 @@
-"""Shared fixtures: the extension must be built, and CUDA cases skip visibly where there is no GPU."""
+"""Shared fixtures: neon_ext must be built, and CUDA cases skip visibly where there is no GPU."""
+
+from pathlib import Path
+
 import pytest
 import torch
 
 try:
     import neon_ext
 except ImportError as error:
-    pytest.exit(f"neon_ext is not built ({error}): run `pip install --no-build-isolation .` first", returncode=2)
+    command = "pip install --no-build-isolation ."
+    pytest.exit(f"neon_ext is not built ({error}): run `{command}` first", returncode=2)
+
+if Path(neon_ext.__file__).resolve().parent == Path(__file__).resolve().parent.parent:
+    pytest.exit(
+        f"{neon_ext.__file__} hides the installed neon_ext: delete it (an editable install of an "
+        "earlier release left it)",
+        returncode=2,
+    )
 
 
 def has_cuda() -> bool:

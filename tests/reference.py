@@ -1,7 +1,10 @@
-"""Plain-PyTorch and SciPy references with the signatures of neon_ext's operations: clear, slow, float64 where it counts.
+"""Plain-PyTorch and SciPy references with the signatures of neon_ext's operations.
+
+Clear, slow, float64 where it counts.
 
 theta = theta_r - w_block * (theta_s - theta_r)      w > 0 away from collapse, w < 0 towards it
 """
+
 import contextlib
 import io
 import os
@@ -14,7 +17,10 @@ import torch
 
 @contextlib.contextmanager
 def recorded(path, command):
-    """What is printed inside also goes, as a whole or not at all, to the text file `path` (None: nowhere)."""
+    """What is printed inside also goes, as a whole or not at all, to the text file `path` (None:
+    nowhere).
+    """
+
     class Tee(io.StringIO):
         def write(self, text):
             sys.__stdout__.write(text)
@@ -66,15 +72,15 @@ def unpack(theta, width=32):
     blocks = (len(theta) - 3 * width - width - 2 * width - 2) // (width * width + width)
     layers, at = [], 0
     for n_in, n_out in [(3, width)] + [(width, width)] * blocks + [(width, 2)]:
-        weight = theta[at:at + n_in * n_out].view(n_out, n_in)
-        bias = theta[at + n_in * n_out:at + n_in * n_out + n_out]
+        weight = theta[at : at + n_in * n_out].view(n_out, n_in)
+        bias = theta[at + n_in * n_out : at + n_in * n_out + n_out]
         layers.append((weight, bias))
         at += n_in * n_out + n_out
     return layers
 
 
 def mlp_ddim(theta, z, abar, zeta=1.0, dtype=torch.float64):
-    """theta [G, P], z [N, 2], abar [T] -> [G, N, 2]: deterministic DDIM (arXiv 2010.02502, eq. 12)."""
+    """theta [G, P], z [N, 2], abar [T] -> [G, N, 2]: deterministic DDIM (arXiv 2010.02502)."""
     results = []
     for row in theta.to(dtype):
         x, layers = z.to(dtype), unpack(row)
@@ -85,8 +91,8 @@ def mlp_ddim(theta, z, abar, zeta=1.0, dtype=torch.float64):
             for layer in layers[1:-1]:
                 h = torch.relu(torch.nn.functional.linear(h, *layer))
             eps = torch.nn.functional.linear(h, *layers[-1])
-            x0 = (x - (1 - now) ** 0.5 * zeta * eps) / now ** 0.5
-            x = nxt ** 0.5 * x0 + (1 - nxt) ** 0.5 * eps
+            x0 = (x - (1 - now) ** 0.5 * zeta * eps) / now**0.5
+            x = nxt**0.5 * x0 + (1 - nxt) ** 0.5 * eps
         results.append(x)
     return torch.stack(results)
 
@@ -98,7 +104,8 @@ def mlp_ddim_moments(theta, z, abar, zeta=1.0, correction=0):
     return mean, centred.mT @ centred / (x.shape[1] - correction)
 
 
-# ---------------------------------------------------------------- matrix square root and Fréchet distance
+# ---------------------------------------------------------------- matrix square root and Fréchet
+# distance
 def sqrtm(A):
     values, vectors = torch.linalg.eigh(A.double())
     return vectors * values.clamp_min(0).sqrt().unsqueeze(-2) @ vectors.mT
@@ -116,14 +123,18 @@ def trace_norm(B, method="auto"):
 
 
 def frechet_distance(mu1, cov1, mu2, cov2):
-    """A dozen lines of plain torch: singular values of the product of the factors (Dowson & Landau 1982)."""
+    """A dozen lines of plain torch: singular values of the product of the factors (Dowson & Landau
+    1982).
+    """
     root = trace_norm(factor(cov1).mT @ factor(cov2))
     traces = sum(c.double().diagonal(0, -2, -1).sum(-1) for c in (cov1, cov2))
     return (mu1.double() - mu2.double()).square().sum(-1) + traces - 2 * root
 
 
 def frechet_distance_scipy(mu1, cov1, mu2, cov2):
-    """As pytorch-fid, clean-fid and EDM compute it: real part of scipy's root of the unsymmetric product."""
+    """As pytorch-fid, clean-fid and EDM compute it: real part of scipy's root of the unsymmetric
+    product.
+    """
     m1, c1, m2, c2 = (np.asarray(t, dtype=np.float64) for t in (mu1, cov1, mu2, cov2))
     root = scipy.linalg.sqrtm(c1 @ c2)
     return float(((m1 - m2) ** 2).sum() + np.trace(c1) + np.trace(c2) - 2 * np.trace(root).real)

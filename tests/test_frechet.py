@@ -1,33 +1,42 @@
 """Square roots, Fréchet distance and moments against SciPy, closed forms and exact properties."""
+
+import concurrent.futures
 import math
 import subprocess
 import sys
 
+import neon_ext
 import numpy as np
 import pytest
+import reference
 import scipy.linalg
 import torch
 from torch.library import opcheck
-
-import neon_ext
-import reference
 
 SIZES = [1, 2, 3, 8, 33, 64, 129, 192, 512]  # above 128 other algorithms are used
 
 
 def covariance(d, n=None, seed=0, device="cpu"):
-    """Unbiased covariance of n features (default 4 d + 8) with a spectrum that falls by a factor of 1e4."""
+    """Unbiased covariance of n features (default 4 d + 8) with a spectrum that falls by a factor of
+    1e4.
+    """
     g = torch.Generator().manual_seed(seed)
     n = n or 4 * d + 8
     mixing = torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64))[0]
-    f = torch.randn(n, d, generator=g, dtype=torch.float64) * torch.logspace(0, -2, d, dtype=torch.float64) @ mixing
+    f = (
+        torch.randn(n, d, generator=g, dtype=torch.float64)
+        * torch.logspace(0, -2, d, dtype=torch.float64)
+        @ mixing
+    )
     f = f - f.mean(0)
     return (f.T @ f / (n - 1)).to(device)
 
 
 def statistics(d, n=None, seed=0, device="cpu"):
     g = torch.Generator().manual_seed(seed + 1000)
-    return torch.randn(d, generator=g, dtype=torch.float64).to(device), covariance(d, n, seed, device)
+    return torch.randn(d, generator=g, dtype=torch.float64).to(device), covariance(
+        d, n, seed, device
+    )
 
 
 # ---------------------------------------------------------------- square root
@@ -38,8 +47,11 @@ def test_sqrtm_against_scipy(device, d):
     assert torch.equal(root, root.mT)
     scale = float(A.abs().max())
     torch.testing.assert_close(root @ root, A, rtol=0, atol=1e-13 * d * scale)
-    # scipy's own residual is 1e-12 at these sizes; small eigenvalues amplify it by the condition of the root (100).
-    np.testing.assert_allclose(root.cpu(), scipy.linalg.sqrtm(A.cpu().numpy()).real, atol=1e-9 * scale ** 0.5)
+    # scipy's own residual is 1e-12 at these sizes; small eigenvalues amplify it by the condition of
+    # the root (100).
+    np.testing.assert_allclose(
+        root.cpu(), scipy.linalg.sqrtm(A.cpu().numpy()).real, atol=1e-9 * scale**0.5
+    )
 
 
 def test_sqrtm_closed_forms(device):
@@ -47,7 +59,7 @@ def test_sqrtm_closed_forms(device):
     torch.testing.assert_close(neon_ext.sqrtm(9 * eye), 3 * eye, rtol=0, atol=1e-15)
     assert torch.equal(neon_ext.sqrtm(0 * eye), 0 * eye)
     A = torch.tensor([[2.0, 1.0], [1.0, 2.0]], device=device)  # eigenvalues 1 and 3
-    a, b = (1 + 3 ** 0.5) / 2, (3 ** 0.5 - 1) / 2
+    a, b = (1 + 3**0.5) / 2, (3**0.5 - 1) / 2
     want = torch.tensor([[a, b], [b, a]], dtype=torch.float64, device=device)
     torch.testing.assert_close(neon_ext.sqrtm(A), want, rtol=1e-15, atol=0)
 
@@ -69,20 +81,30 @@ def test_distance_against_scipy(device, d):
     got = neon_ext.frechet_distance(*a, *b)
     assert got.shape == () and got.dtype == torch.float64
     want = reference.frechet_distance_scipy(*(t.cpu() for t in (*a, *b)))
-    assert float(got) == pytest.approx(want, rel=1e-9)  # scipy's error; ours is compared more sharply below
+    assert float(got) == pytest.approx(
+        want, rel=1e-9
+    )  # scipy's error; ours is compared more sharply below
     assert float(got) == pytest.approx(float(reference.frechet_distance(*a, *b)), rel=1e-12)
 
 
 @pytest.mark.parametrize("d", [1, 7, 150])
 def test_exact_properties(device, d):
-    (mu1, c1), (mu2, c2) = statistics(d, seed=3, device=device), statistics(d, seed=4, device=device)
+    (mu1, c1), (mu2, c2) = (
+        statistics(d, seed=3, device=device),
+        statistics(d, seed=4, device=device),
+    )
     # Equal covariances: the traces cancel to rounding, a few eps of the trace.
     assert float(neon_ext.frechet_distance(mu1, c1, mu1, c1)) <= 1e-14 * d * float(c1.trace())
     moved = float(neon_ext.frechet_distance(mu1, c1, mu2, c1))
     assert moved == pytest.approx(float((mu1 - mu2).square().sum()), rel=1e-12)
-    forward, backward = neon_ext.frechet_distance(mu1, c1, mu2, c2), neon_ext.frechet_distance(mu2, c2, mu1, c1)
+    forward, backward = (
+        neon_ext.frechet_distance(mu1, c1, mu2, c2),
+        neon_ext.frechet_distance(mu2, c2, mu1, c1),
+    )
     assert float(forward) == pytest.approx(float(backward), rel=1e-12)
-    q = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))[0].to(device)
+    q = torch.linalg.qr(
+        torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    )[0].to(device)
     rotated = neon_ext.frechet_distance(mu1 @ q.T, q @ c1 @ q.T, mu2 @ q.T, q @ c2 @ q.T)
     assert float(rotated) == pytest.approx(float(forward), rel=1e-11)
     scaled = neon_ext.frechet_distance(3 * mu1, 9 * c1, 3 * mu2, 9 * c2)
@@ -91,7 +113,10 @@ def test_exact_properties(device, d):
 
 @pytest.mark.parametrize("d", [1, 2, 5, 200])
 def test_commuting_covariances(device, d):
-    a, b = torch.linspace(0.1, 2, d, dtype=torch.float64), torch.linspace(3, 0.5, d, dtype=torch.float64)
+    a, b = (
+        torch.linspace(0.1, 2, d, dtype=torch.float64),
+        torch.linspace(3, 0.5, d, dtype=torch.float64),
+    )
     zero = torch.zeros(d, device=device)
     got = neon_ext.frechet_distance(zero, a.diag().to(device), zero, b.diag().to(device))
     assert float(got) == pytest.approx(float((a.sqrt() - b.sqrt()).square().sum()), rel=1e-12)
@@ -121,22 +146,30 @@ def test_batches_broadcast(device):
     got = neon_ext.frechet_distance(mu, cov, *one)
     assert got.shape == (2, 3)
     for i, (m, c) in enumerate(pairs):
-        assert float(got.flatten()[i]) == pytest.approx(float(neon_ext.frechet_distance(m, c, *one)), rel=1e-12)
+        assert float(got.flatten()[i]) == pytest.approx(
+            float(neon_ext.frechet_distance(m, c, *one)), rel=1e-12
+        )
     assert neon_ext.frechet_distance(mu[:0], cov[:0], *one).shape == (0, 3)
 
 
 @pytest.mark.parametrize("n", [2, 50, 199])
 @pytest.mark.parametrize("d", [64, 200])
 def test_singular_covariances(device, d, n):
-    """N <= D: against singular values of the product of the centred features, which never forms a D x D root."""
+    """N <= D: against singular values of the product of the centred features, which never forms a D
+    x D root.
+    """
     if n > d:
         pytest.skip("not singular")
     g = torch.Generator().manual_seed(n)
     f1, f2 = (torch.randn(n, d, generator=g, dtype=torch.float64) * s + s for s in (1.0, 1.3))
     centred = [(f - f.mean(0)) / (n - 1) ** 0.5 for f in (f1, f2)]
-    root = torch.linalg.svdvals(centred[0] @ centred[1].T)[:n - 1].sum()
-    want = float((f1.mean(0) - f2.mean(0)).square().sum() + sum(c.square().sum() for c in centred) - 2 * root)
-    stats = [(m.to(device), c.to(device)) for m, c in (reference.feature_moments(f) for f in (f1, f2))]
+    root = torch.linalg.svdvals(centred[0] @ centred[1].T)[: n - 1].sum()
+    want = float(
+        (f1.mean(0) - f2.mean(0)).square().sum() + sum(c.square().sum() for c in centred) - 2 * root
+    )
+    stats = [
+        (m.to(device), c.to(device)) for m, c in (reference.feature_moments(f) for f in (f1, f2))
+    ]
     assert float(neon_ext.frechet_distance(*stats[0], *stats[1])) == pytest.approx(want, rel=1e-9)
     prepared = neon_ext.FrechetReference(*stats[0])
     assert float(prepared.distance(*stats[1])) == pytest.approx(want, rel=1e-9)
@@ -145,22 +178,34 @@ def test_singular_covariances(device, d, n):
 
 def test_spectrum_over_twelve_orders(device):
     d = 256
-    q1, q2 = (torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(s)))[0]
-              for s in (1, 2))
-    root1, root2 = (q * torch.logspace(0, -6, d, dtype=torch.float64) for q in (q1, q2))  # eigenvalues 1 to 1e-12
+    q1, q2 = (
+        torch.linalg.qr(
+            torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
+        )[0]
+        for s in (1, 2)
+    )
+    root1, root2 = (
+        q * torch.logspace(0, -6, d, dtype=torch.float64) for q in (q1, q2)
+    )  # eigenvalues 1 to 1e-12
     want = float(torch.linalg.svdvals(root1.T @ root2).sum())
     c1, c2 = ((r @ r.T).to(device) for r in (root1, root2))
     zero = torch.zeros(d, device=device)
-    trace = (float(c1.trace() + c2.trace()) - float(neon_ext.frechet_distance(zero, c1, zero, c2))) / 2
+    trace = (
+        float(c1.trace() + c2.trace()) - float(neon_ext.frechet_distance(zero, c1, zero, c2))
+    ) / 2
     assert trace == pytest.approx(want, rel=1e-8)
 
 
 @pytest.mark.parametrize("n", [1000, 2500])
 def test_full_size(device, n):
-    """D = 2048, once per kind of covariance: trace term to 1e-8 of singular values of the centred features' product."""
+    """D = 2048, once per kind of covariance: trace term to 1e-8 of singular values of the centred
+    features' product.
+    """
     g = torch.Generator().manual_seed(n)
     scale = torch.logspace(0, -2, 2048)
-    f1, f2 = ((torch.randn(n, 2048, generator=g) * scale).abs().double().to(device) for _ in range(2))
+    f1, f2 = (
+        (torch.randn(n, 2048, generator=g) * scale).abs().double().to(device) for _ in range(2)
+    )
     c1, c2 = ((f - f.mean(0)) / (n - 1) ** 0.5 for f in (f1, f2))
     root = float(torch.linalg.svdvals(c1 @ c2.T).sum())
     means = float((f1.mean(0) - f2.mean(0)).square().sum())
@@ -187,31 +232,267 @@ def test_trace_norm_methods(device, method, floor, shape, generator):
     assert float(neon_ext.trace_norm(B)) == pytest.approx(want, rel=1e-10)
 
 
-# ---------------------------------------------------------------- known traps of other implementations
+# ---------------------------------------------------------------- magnitudes, batches, kinds
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e-100, 1e100, 1e200, 1e300])
+@pytest.mark.parametrize("method", ["svd", "gram", "polar", "auto"])
+@pytest.mark.parametrize("d", [5, 200])
+def test_trace_norm_at_any_magnitude(device, scale, method, d):
+    B = torch.eye(d, dtype=torch.float64, device=device)
+    assert float(neon_ext.trace_norm(scale * B, method)) == pytest.approx(d * scale, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["svd", "gram", "polar", "auto"])
+def test_trace_norm_of_zero_and_of_what_is_not_finite(device, method):
+    B = torch.zeros(150, 140, dtype=torch.float64, device=device)
+    assert float(neon_ext.trace_norm(B, method)) == 0
+    for bad in (float("nan"), float("inf")):
+        B[3, 4] = bad
+        with pytest.raises(ValueError, match="not finite"):
+            neon_ext.trace_norm(B, method)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-150, 1e150, 1e300])
+@pytest.mark.parametrize("d", [4, 200])
+def test_distance_at_any_magnitude(device, scale, d):
+    zero, eye = torch.zeros(d, device=device), torch.eye(d, dtype=torch.float64, device=device)
+    got = float(neon_ext.frechet_distance(zero, scale * eye, zero, 4 * scale * eye))
+    assert got == pytest.approx(d * scale, rel=1e-12)  # (2 - 1)^2 in each direction
+    one, other = covariance(d, seed=1, device=device), covariance(d, seed=2, device=device)
+    want = scale * float(neon_ext.frechet_distance(zero, one, zero, other))
+    got = neon_ext.frechet_distance(zero, scale * one, zero, scale * other)
+    assert float(got) == pytest.approx(want, rel=1e-9)
+    root = neon_ext.sqrtm(scale * one)
+    torch.testing.assert_close(root / scale**0.5, neon_ext.sqrtm(one), rtol=1e-8, atol=1e-10)
+
+
+def test_gradient_at_any_magnitude(device):
+    zero = torch.zeros(6, dtype=torch.float64, device=device)
+    c1, c2 = covariance(6, seed=1, device=device), covariance(6, seed=2, device=device)
+    gradients = []
+    for a, b in ((1.0, 1.0), (1e-200, 1e200)):
+        one, other = (a * c1).requires_grad_(), (b * c2).requires_grad_()
+        neon_ext.frechet_distance(zero, one, zero, other).backward()
+        ratio = (b / a) ** 0.5
+        identity = torch.eye(6, dtype=torch.float64, device=device)
+        gradients.append(((identity - one.grad) / ratio, (identity - other.grad) * ratio))
+    for got, want in zip(gradients[1][:1], gradients[0][:1]):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_distance_of_disjoint_supports(device):
+    """The product of the roots is the zero matrix."""
+    d = 300
+    half = torch.cat([torch.ones(150), torch.zeros(150)]).double().to(device)
+    zero = torch.zeros(d, device=device)
+    got = neon_ext.frechet_distance(zero, half.diag(), zero, (1 - half).diag())
+    assert float(got) == d
+
+
+def test_distance_beyond_float64_is_refused(device):
+    eye = 1e308 * torch.eye(100, dtype=torch.float64, device=device)
+    zero = torch.zeros(100, device=device)
+    with pytest.raises(ValueError, match="beyond the range"):
+        neon_ext.frechet_distance(zero, eye, zero, 0.5 * eye)
+
+
+def test_each_matrix_of_a_batch_is_judged_by_its_own():
+    skewed = torch.tensor([[1.0, 0.5], [0.4, 1.0]], dtype=torch.float64)
+    batch = torch.stack([1e9 * torch.eye(2, dtype=torch.float64), skewed])
+    zero = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="cov2, matrix 1 of the batch, is not symmetric"):
+        neon_ext.frechet_distance(zero, torch.eye(2), zero, batch)
+    with pytest.raises(ValueError, match="A, matrix 1 of the batch, is not symmetric"):
+        neon_ext.sqrtm(batch)
+    tiny = torch.stack([torch.eye(2), 1e-310 * torch.tensor([[1.0, 2.0], [2.0, 1.0]]).double()])
+    with pytest.raises(ValueError, match="not positive semi-definite"):
+        neon_ext.sqrtm(tiny)
+
+
+def test_batches_that_do_not_broadcast():
+    with pytest.raises(ValueError, match="do not broadcast"):
+        neon_ext.frechet_distance(
+            torch.zeros(3, 2), torch.eye(2), torch.zeros(2), torch.eye(2).expand(4, 2, 2)
+        )
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_one_meta_tensor_is_refused(which):
+    args = [torch.zeros(2), torch.eye(2), torch.zeros(2), torch.eye(2)]
+    args[which] = args[which].to("meta")
+    with pytest.raises(ValueError, match="device"):
+        neon_ext.frechet_distance(*args)
+
+
+def test_sparse_and_quantised_are_refused():
+    sparse = torch.eye(3, dtype=torch.float64).to_sparse()
+    quantised = torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)
+    prepared = neon_ext.FrechetReference(torch.zeros(3), torch.eye(3))
+    for t in (sparse, quantised):
+        for call in (
+            neon_ext.trace_norm,
+            neon_ext.sqrtm,
+            neon_ext.feature_moments,
+            neon_ext.Moments(3).update,
+            prepared.distance_from_features,
+            lambda c: prepared.distance(torch.zeros(3), c),
+            lambda c: prepared.fold_distances(c, 2),
+        ):
+            with pytest.raises(ValueError, match="float"):
+                call(t)
+
+
+def triangular(d, condition, seed):
+    """Cholesky factor of a covariance with eigenvalues from 1 down to 1 / condition."""
+    g = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64))[0]
+    power = -torch.log10(torch.tensor(float(condition)))
+    root = q * torch.logspace(0, float(power) / 2, d, dtype=torch.float64)
+    return torch.linalg.cholesky(root @ root.T)
+
+
+@pytest.mark.parametrize("condition", [1, 1e2, 1e4, 1e8, 1e12])
+def test_polar_entered_at_a_lower_bound(device, condition):
+    """What CUDA computes; the larger the smallest singular value, the fewer steps are taken."""
+    l1, l2 = (triangular(192, condition, seed).to(device) for seed in (1, 2))
+    want = float(torch.linalg.svdvals(l1.T @ l2).sum())
+    assert neon_ext._polar_root(l1, l2) == pytest.approx(want, rel=1e-13)
+    assert neon_ext._polar_root(1e-40 * l1, 1e30 * l2) == pytest.approx(1e-10 * want, rel=1e-13)
+
+
+def test_ill_conditioned_distance_equals_the_plain_one(device):
+    """Spectra over 1e-12, where the Gram method is not even tried."""
+    roots = [triangular(200, 1e12, seed).to(device) for seed in (1, 2)]
+    c1, c2 = (root @ root.T for root in roots)
+    zero = torch.zeros(200, device=device)
+    got = float(neon_ext.frechet_distance(zero, c1, zero, c2))
+    assert got == pytest.approx(float(reference.frechet_distance(zero, c1, zero, c2)), rel=1e-9)
+
+
+# ---------------------------------------------------------------- scores with folds
+@pytest.mark.parametrize(
+    "n, d, folds",
+    [
+        (40, 64, 2),
+        (63, 64, 20),
+        (64, 64, 7),
+        (65, 64, 7),
+        (200, 64, 20),
+        (170, 300, 4),
+        (300, 300, 3),
+        (301, 300, 3),
+        (5, 64, 8),
+    ],
+    ids=str,
+)
+def test_fold_distances(device, n, d, folds, generator):
+    """The plain definition: distances of the moments of what is left."""
+    f = torch.randn(n, d, generator=generator, dtype=torch.float64) + torch.arange(n)[:, None] / n
+    f = f.to(device)
+    prepared = neon_ext.FrechetReference(*statistics(d, seed=1, device=device))
+    whole, without = prepared.fold_distances(f, folds)
+    assert isinstance(whole, float) and len(without) == folds
+    parts = f.tensor_split(folds)
+    for k in range(-1, folds):
+        left = torch.cat([part for j, part in enumerate(parts) if j != k])
+        want = prepared.distance(*reference.feature_moments(left))
+        got = whole if k < 0 else without[k]
+        assert got == pytest.approx(float(want), rel=1e-10), k
+
+
+@pytest.mark.parametrize("n", [90, 200])
+def test_fold_distances_equal_moments_to_the_bit(device, n, generator):
+    f = torch.randn(n, 40, generator=generator).to(device)
+    prepared = neon_ext.FrechetReference(*statistics(40, seed=1, device=device))
+    moments = neon_ext.Moments(40, 20, device)
+    for k, part in enumerate(f.tensor_split(20)):
+        moments.update(part, k)
+    want = [float(prepared.distance(moments.mean(), moments.cov()))]
+    for k in range(20):
+        others = [j for j in range(20) if j != k]
+        want.append(float(prepared.distance(moments.mean(others), moments.cov(others))))
+    whole, without = prepared.fold_distances(f, folds=20)
+    assert [whole, *without] == want
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e3])
+@pytest.mark.parametrize("condition", [1, 1e14])
+def test_fold_distances_from_few_ill_conditioned_features(device, apart, condition, generator):
+    """Where a Gram matrix would lose the small singular values, or folds lie far apart."""
+    f = torch.randn(150, 160, generator=generator, dtype=torch.float64)
+    f = f * torch.logspace(0, -math.log10(condition) / 2, 160, dtype=torch.float64)
+    f[:50] += apart
+    f = f.to(device)
+    mu, cov = statistics(160, seed=1, device=device)
+    whole, without = neon_ext.FrechetReference(mu, cov).fold_distances(f, 3)
+    for got, left in zip([whole, *without], [f, f[50:], torch.cat([f[:50], f[100:]]), f[:100]]):
+        centred = (left - left.mean(0)) / (len(left) - 1) ** 0.5
+        root = torch.linalg.svdvals(centred @ reference.factor(cov))[: len(left) - 1].sum()
+        means = (left.mean(0) - mu).square().sum()
+        want = float(means + cov.trace() + centred.square().sum() - 2 * root)
+        assert got == pytest.approx(want, rel=1e-9)
+
+
+def test_fold_distances_bad_input():
+    prepared = neon_ext.FrechetReference(torch.zeros(8), torch.eye(8))
+    f = torch.randn(6, 8)
+    for features, folds, message in [
+        (f, 0, "folds = 0"),
+        (f[:, :4], 2, r"must be \[N, 8\]"),
+        (f[:1], 1, "N >= 2"),
+        (f[:3], 2, "fewer than 2 are left"),
+        (f.long(), 2, "floating point"),
+        (f / 0, 2, "not finite"),
+        (f.to("meta"), 2, "dense"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            prepared.fold_distances(features, folds)
+
+
+# ---------------------------------------------------------------- known traps of other
+# implementations
 def test_trap_newton_schulz_on_singular_covariances():
     """Ours is exact at N < D, where a Newton-Schulz iteration of the usual length is not."""
-    f1, f2 = (torch.randn(60, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    f1, f2 = (
+        torch.randn(60, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
+        for s in (1, 2)
+    )
     (m1, c1), (m2, c2) = map(reference.feature_moments, (f1, f2))
     exact = float(torch.linalg.svdvals((f1 - m1) @ (f2 - m2).T).sum()) / 59
     product = c1 @ c2
-    y, z, eye = product / product.norm(), torch.eye(256, dtype=torch.float64), torch.eye(256, dtype=torch.float64)
+    y, z, eye = (
+        product / product.norm(),
+        torch.eye(256, dtype=torch.float64),
+        torch.eye(256, dtype=torch.float64),
+    )
     for _ in range(15):
         t = (3 * eye - z @ y) / 2
         y, z = y @ t, t @ z
     newton_schulz = float(y.trace() * product.norm().sqrt())
-    ours = float((m1 - m2).square().sum() + c1.trace() + c2.trace() - neon_ext.frechet_distance(m1, c1, m2, c2)) / 2
+    ours = (
+        float(
+            (m1 - m2).square().sum()
+            + c1.trace()
+            + c2.trace()
+            - neon_ext.frechet_distance(m1, c1, m2, c2)
+        )
+        / 2
+    )
     assert abs(newton_schulz - exact) > 1e-5 * exact  # the trap is real
     assert ours == pytest.approx(exact, rel=1e-10)
 
 
 def test_trap_eigenvalues_of_the_unsymmetric_product():
     """At N < D those eigenvalues come out negative or complex; ours stays real and exact."""
-    f1, f2 = (torch.randn(60, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    f1, f2 = (
+        torch.randn(60, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
+        for s in (1, 2)
+    )
     (m1, c1), (m2, c2) = map(reference.feature_moments, (f1, f2))
     eigenvalues = torch.linalg.eigvals(c1 @ c2)
     assert float(eigenvalues.real.min()) < 0 or float(eigenvalues.imag.abs().max()) > 0
     assert float(neon_ext.frechet_distance(m1, c1, m2, c2)) == pytest.approx(
-        float(neon_ext.FrechetReference(m1, c1).distance_from_features(f2)), rel=1e-10)
+        float(neon_ext.FrechetReference(m1, c1).distance_from_features(f2)), rel=1e-10
+    )
 
 
 def test_trap_float32():
@@ -228,7 +509,9 @@ def test_trap_tf32_and_float32_precision_flags(device):
     want = float(neon_ext.frechet_distance(*a, *b))
     try:
         torch.set_float32_matmul_precision("medium")
-        assert float(neon_ext.frechet_distance(*(t.float() for t in (*a, *b)))) == pytest.approx(want, rel=1e-5)
+        assert float(neon_ext.frechet_distance(*(t.float() for t in (*a, *b)))) == pytest.approx(
+            want, rel=1e-5
+        )
         assert float(neon_ext.frechet_distance(*a, *b)) == want
     finally:
         torch.set_float32_matmul_precision(before)
@@ -236,7 +519,9 @@ def test_trap_tf32_and_float32_precision_flags(device):
 
 MEMORY = """
 import torch, neon_ext
-high_water = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024
+def high_water():
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 g = torch.Generator().manual_seed(0)
 def statistics(d, n):
     f = torch.randn(n, d, generator=g) * torch.logspace(0, -2, d)
@@ -256,8 +541,12 @@ print(high_water() - before)
 
 
 def test_memory_of_a_full_size_distance():
-    """2048 dimensions on the CPU: under 400 MB above the two covariances and the reference's factor."""
-    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=600)
+    """2048 dimensions on the CPU: under 400 MB above the two covariances and the reference's
+    factor.
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=600
+    )
     if "clear_refs" in run.stderr:
         pytest.skip("this system does not tell a process its peak memory")
     assert run.returncode == 0, run.stderr
@@ -265,13 +554,21 @@ def test_memory_of_a_full_size_distance():
 
 
 # ---------------------------------------------------------------- bad input
-@pytest.mark.parametrize("cov, message", [
-    (torch.tensor([[1.0, 0.5], [0.4, 1.0]]), "cov2 is not symmetric: max .* = 0.1"),
-    (torch.tensor([[1.0, 2.0], [2.0, 1.0]]), "not positive semi-definite: smallest eigenvalue -0.33"),
-    (torch.tensor([[float("nan"), 0.0], [0.0, 1.0]]), "cov2 has entries that are not finite"),
-    (torch.tensor([[float("inf"), 0.0], [0.0, 1.0]]), "cov2 has entries that are not finite"),
-    (torch.ones(2, 3), r"cov2 must be \[..., D, D\]"), (torch.eye(3), r"mu2? must be \[..., 3\]"),
-    (torch.eye(2, dtype=torch.int64), r"cov2 must be \[..., D, D\] floating point")])
+@pytest.mark.parametrize(
+    "cov, message",
+    [
+        (torch.tensor([[1.0, 0.5], [0.4, 1.0]]), "cov2 is not symmetric: max .* = 0.1"),
+        (
+            torch.tensor([[1.0, 2.0], [2.0, 1.0]]),
+            "not positive semi-definite: smallest eigenvalue -0.33",
+        ),
+        (torch.tensor([[float("nan"), 0.0], [0.0, 1.0]]), "cov2 has entries that are not finite"),
+        (torch.tensor([[float("inf"), 0.0], [0.0, 1.0]]), "cov2 has entries that are not finite"),
+        (torch.ones(2, 3), r"cov2 must be \[..., D, D\]"),
+        (torch.eye(3), r"mu2? must be \[..., 3\]"),
+        (torch.eye(2, dtype=torch.int64), r"cov2 must be \[..., D, D\] floating point"),
+    ],
+)
 def test_bad_covariance(cov, message):
     with pytest.raises(ValueError, match=message):
         neon_ext.frechet_distance(torch.zeros(2), torch.eye(2), torch.zeros(2), cov)
@@ -287,28 +584,32 @@ def test_bad_means():
         neon_ext.frechet_distance(torch.zeros(2), eye, torch.zeros(3), eye)
 
 
-def test_large_indefinite_matrix_is_refused_and_rounding_is_not():
-    c = covariance(200)
+def with_smallest_eigenvalue(c, relative):
     values, vectors = torch.linalg.eigh(c)
-    for smallest, fine in ((-1e-3, False), (-1e-12, True)):
-        changed = values.clone()
-        changed[0] = smallest * values[-1]
-        bad = vectors * changed @ vectors.T
-        bad = (bad + bad.T) / 2
-        call = lambda: neon_ext.frechet_distance(torch.zeros(200), bad, torch.zeros(200), c)
-        if fine:
-            assert math.isfinite(float(call()))
-        else:
-            with pytest.raises(ValueError, match="smallest eigenvalue -0.001"):
-                call()
+    values[0] = relative * values[-1]
+    changed = vectors * values @ vectors.T
+    return (changed + changed.T) / 2
+
+
+def test_large_indefinite_matrix_is_refused_and_rounding_is_not():
+    c, zero = covariance(200), torch.zeros(200)
+    rounded = with_smallest_eigenvalue(c, -1e-12)
+    assert math.isfinite(float(neon_ext.frechet_distance(zero, rounded, zero, c)))
+    with pytest.raises(ValueError, match="smallest eigenvalue -0.001"):
+        neon_ext.frechet_distance(zero, with_smallest_eigenvalue(c, -1e-3), zero, c)
 
 
 # ---------------------------------------------------------------- prepared reference
 def test_certificate(device):
-    (mu1, c1), (mu2, c2) = statistics(40, seed=1, device=device), statistics(40, n=11, seed=2, device=device)
+    (mu1, c1), (mu2, c2) = (
+        statistics(40, seed=1, device=device),
+        statistics(40, n=11, seed=2, device=device),
+    )
     reference_side = neon_ext.FrechetReference(mu1, c1, count=168)
     facts = reference_side.certificate(mu2, c2, count=11)
-    assert facts["distance"] == pytest.approx(float(neon_ext.frechet_distance(mu1, c1, mu2, c2)), rel=1e-12)
+    assert facts["distance"] == pytest.approx(
+        float(neon_ext.frechet_distance(mu1, c1, mu2, c2)), rel=1e-12
+    )
     assert facts["mean_term"] + facts["cov_term"] == pytest.approx(facts["distance"], rel=1e-12)
     assert (facts["rank_ref"], facts["rank"], facts["dimension"]) == (40, 10, 40)
     assert facts["n_over_d_ref"] == 168 / 40 and facts["n_over_d"] == 11 / 40
@@ -333,27 +634,41 @@ def symmetric(c):
 
 @pytest.mark.parametrize("d", [1, 2, 5])
 def test_gradcheck(device, d):
-    args = [t.requires_grad_() for t in (*statistics(d, seed=1, device=device), *statistics(d, seed=2, device=device))]
+    args = [
+        t.requires_grad_()
+        for t in (*statistics(d, seed=1, device=device), *statistics(d, seed=2, device=device))
+    ]
     assert torch.autograd.gradcheck(
-        lambda m1, c1, m2, c2: neon_ext.frechet_distance(m1, symmetric(c1), m2, symmetric(c2)), args)
+        lambda m1, c1, m2, c2: neon_ext.frechet_distance(m1, symmetric(c1), m2, symmetric(c2)), args
+    )
 
 
 def test_gradcheck_repeated_eigenvalues(device):
-    """The product C1 C2 has equal eigenvalues: derivatives of eigenvectors would be infinite, ours are not used."""
+    """The product C1 C2 has equal eigenvalues: derivatives of eigenvectors would be infinite, ours
+    are not used.
+    """
     mu = torch.zeros(4, dtype=torch.float64, device=device)
     eye = torch.eye(4, dtype=torch.float64, device=device)
-    for c1, c2 in ((eye, 2 * eye), (covariance(4, device=device), eye.clone()),
-                   (torch.tensor([1.0, 1.0, 3.0, 3.0], dtype=torch.float64, device=device).diag(), eye.clone())):
+    for c1, c2 in (
+        (eye, 2 * eye),
+        (covariance(4, device=device), eye.clone()),
+        (
+            torch.tensor([1.0, 1.0, 3.0, 3.0], dtype=torch.float64, device=device).diag(),
+            eye.clone(),
+        ),
+    ):
         args = [t.clone().requires_grad_() for t in (mu, c1, mu + 1, c2)]
         assert torch.autograd.gradcheck(
-            lambda m1, a, m2, b: neon_ext.frechet_distance(m1, symmetric(a), m2, symmetric(b)), args)
+            lambda m1, a, m2, b: neon_ext.frechet_distance(m1, symmetric(a), m2, symmetric(b)), args
+        )
 
 
 def test_gradcheck_batched_and_broadcast():
     mu, cov = (torch.stack(t) for t in zip(*(statistics(3, seed=s) for s in range(3))))
     args = [t.requires_grad_() for t in (mu, cov, *statistics(3, seed=9))]
     assert torch.autograd.gradcheck(
-        lambda m1, c1, m2, c2: neon_ext.frechet_distance(m1, symmetric(c1), m2, symmetric(c2)), args)
+        lambda m1, c1, m2, c2: neon_ext.frechet_distance(m1, symmetric(c1), m2, symmetric(c2)), args
+    )
 
 
 def test_gradcheck_from_features(generator):
@@ -361,29 +676,43 @@ def test_gradcheck_from_features(generator):
     f = torch.randn(9, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(prepared.distance_from_features, [f])
     assert torch.autograd.gradcheck(neon_ext.feature_moments, [f])
-    few = torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)  # N < D: a singular covariance
+    few = torch.randn(
+        3, 4, generator=generator, dtype=torch.float64, requires_grad=True
+    )  # N < D: a singular covariance
     assert torch.autograd.gradcheck(prepared.distance_from_features, [few])
 
 
 def test_gradient_large_against_formula(device):
-    """I - R (R C R)^(-1/2) R with R = cov1^(1/2), at a size where the factors come from Cholesky."""
-    (m1, c1), (m2, c2) = statistics(150, seed=1, device=device), statistics(150, seed=2, device=device)
+    """I - R (R C R)^(-1/2) R with R = cov1^(1/2), where the factors come from Cholesky."""
+    (m1, c1), (m2, c2) = (
+        statistics(150, seed=1, device=device),
+        statistics(150, seed=2, device=device),
+    )
     c2.requires_grad_()
     neon_ext.frechet_distance(m1, c1, m2, c2).backward()
     root = reference.sqrtm(c1)
     values, vectors = torch.linalg.eigh(root @ c2.detach() @ root)
-    want = torch.eye(150, dtype=torch.float64, device=device) - root @ (vectors / values.sqrt() @ vectors.T) @ root
-    torch.testing.assert_close(c2.grad, want, rtol=0, atol=1e-9)  # condition of R C R: 1e8, so 1e-16 * 1e4 and a margin
+    want = (
+        torch.eye(150, dtype=torch.float64, device=device)
+        - root @ (vectors / values.sqrt() @ vectors.T) @ root
+    )
+    torch.testing.assert_close(
+        c2.grad, want, rtol=0, atol=1e-9
+    )  # condition of R C R: 1e8, so 1e-16 * 1e4 and a margin
 
 
 def test_gradient_on_singular_covariance_is_finite_and_descends():
-    (m1, c1), (m2, c2) = statistics(20, seed=1), statistics(20, n=8, seed=2)
-    f = torch.randn(8, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    m1, c1 = statistics(20, seed=1)
+    f = torch.randn(
+        8, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True
+    )
     prepared = neon_ext.FrechetReference(m1, c1)
     before = prepared.distance_from_features(f)
     before.backward()
     assert f.grad.isfinite().all() and f.grad.abs().max() > 0
-    assert float(prepared.distance_from_features((f - 0.05 * f.grad).detach())) < float(before.detach())
+    assert float(prepared.distance_from_features((f - 0.05 * f.grad).detach())) < float(
+        before.detach()
+    )
 
 
 def test_twice_differentiating_is_refused():
@@ -393,7 +722,9 @@ def test_twice_differentiating_is_refused():
 
 
 # ---------------------------------------------------------------- moments
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
 @pytest.mark.parametrize("n, d", [(2, 1), (3, 5), (100, 1), (257, 64), (5000, 7)])
 def test_moments_match_numpy(device, dtype, n, d, generator):
     f = (torch.randn(n, d, generator=generator) + 3).to(dtype).to(device)
@@ -402,7 +733,9 @@ def test_moments_match_numpy(device, dtype, n, d, generator):
     exact = f.double().cpu().numpy()
     assert moments.count() == n
     np.testing.assert_allclose(moments.mean().cpu(), exact.mean(0), rtol=1e-14)
-    np.testing.assert_allclose(moments.cov().cpu(), np.cov(exact, rowvar=False).reshape(d, d), rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(
+        moments.cov().cpu(), np.cov(exact, rowvar=False).reshape(d, d), rtol=1e-12, atol=1e-13
+    )
 
 
 def test_batch_splits_and_order_change_nothing(device, generator):
@@ -422,17 +755,23 @@ def test_huge_common_mean(device, generator):
     moments = neon_ext.Moments(8, device=device)
     for part in (noise + 1e6).to(device).split(500):
         moments.update(part)
-    # Without the shift S - N mu mu^T cancels 1e12 against 1: an error of 1e-4. What remains is the rounding of the
+    # Without the shift S - N mu mu^T cancels 1e12 against 1: an error of 1e-4. What remains is the
+    # rounding of the
     # inputs themselves, 1e6 * eps = 1e-10.
     torch.testing.assert_close(moments.cov().cpu(), torch.cov(noise.T), rtol=0, atol=1e-9)
 
 
 def test_merge_is_associative_and_commutative(device, generator):
-    parts = [torch.randn(n, 6, generator=generator).to(device) * (i + 1) + i for i, n in enumerate((50, 1, 200))]
+    parts = [
+        torch.randn(n, 6, generator=generator).to(device) * (i + 1) + i
+        for i, n in enumerate((50, 1, 200))
+    ]
+
     def fresh(i):
         m = neon_ext.Moments(6, device=device)
         m.update(parts[i])
         return m
+
     left, right = fresh(0), fresh(1)
     left.merge(fresh(1))
     left.merge(fresh(2))
@@ -456,8 +795,11 @@ def test_folds_equal_recomputation(device, generator):
         moments.update(part, fold=i % 4)
     member = torch.arange(12, device=device).repeat_interleave(25) % 4
     for folds in ([0], [1, 2, 3], [3, 0], None):
-        keep = torch.ones_like(member, dtype=torch.bool) if folds is None else torch.isin(
-            member, torch.tensor(folds, device=device))
+        keep = (
+            torch.ones_like(member, dtype=torch.bool)
+            if folds is None
+            else torch.isin(member, torch.tensor(folds, device=device))
+        )
         mean, cov = reference.feature_moments(f[keep])
         assert moments.count(folds) == int(keep.sum())
         torch.testing.assert_close(moments.mean(folds), mean, rtol=1e-13, atol=0)
@@ -482,22 +824,99 @@ def test_moments_bad_input():
     moments.update(torch.zeros(1, 3))
     before = moments.state_dict()
     for call, message in [
-            (lambda: moments.update(torch.zeros(4, 2)), r"must be \[N, 3\]"),
-            (lambda: moments.update(torch.zeros(3)), r"must be \[N, 3\]"),
-            (lambda: moments.update(torch.zeros(2, 3, dtype=torch.uint8)), "floating point"),
-            (lambda: moments.update(torch.full((2, 3), float("nan"))), "not finite; nothing was added"),
-            (lambda: moments.update(torch.zeros(2, 3), fold=2), "fold 2 of 2"),
-            (lambda: moments.cov(), "1 features, but at least 2"),
-            (lambda: moments.mean([1]), "0 features"), (lambda: moments.count([0, 0]), "named twice"),
-            (lambda: moments.merge(neon_ext.Moments(4, folds=2)), r"the other \[2, 4\]"),
-            (lambda: moments.load_state_dict({"count": torch.zeros(1)}), "'sum' is missing"),
-            (lambda: moments.load_state_dict(before | {"count": torch.tensor([-1, 0])}), "'count' is negative"),
-            (lambda: moments.load_state_dict(before | {"shift": torch.zeros(0)}), "'shift' is empty"),
-            (lambda: neon_ext.trace_norm(torch.zeros(2, 3, 3, dtype=torch.float64), "gram"), "not a batch"),
-            (lambda: neon_ext.Moments(0), "at least 1")]:
+        (lambda: moments.update(torch.zeros(4, 2)), r"must be \[N, 3\]"),
+        (lambda: moments.update(torch.zeros(3)), r"must be \[N, 3\]"),
+        (lambda: moments.update(torch.zeros(2, 3, dtype=torch.uint8)), "floating point"),
+        (lambda: moments.update(torch.full((2, 3), float("nan"))), "not finite; nothing was added"),
+        (lambda: moments.update(torch.zeros(2, 3), fold=2), "fold 2 of 2"),
+        (lambda: moments.cov(), "1 features, but at least 2"),
+        (lambda: moments.mean([1]), "0 features"),
+        (lambda: moments.count([0, 0]), "named twice"),
+        (lambda: moments.merge(neon_ext.Moments(4, folds=2)), r"the other \[2, 4\]"),
+        (lambda: moments.load_state_dict({"count": torch.zeros(1)}), "'sum' is missing"),
+        (
+            lambda: moments.load_state_dict(before | {"count": torch.tensor([-1, 0])}),
+            "'count' is negative",
+        ),
+        (lambda: moments.load_state_dict(before | {"shift": torch.zeros(0)}), "'shift' is"),
+        (
+            lambda: neon_ext.trace_norm(torch.zeros(2, 3, 3, dtype=torch.float64), "gram"),
+            "not a batch",
+        ),
+        (lambda: neon_ext.Moments(0), "at least 1"),
+    ]:
         with pytest.raises(ValueError, match=message):
             call()
     assert all(torch.equal(before[key], value) for key, value in moments.state_dict().items())
+
+
+def test_a_far_first_fold_does_no_harm(device, generator):
+    """Statistics without a fold that lies 1e9 away are those of the rest."""
+    f = torch.randn(300, 4, generator=generator, dtype=torch.float64).to(device)
+    moments = neon_ext.Moments(4, folds=4, device=device)
+    moments.update(torch.full((2, 4), 1e9, device=device), 0)
+    for k, part in enumerate(f.split(100)):
+        moments.update(part, k + 1)
+    mean, cov = reference.feature_moments(f)
+    torch.testing.assert_close(moments.mean([1, 2, 3]), mean, rtol=0, atol=1e-14)
+    torch.testing.assert_close(moments.cov([3, 1, 2]), cov, rtol=0, atol=1e-13)
+    other = neon_ext.Moments(4, folds=4, device=device)
+    other.update(torch.full((2, 4), -1e9, device=device), 0)
+    other.merge(moments)
+    torch.testing.assert_close(other.cov([1, 2, 3]), cov, rtol=0, atol=1e-13)
+
+
+def test_threads_may_share_moments(generator):
+    f = torch.randn(64, 50, 8, generator=generator)
+    moments = neon_ext.Moments(8, folds=2)
+    other = neon_ext.Moments(8, folds=2)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: moments.update(f[i], i % 2), range(64)))
+        list(pool.map(lambda i: (other.merge(moments), moments.cov(), moments.count()), range(3)))
+    mean, cov = reference.feature_moments(f.flatten(0, 1))
+    assert moments.count() == 3200 and other.count() == 9600
+    torch.testing.assert_close(moments.mean(), mean, rtol=0, atol=1e-13)
+    torch.testing.assert_close(moments.cov(), cov, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        other.cov() * 9599 / 9600, moments.cov() * 3199 / 3200, rtol=0, atol=1e-12
+    )
+
+
+def test_merging_with_itself_counts_twice(generator):
+    f = torch.randn(50, 3, generator=generator)
+    moments = neon_ext.Moments(3)
+    moments.update(f)
+    moments.merge(moments)
+    mean, cov = reference.feature_moments(torch.cat([f, f]))
+    assert moments.count() == 100
+    torch.testing.assert_close(moments.mean(), mean)
+    torch.testing.assert_close(moments.cov(), cov, rtol=1e-12, atol=1e-13)
+
+
+def test_states_with_one_shift_for_all_folds_are_read(generator):
+    """As files before fold-wise shifts hold them."""
+    f = torch.randn(50, 3, generator=generator, dtype=torch.float64)
+    moments = neon_ext.Moments(3, folds=2)
+    shift = torch.ones(3, dtype=torch.float64)
+    rows = [f[:20] - shift, f[20:] - shift]
+    moments.load_state_dict(
+        {
+            "count": torch.tensor([20, 30]),
+            "shift": shift,
+            "sum": torch.stack([part.sum(0) for part in rows]),
+            "outer": torch.stack([part.T @ part for part in rows]),
+        }
+    )
+    mean, cov = reference.feature_moments(f)
+    torch.testing.assert_close(moments.mean(), mean, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(moments.cov(), cov, rtol=1e-12, atol=1e-13)
+
+
+def test_moments_beyond_float64_are_refused():
+    moments = neon_ext.Moments(2)
+    moments.update(torch.tensor([[1e200, 0.0], [-1e200, 0.0]], dtype=torch.float64))
+    with pytest.raises(ValueError, match="beyond the range"):
+        moments.cov()
 
 
 def test_moments_need_no_gradient(generator):
@@ -517,10 +936,22 @@ def test_cpu_and_cuda_agree(device):
 
 def test_opcheck(device, generator):
     ops = torch.ops.neon_ext
-    mu1, c1, mu2, c2 = (*statistics(4, seed=1, device=device), *statistics(4, seed=2, device=device))
+    mu1, c1, mu2, c2 = (
+        *statistics(4, seed=1, device=device),
+        *statistics(4, seed=2, device=device),
+    )
     opcheck(ops.sqrtm.default, (c1,))
     opcheck(ops.frechet_distance.default, tuple(t.requires_grad_() for t in (mu1, c1, mu2, c2)))
     c1, c2 = c1.detach(), c2.detach()
-    opcheck(ops.frechet_distance_backward.default, (torch.ones((), dtype=torch.float64, device=device), c1, c2))
-    opcheck(ops.trace_norm.default, (torch.randn(4, 3, generator=generator, dtype=torch.float64).to(device), "svd"))
-    opcheck(ops.feature_moments.default, (torch.randn(6, 3, generator=generator).to(device).requires_grad_(),))
+    opcheck(
+        ops.frechet_distance_backward.default,
+        (torch.ones((), dtype=torch.float64, device=device), c1, c2),
+    )
+    opcheck(
+        ops.trace_norm.default,
+        (torch.randn(4, 3, generator=generator, dtype=torch.float64).to(device), "svd"),
+    )
+    opcheck(
+        ops.feature_moments.default,
+        (torch.randn(6, 3, generator=generator).to(device).requires_grad_(),),
+    )

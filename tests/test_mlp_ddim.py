@@ -1,10 +1,10 @@
 """The fused sampler of the toy's networks against plain PyTorch."""
-import pytest
-import torch
-from torch.library import opcheck
 
 import neon_ext
+import pytest
 import reference
+import torch
+from torch.library import opcheck
 
 
 def schedule(n=20, s=0.008):
@@ -20,12 +20,20 @@ def networks(grid, blocks=4, seed=0):
     for _ in range(grid):
         layers = [(32, 3), (32, 1)] + [(32, 32), (32, 1)] * blocks + [(2, 32), (2, 1)]
         fans = [3, 3] + [32, 32] * blocks + [32, 32]
-        rows.append(torch.cat([((torch.rand(shape, generator=g) * 2 - 1) / fan ** 0.5).flatten()
-                               for shape, fan in zip(layers, fans)]))
+        rows.append(
+            torch.cat(
+                [
+                    ((torch.rand(shape, generator=g) * 2 - 1) / fan**0.5).flatten()
+                    for shape, fan in zip(layers, fans)
+                ]
+            )
+        )
     return torch.stack(rows) if rows else torch.empty(0, 130 + 64 + 1056 * blocks)
 
 
-@pytest.mark.parametrize("grid, n", [(1, 1), (1, 15), (3, 16), (3, 65), (2, 1024), (2, 1025), (5, 0), (0, 9)])
+@pytest.mark.parametrize(
+    "grid, n", [(1, 1), (1, 15), (3, 16), (3, 65), (2, 1024), (2, 1025), (5, 0), (0, 9)]
+)
 def test_matches_float64(device, grid, n, generator):
     theta, z = networks(grid).to(device), torch.randn(n, 2, generator=generator).to(device)
     if not grid:
@@ -37,7 +45,8 @@ def test_matches_float64(device, grid, n, generator):
     plain = reference.mlp_ddim(theta, z, schedule(), 1.1, dtype=torch.float32)
     assert got.shape == (grid, n, 2) and got.dtype == torch.float32
     if n:
-        # 20 steps amplify the float32 rounding of the network: not more than 4 times that of plain float32 torch.
+        # 20 steps amplify the float32 rounding of the network: not more than 4 times that of plain
+        # float32 torch.
         rounding = (plain.double() - want).abs().max().clamp_min(1e-6)
         assert (got.double() - want).abs().max() <= 4 * rounding
 
@@ -49,17 +58,23 @@ def test_other_depths_and_step_counts(device, blocks, steps, generator):
     theta = (torch.rand(2, width, generator=generator) * 0.3 - 0.15).to(device)
     z = torch.randn(33, 2, generator=generator).to(device)
     abar = schedule(steps) if steps > 1 else torch.tensor([0.5])
-    torch.testing.assert_close(neon_ext.mlp_ddim(theta, z, abar).double(), reference.mlp_ddim(theta, z, abar),
-                               rtol=1e-4, atol=1e-4)  # float32 rounding through up to 50 steps
+    torch.testing.assert_close(
+        neon_ext.mlp_ddim(theta, z, abar).double(),
+        reference.mlp_ddim(theta, z, abar),
+        rtol=1e-4,
+        atol=1e-4,
+    )  # float32 rounding through up to 50 steps
 
 
 def test_networks_and_samples_do_not_mix(device, generator):
     theta, z = networks(4).to(device), torch.randn(300, 2, generator=generator).to(device)
     together = neon_ext.mlp_ddim(theta, z, schedule())
     for g in range(4):
-        assert torch.equal(together[g], neon_ext.mlp_ddim(theta[g:g + 1], z, schedule())[0])
+        assert torch.equal(together[g], neon_ext.mlp_ddim(theta[g : g + 1], z, schedule())[0])
     order = torch.randperm(300, generator=generator)
-    assert torch.equal(together[:, order], neon_ext.mlp_ddim(theta, z[order].contiguous(), schedule()))
+    assert torch.equal(
+        together[:, order], neon_ext.mlp_ddim(theta, z[order].contiguous(), schedule())
+    )
 
 
 def test_non_contiguous_input(device, generator):
@@ -76,17 +91,25 @@ def test_moments(device, correction, n, generator):
     x = neon_ext.mlp_ddim(theta, z, schedule()).double()
     centred = x - x.mean(1, keepdim=True)
     assert mean.dtype == cov.dtype == torch.float64
-    torch.testing.assert_close(mean, x.mean(1), rtol=1e-12, atol=1e-12)  # the same float32 samples, float64 sums
+    torch.testing.assert_close(
+        mean, x.mean(1), rtol=1e-12, atol=1e-12
+    )  # the same float32 samples, float64 sums
     torch.testing.assert_close(cov, centred.mT @ centred / (n - correction), rtol=1e-11, atol=1e-11)
 
 
 def test_moments_do_not_depend_on_threads(generator):
-    theta, z, threads = networks(2), torch.randn(10_000, 2, generator=generator), torch.get_num_threads()
+    theta, z, threads = (
+        networks(2),
+        torch.randn(10_000, 2, generator=generator),
+        torch.get_num_threads(),
+    )
     results = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(torch.cat([m.flatten() for m in neon_ext.mlp_ddim_moments(theta, z, schedule())]))
+            results.append(
+                torch.cat([m.flatten() for m in neon_ext.mlp_ddim_moments(theta, z, schedule())])
+            )
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -99,11 +122,19 @@ def test_nan_weights_give_nan_not_garbage(device, generator):
     assert out[0].isfinite().all() and out[1].isnan().all()
 
 
-@pytest.mark.parametrize("edit, message", [
-    (dict(theta=torch.zeros(2, 4417)), "P = 4417"), (dict(theta=torch.zeros(2, 4418).double()), "theta must be"),
-    (dict(z=torch.zeros(5, 3)), "z must be"), (dict(z=torch.zeros(5, 2).double()), "z must be"),
-    (dict(abar=torch.zeros(0)), "abar must be"), (dict(abar=torch.tensor([1.0, 0.0])), r"abar\[1\] = 0"),
-    (dict(abar=torch.tensor([1.0, 1.5])), r"abar\[1\] = 1.5"), (dict(zeta=float("nan")), "zeta")])
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (dict(theta=torch.zeros(2, 4417)), "P = 4417"),
+        (dict(theta=torch.zeros(2, 4418).double()), "theta must be"),
+        (dict(z=torch.zeros(5, 3)), "z must be"),
+        (dict(z=torch.zeros(5, 2).double()), "z must be"),
+        (dict(abar=torch.zeros(0)), "abar must be"),
+        (dict(abar=torch.tensor([1.0, 0.0])), r"abar\[1\] = 0"),
+        (dict(abar=torch.tensor([1.0, 1.5])), r"abar\[1\] = 1.5"),
+        (dict(zeta=float("nan")), "zeta"),
+    ],
+)
 def test_bad_input(edit, message):
     args = dict(theta=torch.zeros(2, 4418), z=torch.zeros(5, 2), abar=schedule()) | edit
     with pytest.raises(ValueError, match=message):
@@ -120,3 +151,30 @@ def test_opcheck(device, generator):
     torch_ops = torch.ops.neon_ext
     opcheck(torch_ops.mlp_ddim.default, (theta, z, schedule(), 1.1))
     opcheck(torch_ops.mlp_ddim_moments.default, (theta, z, schedule(), 0.9, 1))
+
+
+@pytest.mark.parametrize("which", ["theta", "z", "abar"])
+@pytest.mark.parametrize("name", ["mlp_ddim", "mlp_ddim_moments"])
+def test_one_meta_tensor_among_others_is_refused(name, which):
+    args = {"theta": torch.zeros(2, 4418), "z": torch.zeros(5, 2), "abar": schedule()}
+    args[which] = args[which].to("meta")
+    with pytest.raises(ValueError, match="one device"):
+        getattr(neon_ext, name)(**args)
+
+
+@pytest.mark.parametrize("edit", [{"zeta": 1e39}, {"abar": torch.tensor([1.0, 1e-80]).double()}])
+def test_steps_beyond_float32_are_refused(edit):
+    args = {
+        "theta": torch.zeros(2, 4418),
+        "z": torch.zeros(5, 2),
+        "abar": torch.tensor([1.0, 0.5]).double(),
+    } | edit
+    if "abar" in edit:
+        args["abar"] = torch.tensor([1.0, 1e-80], dtype=torch.float64)
+    with pytest.raises(ValueError, match="beyond float32"):
+        neon_ext.mlp_ddim(**args)
+
+
+def test_sparse_weights_are_refused():
+    with pytest.raises(ValueError, match="must be dense"):
+        neon_ext.mlp_ddim(torch.zeros(2, 4418).to_sparse(), torch.zeros(5, 2), schedule())
