@@ -8,7 +8,7 @@ arXiv 2510.03597); blocks: encoder, middle, decoder of the network, its layers, 
 search and the final comparison use disjoint seeds. The pipeline knows no network: EDM's (arXiv
 2206.00364) are built in, and --model FILE.py puts one of your own in their place.
 
-    python edm_neon.py --preset digits                             a laptop, nothing to download
+    python edm_neon.py --preset glyphs                             a laptop, nothing to download
     python edm_neon.py --snapshot 1551 --grid 0.75,1.0,1.25        CIFAR-10, a GPU, a connection
     torchrun --nproc_per_node=8 edm_neon.py --snapshot 1551 --grid 0.75,1.0,1.25
     python edm_neon.py --model mine.py --base mine.pt --data images.zip --snapshot 100
@@ -38,6 +38,7 @@ import dataclasses
 import datetime
 import fcntl
 import fnmatch
+import functools
 import hashlib
 import importlib.util
 import io
@@ -61,6 +62,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import safetensors.torch
 import scipy.optimize
 import scipy.stats
@@ -159,7 +162,7 @@ class Config:
     of 64 (snapshots 550, 1051, 1551, ... are multiples of 782 x 64 images). kimg: 1000 images."""
 
     # What is studied
-    preset: str = option("cifar10", "data, features and defaults", choices=("cifar10", "digits"))
+    preset: str = option("cifar10", "data, features and defaults", choices=("cifar10", "glyphs"))
     model: str = option("", "Python file of a model of your own (see adapters/)")
     base: str = option(
         "", "cond, uncond, a path or URL (.pkl of EDM, .safetensors of this program)"
@@ -267,59 +270,69 @@ class Cifar10:
         "attn_resolutions": [16],
     }
 
+    streams: dict = {}  # of generated real images; the numbers that seed them
+
     def real_images(self, c):
-        """uint8 [N, C, H, W], int64 labels [N] (or None), name of the source; None without
-        --data."""
+        """RealData of --data; None without it."""
         if not c.data:
             return None
         images, labels = read_dataset(c.data)
-        return RealImages(images, labels, c.data)
+        part = RealImages(images, labels, c.data)
+        return RealData(part, part, part)
 
     def features(self, c):
         check = "6726825d" if c.detector == INCEPTION else ""
         return InceptionFeatures(fetch(c.detector, "the Inception weights", check))
 
 
-class Digits(Cifar10):
-    """scikit-learn's digits and a small classifier of them: minutes on a laptop, nothing to
-    download. FD of the digits CNN on 1,000 images: base 34.8, w = -1: 80.7, w = 1: 20.3."""
+class Glyphs(Cifar10):
+    """Digits drawn from matplotlib's fonts and a small classifier of them: minutes on a laptop,
+    nothing to download, and fresh real images for every purpose."""
 
-    name = "digits"
-    threads = 1  # 8 x 8 images: one thread trains faster than two
+    name = "glyphs"
+    threads = 1  # 12 x 12 images: two batches at once are faster than two threads
     defaults = {
-        "snapshot": (5,),
+        "snapshot": (10,),
         "grid": (0.5, 1.0, 1.5),
-        "train_base": 10.0,
+        "train_base": 40.0,
         "base_lr": 3e-3,
-        "synthetic": 1000,
+        "synthetic": 2000,
         "lr": 2e-4,
         "ramp_kimg": 0.0,
         "ema_kimg": 0.5,
         "dropout": 0.0,
         "augment": 0.0,
         "select_images": 1000,
-        "final_images": 1500,
+        "final_images": 2000,
         "sample_batch": 250,
     }
     network = {
-        "img_resolution": 8,
+        "img_resolution": 12,
         "img_channels": 1,
         "label_dim": 10,
         "augment_dim": 0,
         "model_channels": 16,
         "channel_mult": [1, 2],
         "num_blocks": 1,
-        "attn_resolutions": [4],
+        "attn_resolutions": [6],
     }
+    images = {"training": 5_000, "selection": 20_000, "final": 20_000}
+    streams = {"training": 0, "selection": 1, "final": 2, "classifier": 3, "classifier test": 4}
 
     def real_images(self, c):
-        return RealImages(*digits_data(), "digits")
+        if c.data or c.ref:
+            raise UserError("--preset glyphs draws its own real images: leave --data and --ref out")
+        parts = {}
+        for purpose, count in self.images.items():
+            stream = self.streams[purpose]
+            parts[purpose] = RealImages(*draw_glyphs(count, stream), f"glyphs, stream {stream}")
+        return RealData(**parts)
 
     def features(self, c):
-        return DigitsFeatures(c.out / "digits-cnn.pt")
+        return GlyphsClassifier(c.out / "glyphs-cnn.pt", self.streams)
 
 
-PRESETS = {"cifar10": Cifar10(), "digits": Digits()}
+PRESETS = {"cifar10": Cifar10(), "glyphs": Glyphs()}
 
 
 # ==================== 2. the seam: what the pipeline needs of a model
@@ -454,6 +467,16 @@ class RealImages:
         return hashlib.sha256(self.images.numpy().tobytes() + labels).hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class RealData:
+    """Real images by purpose, disjoint: a base is trained on the first part, weights are selected
+    against the second and judged against the third."""
+
+    training: RealImages
+    selection: RealImages
+    final: RealImages
+
+
 def get_model(c, processes):
     """--model FILE.py, or EDM's networks."""
     if c.model:
@@ -489,7 +512,7 @@ def get_base(c, model, real, processes):
         precision=c.train_precision,
     )
     torch.manual_seed(c.seed)
-    net = model.create(real.images, real.labels, c)
+    net = model.create(real.training.images, real.training.labels, c)
     check_model(c, model, net, real, trained=False)
     if c.plan:
         return net
@@ -498,7 +521,7 @@ def get_base(c, model, real, processes):
     inputs = {
         "initial": initial,
         "kimg": c.train_base,
-        "data": real.identity,
+        "data": real.training.identity,
         "model": model.training_identity,
     }
     key = key_of(TRAINING_VERSION, inputs, dataclasses.asdict(recipe))
@@ -512,8 +535,8 @@ def get_base(c, model, real, processes):
         train(
             model,
             net,
-            real.images,
-            real.labels,
+            real.training.images,
+            real.training.labels,
             recipe,
             processes,
             state_path,
@@ -626,11 +649,12 @@ def check_model(c, model, base, real, trained=True):
     if real is None:
         return
     shape = tuple(model.image_shape(base))
-    theirs = tuple(real.images.shape[1:])
+    theirs = tuple(real.training.images.shape[1:])
     if shape != theirs:
         raise UserError(
             f"the base makes images of shape {shape} (channels, height, width), the real ones of "
-            f"{real.source} are {theirs}: choose other --data, or another --preset than {c.preset}"
+            f"{real.training.source} are {theirs}: choose other --data, or another --preset than "
+            f"{c.preset}"
         )
 
 
@@ -830,9 +854,14 @@ class SeedSet:
 class Ledger:
     selection: SeedSet
     finals: list
+    streams: dict  # of generated real images, where there are any
 
     def as_json(self):
-        return {"selection": self.selection.first, "final": [seeds.first for seeds in self.finals]}
+        firsts = {
+            "selection": self.selection.first,
+            "final": [seeds.first for seeds in self.finals],
+        }
+        return firsts | ({"real_streams": self.streams} if self.streams else {})
 
 
 def search_seeds(step, count):
@@ -871,7 +900,7 @@ def seed_ledger(c):
             "--protocol paper: selection seeds 0-1999 overlap the synthetic training set, and "
             "2,000 images are fewer than 2,048 features: the covariance is singular"
         )
-    return Ledger(selection, finals)
+    return Ledger(selection, finals, PRESETS[c.preset].streams)
 
 
 # ==================== 4. self-training
@@ -1350,19 +1379,91 @@ class InceptionFeatures(nn.Module):
         return x.mean((2, 3))
 
 
-class DigitsFeatures(nn.Module):
-    """Small classifier of scikit-learn's digits, trained here (seeded, seconds): [N, 1, 8, 8] ->
-    [N, 64]."""
+# -------------------- glyphs: digits from matplotlib's fonts, as many as one likes
+GLYPH_SIZE = 12
+GLYPH_FONTS = (
+    "DejaVuSans.ttf",
+    "DejaVuSans-Bold.ttf",
+    "DejaVuSans-Oblique.ttf",
+    "DejaVuSansMono.ttf",
+    "DejaVuSansMono-Bold.ttf",
+    "DejaVuSerif.ttf",
+    "DejaVuSerif-Bold.ttf",
+    "DejaVuSerif-Italic.ttf",
+    "STIXGeneral.ttf",
+    "STIXGeneralBol.ttf",
+    "STIXGeneralItalic.ttf",
+    "cmr10.ttf",
+    "cmss10.ttf",
+    "cmtt10.ttf",
+)
+
+
+@functools.cache
+def glyph_atlas(size=64, points=46):
+    """Every digit in every font, in the middle: float32 [fonts, 10, size, size] in [0, 1]."""
+    import matplotlib
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    atlas = torch.zeros(len(GLYPH_FONTS), 10, size, size)
+    for row, name in zip(atlas, GLYPH_FONTS, strict=True):
+        with reading(f"font {folder / name} is missing or damaged: install matplotlib again"):
+            font = PIL.ImageFont.truetype(
+                str(folder / name), points, layout_engine=PIL.ImageFont.Layout.BASIC
+            )
+        for digit in range(10):
+            picture = PIL.Image.new("L", (size, size))
+            pen = PIL.ImageDraw.Draw(picture)
+            left, top, right, bottom = pen.textbbox((0, 0), str(digit), font=font)
+            corner = ((size - left - right) / 2, (size - top - bottom) / 2)
+            pen.text(corner, str(digit), fill=255, font=font)
+            row[digit] = torch.from_numpy(np.array(picture)) / 255
+    return atlas
+
+
+def draw_glyphs(count, stream, size=GLYPH_SIZE, oversampling=3):
+    """The first images of a stream: uint8 [count, 1, size, size], int64 labels [count]. Image i of
+    a stream is always the same, however many are drawn."""
+    # A row of nine numbers for every image, one after the other.
+    draws = np.random.default_rng([*b"glyphs", stream]).random((count, 9))
+    chosen, drawn = torch.from_numpy(draws[:, :2]), torch.from_numpy(draws[:, 2:]).float()
+    low = torch.tensor([-0.2, 0.60, -0.25, 0.85, -0.08, -0.08, 0.7])
+    high = torch.tensor([0.2, 0.85, 0.25, 1.15, 0.08, 0.08, 1.0])
+    turn, zoom, shear, stretch, x, y, brightness = (low + (high - low) * drawn).unbind(1)
+    font, label = (chosen * torch.tensor([len(GLYPH_FONTS), 10])).long().unbind(1)
+
+    # From a place in the image to its place in the atlas, both in [-1, 1].
+    across = [turn.cos() * zoom * stretch, (shear - turn.sin()) * zoom, x]
+    down = [turn.sin() * zoom * stretch, turn.cos() * zoom / stretch, y]
+    maps = torch.stack([torch.stack(across, 1), torch.stack(down, 1)], 1)  # [count, 2, 3]
+
+    # Drawn larger and averaged over areas: the strokes are narrower than a pixel.
+    fine = size * oversampling
+    images = []
+    for part in torch.arange(count).split(2000):
+        grid = F.affine_grid(maps[part], [len(part), 1, fine, fine], align_corners=False)
+        ink = F.grid_sample(
+            glyph_atlas()[font[part], label[part]][:, None], grid, align_corners=False
+        )
+        grey = F.avg_pool2d(ink, oversampling) * brightness[part].view(-1, 1, 1, 1)
+        images.append((grey * 255).round().to(torch.uint8))
+    return torch.cat(images), label
+
+
+class GlyphsClassifier(nn.Module):
+    """Small classifier of glyphs, trained here (seeded, seconds): uint8 [N, 1, 12, 12] -> the 64
+    features in front of its last layer."""
 
     dim = 64
-    kind = name = "digits-cnn-64"
-    score = "FD (digits CNN, 64-d)"
+    kind = name = "glyphs-cnn-64"
+    score = "FD (glyphs CNN, 64-d)"
 
-    def __init__(self, path, epochs=40):
+    def __init__(self, path, streams, images=10_000, epochs=4):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             conv = partial(nn.Conv2d, kernel_size=3, padding=1)
+            side = -(-GLYPH_SIZE // 4)
             self.body = nn.Sequential(
                 conv(1, 32),
                 nn.ReLU(),
@@ -1371,20 +1472,23 @@ class DigitsFeatures(nn.Module):
                 conv(64, 64, stride=2),
                 nn.ReLU(),
                 nn.Flatten(),
-                nn.Linear(256, 64),
+                nn.Linear(64 * side * side, 64),
                 nn.ReLU(),
             )
             self.head = nn.Linear(64, 10)
             if not path.exists():
-                self.fit(epochs)
+                self.fit(*draw_glyphs(images, streams["classifier"]), epochs)
                 write_atomically(path, partial(torch.save, self.state_dict()))
         with reading(f"{path} is damaged, delete it"):
             self.load_state_dict(torch.load(path, weights_only=True))
         self.eval().requires_grad_(False)
         self.identity = weights_hash(self)
 
-    def fit(self, epochs):
-        images, labels = digits_data()
+        fresh, labels = draw_glyphs(2000, streams["classifier test"])
+        right = self.head(self(fresh)).argmax(1) == labels
+        self.facts = {"accuracy": float(right.double().mean()), "accuracy_images": len(right)}
+
+    def fit(self, images, labels, epochs):
         optimizer = torch.optim.Adam(self.parameters(), lr=2e-3)
         for _ in range(epochs):
             for index in torch.randperm(len(images)).split(128):
@@ -1396,6 +1500,7 @@ class DigitsFeatures(nn.Module):
         return self.body(images.float() / 127.5 - 1)
 
 
+# -------------------- features of a file, reference, judge
 class FileFeatures:
     """features(images) of a model file: uint8-valued [N, C, H, W] -> [N, D]."""
 
@@ -1428,14 +1533,10 @@ class Reference:
     facts: dict
     identity: str  # hash of mean, covariance and features
 
-    def floor(self, images):
-        """Distance between two disjoint samples of the real data, at most `images` each: bias
-        alone."""
-        n = min(images, len(self.real) // 2)
-        order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0))
-        first, second = (self.real[part.to(self.real.device)] for part in order[: 2 * n].split(n))
-        moments = (*neon_ext.feature_moments(first), *neon_ext.feature_moments(second))
-        return {"images": n, "fd": float(neon_ext.frechet_distance(*moments))}
+    @functools.cached_property
+    def radii(self):
+        """Of precision_recall(), which needs them for every score."""
+        return neighbour_radii(self.real)
 
 
 def reference_of(statistics, features, source, device, real=None):
@@ -1458,8 +1559,8 @@ def reference_of(statistics, features, source, device, real=None):
     return Reference(prepared, real, facts, identity)
 
 
-def reference_from_images(real, features, out, device):
-    """Reference of real images; reference.npz in the run's folder keeps its statistics."""
+def reference_from_images(real, features, path, device):
+    """Reference of real images; path keeps its statistics."""
     with torch.no_grad():
         found = torch.cat([features(part.to(device)) for part in real.images.split(256)])  # [N, D]
     mu, cov = (moment.cpu().numpy() for moment in neon_ext.feature_moments(found))
@@ -1468,7 +1569,7 @@ def reference_from_images(real, features, out, device):
     def write(part):
         np.savez(part, **statistics)
 
-    write_atomically(out / "reference.npz", write)
+    write_atomically(path, write)
     return reference_of(statistics, features, real.source, device, found)
 
 
@@ -1484,27 +1585,52 @@ def reference_from_file(path, features, device):
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """A feature network and the real data seen through it: what a score is."""
+    """A feature network and the real data seen through it: what a score is. Weights are selected
+    against one part of the real images and compared against another, where there are two."""
 
-    features: object  # callable with dim, name, kind, score, identity
-    reference: Reference
+    features: object  # callable with dim, name, kind, score, identity, perhaps facts
+    selection: Reference
+    final: Reference
+
+    def reference(self, seeds):
+        """The one that scores of this SeedSet are distances to."""
+        return self.final if seeds.is_final else self.selection
+
+    def identity(self, seeds):
+        return key_of(self.features.identity, self.reference(seeds).identity)
 
     @property
-    def identity(self):
-        return key_of(self.features.identity, self.reference.identity)
+    def facts(self):
+        """For the report: features, source, images of the final reference, and what else is
+        known."""
+        facts = dict(self.final.facts) | getattr(self.features, "facts", {})
+        if self.selection is not self.final:
+            facts["selection"] = self.selection.facts
+        return facts
+
+    def floor(self, images):
+        """The final score of real images, the first of the selection part: bias, and the best that
+        a model can hope for."""
+        moments = neon_ext.feature_moments(self.selection.real[:images])
+        return {"images": images, "fd": float(self.final.prepared.distance(*moments))}
 
 
 def get_judge(c, model, base, real, processes):
-    """The features of the model's own file, or the preset's, and the reference in them."""
+    """The features of the model's own file, or the preset's, and the references in them."""
     allow_tf32(c.precision)
 
     def build():
         features = model.own_features(base) or PRESETS[c.preset].features(c)
         features = features.to(c.device)
         if real is not None:
-            return Judge(features, reference_from_images(real, features, c.out, c.device))
+            selection, final = (
+                reference_from_images(part, features, c.out / f"reference-{name}.npz", c.device)
+                for name, part in (("selection", real.selection), ("final", real.final))
+            )
+            return Judge(features, selection, final)
         path = fetch(reference_source(c, model), "the reference statistics")
-        return Judge(features, reference_from_file(path, features, c.device))
+        reference = reference_from_file(path, features, c.device)
+        return Judge(features, reference, reference)
 
     return processes.one_by_one(build)
 
@@ -1536,22 +1662,28 @@ def fold_distances(prepared, features):
     return float(prepared.distance(moments.mean(None), moments.cov(None))), distances
 
 
+def neighbour_radii(points, k=5, most=10_000):
+    """Distance of each of the first `most` points [N, D] to its k-th neighbour: float64 [N]."""
+    points = points[:most].double()
+    # A point's own zero distance is its first neighbour, hence k + 1.
+    radii = [torch.cdist(part, points).kthvalue(k + 1).values for part in points.split(1000)]
+    return torch.cat(radii)
+
+
 @torch.no_grad()
-def precision_recall(real, fake, k=5, most=10_000):
+def precision_recall(real, fake, k=5, most=10_000, real_radii=None):
     """Improved precision and recall (arXiv 1904.06991), k nearest neighbours, at most `most` of
     each."""
     real, fake = real[:most].double(), fake[:most].double()
 
-    def share_inside(points, manifold):
-        # A point's own zero distance is its first neighbour, hence k + 1.
-        radii = [
-            torch.cdist(part, manifold).kthvalue(k + 1).values for part in manifold.split(1000)
-        ]
-        radii = torch.cat(radii)
+    def share_inside(points, manifold, radii):
         hits = [(torch.cdist(part, manifold) <= radii).any(1) for part in points.split(1000)]
         return float(torch.cat(hits).double().mean())
 
-    return share_inside(fake, real), share_inside(real, fake)
+    if real_radii is None:
+        real_radii = neighbour_radii(real, k, most)
+    precision = share_inside(fake, real, real_radii)
+    return precision, share_inside(real, fake, neighbour_radii(fake, k, most))
 
 
 # ==================== 8. scores, their log, comparisons
@@ -1677,7 +1809,7 @@ class Scorer:
             "networks": self.parents,
             "owners": self.merger.owners,
             "model": sampler.model.identity,
-            "judge": self.judge.identity,
+            "judge": self.judge.identity(seeds),
             "steps": sampler.steps,
             "precision": self.arithmetic(seeds),
             "device": sampler.processes.device,
@@ -1719,12 +1851,15 @@ class Scorer:
 
         def assess():
             fd, folds, precision, recall = math.inf, [math.inf] * FOLDS, None, None
+            reference = self.judge.reference(seeds)
             if found is not None:
-                fd, folds = fold_distances(self.judge.reference.prepared, found)
+                fd, folds = fold_distances(reference.prepared, found)
             else:
                 print(f"{printable(json.dumps(w))}: the sampler diverges, the score is infinite")
-            if found is not None and self.judge.reference.real is not None:
-                precision, recall = precision_recall(self.judge.reference.real, found)
+            if found is not None and reference.real is not None:
+                precision, recall = precision_recall(
+                    reference.real, found, real_radii=reference.radii
+                )
             score = Score(
                 snapshot=self.kimg,
                 w=w,
@@ -1945,7 +2080,7 @@ def distance_and_gradient(scorer, w, seeds, precision, rounding=True):
         return math.inf, dict.fromkeys(merger.blocks, 0.0)
     mean, cov = neon_ext.feature_moments(torch.cat(parts).to(processes.device))
     inputs = mean.clone().requires_grad_(), cov.requires_grad_()
-    fd = judge.reference.prepared.distance(*inputs)
+    fd = judge.reference(seeds).prepared.distance(*inputs)
     to_mean, to_cov = torch.autograd.grad(fd, inputs)
 
     # Pass two: d theta / d w_block = theta_r - theta_s.
@@ -1982,8 +2117,8 @@ def distance_and_gradient(scorer, w, seeds, precision, rounding=True):
 # ==================== 10. report
 def summarise(c, argv, entries, judge, ledger, seconds, processes, begin):
     """What summary.json holds."""
-    real = judge.reference.real
-    most = 0 if real is None else len(real) // 2
+    apart = judge.selection is not judge.final and judge.selection.real is not None
+    most = len(judge.selection.real) if apart else 0
     counts = sorted({min(c.select_images, most), min(c.final_images, most)} - {0})
     machine = torch.cuda.get_device_name() if c.device == "cuda" else f"{os.cpu_count()} cores"
     versions = {
@@ -1995,9 +2130,9 @@ def summarise(c, argv, entries, judge, ledger, seconds, processes, begin):
         "command": " ".join(["python edm_neon.py", *argv]),
         "config": dataclasses.asdict(c),
         "score": judge.features.score,
-        "reference": judge.reference.facts,
+        "reference": judge.facts,
         "snapshots": [entry.as_json() for entry in entries],
-        "floors": [judge.reference.floor(count) for count in counts],
+        "floors": [judge.floor(count) for count in counts],
         "seconds_per_image": seconds,
         "first_seeds": ledger.as_json(),
         "machine": machine,
@@ -2101,8 +2236,8 @@ def write_report(summary, out):
         notes += entry_notes(entry)
     for floor in summary["floors"]:
         notes.append(
-            f"Floor at {floor['images']} images: two disjoint samples of the real data are "
-            f"{floor['fd']:.4f} apart."
+            f"Floor: {floor['images']} real images, of the selection part, score "
+            f"{floor['fd']:.4f} against the final one."
         )
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     text = table + "\n\n" + "\n\n".join(notes)
@@ -3217,7 +3352,7 @@ def fetch(source, what, sha256_start=""):
     if target.exists():
         return target
     part = target.with_name(target.name + ".part")
-    advice = f"put the file at {target}; --preset digits needs no download"
+    advice = f"put the file at {target}; --preset glyphs needs no download"
     with reading(f"cannot download {what} from {source}: {advice}"):
         cache.mkdir(parents=True, exist_ok=True)
         with open(part, "ab") as file:
@@ -3242,15 +3377,6 @@ def fetch(source, what, sha256_start=""):
         )
     os.replace(part, target)
     return target
-
-
-def digits_data():
-    """scikit-learn's 1797 digits: uint8 [N, 1, 8, 8], int64 labels."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.from_numpy(np.rint(digits.images * 255 / 16).astype(np.uint8))[:, None]
-    return images, torch.from_numpy(digits.target.astype(np.int64))
 
 
 def read_dataset(path):
@@ -3475,7 +3601,7 @@ def refuse_hours(c, seconds, blocks=("enc", "mid", "dec")):
     if hours > MAX_HOURS:
         raise UserError(
             f"without a GPU this takes about {hours:.0f} hours of sampling alone: add --yes to run "
-            "it all the same, or try --preset digits"
+            "it all the same, or try --preset glyphs"
         )
 
 
