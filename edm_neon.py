@@ -144,6 +144,11 @@ def read_partition(text):
     return table
 
 
+def judge_name(text):
+    """One --judge; they add up."""
+    return (text,)
+
+
 def option(default, text, kind=None, choices=None, low=-math.inf, high=math.inf):
     """A field of Config. kind: from the option's text to its value; low, high: allowed range of
     each number."""
@@ -218,6 +223,12 @@ class Config:
         "disjoint", "paper: 2,000 seeds, trained on", choices=("disjoint", "paper")
     )
     detector: str = option(INCEPTION, "Inception weights (PyTorch port)")
+    judge: tuple = option(
+        (),
+        "one more feature network of the final comparison, repeatable: random-conv, pixels, "
+        "FILE.py with features(images), classifier-2 and mlp of glyphs, or none",
+        judge_name,
+    )
 
     # Search over the block weights
     grid: tuple = option(
@@ -270,15 +281,17 @@ class Cifar10:
         "attn_resolutions": [16],
     }
 
-    streams: dict = {}  # of generated real images; the numbers that seed them
+    streams: dict = {}  # of real images that are drawn here; the numbers that seed them
 
     def real_images(self, c):
         """RealData of --data; None without it."""
         if not c.data:
             return None
-        images, labels = read_dataset(c.data)
-        part = RealImages(images, labels, c.data)
-        return RealData(part, part, part)
+        return split_by_content(*read_dataset(c.data), c.data)
+
+    def judges(self, c):
+        """{name: function that gives the features} of the judges that only this preset has."""
+        return {}
 
     def features(self, c):
         check = "6726825d" if c.detector == INCEPTION else ""
@@ -305,6 +318,7 @@ class Glyphs(Cifar10):
         "select_images": 1000,
         "final_images": 2000,
         "sample_batch": 250,
+        "judge": ("classifier-2", "mlp", "random-conv", "pixels"),
     }
     network = {
         "img_resolution": 12,
@@ -317,7 +331,15 @@ class Glyphs(Cifar10):
         "attn_resolutions": [6],
     }
     images = {"training": 5_000, "selection": 20_000, "final": 20_000}
-    streams = {"training": 0, "selection": 1, "final": 2, "classifier": 3, "classifier test": 4}
+    streams = {
+        "training": 0,
+        "selection": 1,
+        "final": 2,
+        "classifier": 3,
+        "classifier test": 4,
+        "classifier-2": 5,
+        "mlp": 6,
+    }
 
     def real_images(self, c):
         if c.data or c.ref:
@@ -326,10 +348,23 @@ class Glyphs(Cifar10):
         for purpose, count in self.images.items():
             stream = self.streams[purpose]
             parts[purpose] = RealImages(*draw_glyphs(count, stream), f"glyphs, stream {stream}")
-        return RealData(**parts)
+        return RealData(**parts, origin="images that no network and no selection has seen")
+
+    def classifier(self, c, name, body, seed, stream):
+        path = c.out / f"{name}.pt"
+        return GlyphsClassifier(path, name, body, seed, self.streams[stream], self.streams)
 
     def features(self, c):
-        return GlyphsClassifier(c.out / "glyphs-cnn.pt", self.streams)
+        return self.classifier(c, "glyphs-cnn-64", glyphs_cnn, 0, "classifier")
+
+    def judges(self, c):
+        def another_seed():
+            return self.classifier(c, "classifier-2", glyphs_cnn, 1, "classifier-2")
+
+        def another_architecture():
+            return self.classifier(c, "mlp", glyphs_mlp, 2, "mlp")
+
+        return {"classifier-2": another_seed, "mlp": another_architecture}
 
 
 PRESETS = {"cifar10": Cifar10(), "glyphs": Glyphs()}
@@ -409,6 +444,7 @@ def study_all(c, argv, processes, begin):
     ledger = seed_ledger(c)
     model = get_model(c, processes)
     real = processes.one_by_one(partial(PRESETS[c.preset].real_images, c))
+    check_judges(c, real)
     base = get_base(c, model, real, processes)
     sampler = Sampler(model, base, processes, c.steps, c.sample_batch)
     seconds = seconds_per_image(sampler, c.precision)
@@ -416,19 +452,20 @@ def study_all(c, argv, processes, begin):
     owners = partition_owners(model, base, c.partition)
     check_grid(c, list(dict.fromkeys(owners.values())))
 
+    # What judges is complete before anything long begins.
+    judges = [] if c.plan else get_judges(c, model, base, real, processes)
     snapshots = get_snapshots(c, model, base, sampler)
     if c.plan:
         print_plans(c, model, base, snapshots, owners, sampler, seconds)
         return
 
-    judge = get_judge(c, model, base, real, processes)
     log = ScoreLog(c.out)
     entries = []
     samples = {}
     for kimg, path in sorted(snapshots.items()):
         merger = Merger(base, model.load_like(base, path), owners, sampler)
         parents = {"base_weights": weights_hash(base), "aux_weights": merger.aux_hash}
-        scorer = Scorer(merger, judge, sampler, log, parents, kimg, c)
+        scorer = Scorer(merger, judges, sampler, log, parents, kimg, c)
         entry = study(c, scorer, model, ledger)
         entries.append(entry)
 
@@ -443,7 +480,7 @@ def study_all(c, argv, processes, begin):
             save_merged(c, model, merger, entry, parents)
 
     if processes.rank == 0:
-        summary = summarise(c, argv, entries, judge, ledger, seconds, processes, begin)
+        summary = summarise(c, argv, entries, judges, ledger, seconds, processes, begin)
         write_report(summary, c.out)
         plot_report(summary, samples, c.out)
         print(
@@ -470,11 +507,34 @@ class RealImages:
 @dataclasses.dataclass(frozen=True)
 class RealData:
     """Real images by purpose, disjoint: a base is trained on the first part, weights are selected
-    against the second and judged against the third."""
+    against the second and judged against the third. origin: who has seen the last, in words."""
 
     training: RealImages
     selection: RealImages
     final: RealImages
+    origin: str
+
+
+SHARES = {"training": (0, 1), "selection": (2,), "final": (3,)}  # quarters, by content
+LEAST_IMAGES = 2 * FOLDS  # of a part
+
+
+def split_by_content(images, labels, source):
+    """RealData: half to train on, a quarter to select with, a quarter for the final comparison. An
+    image's part follows from its content alone: it never moves, and copies stay together."""
+    digests = [hashlib.sha256(image.tobytes()).digest() for image in images.numpy()]
+    quarter = torch.tensor([digest[0] % 4 for digest in digests])
+    parts = {}
+    for purpose, quarters in SHARES.items():
+        chosen = torch.isin(quarter, torch.tensor(quarters))
+        if chosen.sum() < LEAST_IMAGES:
+            raise UserError(
+                f"{source}: {int(chosen.sum())} of its {len(images)} images fall into the "
+                f"{purpose} part, it takes {LEAST_IMAGES}: give more images"
+            )
+        part_labels = None if labels is None else labels[chosen]
+        parts[purpose] = RealImages(images[chosen], part_labels, f"{source}, {purpose} part")
+    return RealData(**parts, origin="a part of --data that is not used for anything else")
 
 
 def get_model(c, processes):
@@ -694,6 +754,8 @@ class Entry:
     final: dict  # {model: final_comparison()}
     placebo: list  # best of each random partition, against global
     warnings: list
+    judges: dict  # {judge that no selection saw: facts, score, final_comparison()}
+    claims: list  # [Claim]
 
     def as_json(self):
         def short(score):
@@ -717,6 +779,10 @@ class Entry:
             "final": self.final,
             "placebo": self.placebo,
             "warnings": self.warnings,
+            "judges": self.judges,
+            "claims": [
+                dataclasses.asdict(claim) | {"sentence": claim.sentence()} for claim in self.claims
+            ],
         }
 
 
@@ -752,24 +818,50 @@ def study(c, scorer, model, ledger):
         winner = best_of(SEARCHES[c.search](c, scorer, selection, w_global))
         models["searched"] = Candidate(winner.w, winner.fd)
 
-    finals = {}
+    # The winners on the final seeds, and the best of every random partition: all judges see the
+    # same images.
+    finals = {judge.name: {} for judge in scorer.judges}
     for name, candidate in models.items():
-        finals[name] = [
-            scorer.score(candidate.w, seeds, f"final: {name}") for seeds in ledger.finals
-        ]
-    final = final_comparison(finals)
-
+        add_finals(finals, name, scorer, candidate.w, ledger)
     placebo = []
-    for k in range(c.placebo):
-        random_blocks = scorer.with_owners(placebo_owners(scorer.merger, model, k))
-        winner = best_of(score_grid(c, random_blocks, selection, f"random blocks {k + 1}"))
-        scores = [random_blocks.score(winner.w, seeds) for seeds in ledger.finals]
-        gain = compare(scores, finals["global"])
+    for k in range(1, c.placebo + 1):
+        random_blocks = scorer.with_owners(placebo_owners(scorer.merger, model, k - 1))
+        winner = best_of(score_grid(c, random_blocks, selection, f"random blocks {k}"))
+        add_finals(finals, f"random blocks {k}", random_blocks, winner.w, ledger)
+        own = finals[scorer.judge.name]
+        gain = compare(own[f"random blocks {k}"], own["global"])
         placebo.append({"w": winner.w, "fd": winner.fd, "against_global": gain})
 
-    warnings = warnings_of(c, models, final, bool(grid), scorer.judge.features.dim)
-    table = scorer.merger.table()
-    return Entry(scorer.kimg, table, sweep, grid, models, final, placebo, warnings)
+    own = finals[scorer.judge.name]
+    final = final_comparison({name: own[name] for name in models})
+    judges = {}
+    for judge in scorer.judges[1:]:
+        judges[judge.name] = judge.facts | {
+            "score": judge.features.score,
+            "final": final_comparison(finals[judge.name]),
+        }
+    return Entry(
+        kimg=scorer.kimg,
+        blocks=scorer.merger.table(),
+        sweep=sweep,
+        grid=grid,
+        models=models,
+        final=final,
+        placebo=placebo,
+        warnings=warnings_of(c, models, final, bool(grid), scorer.judge),
+        judges=judges,
+        claims=claims_of(finals),
+    )
+
+
+def add_finals(finals, name, scorer, w, ledger):
+    """Scores of one model on every final seed set, into {judge: {model: [Score]}}."""
+    for judge in scorer.judges:
+        finals[judge.name][name] = []
+    for seeds in ledger.finals:
+        scores = scorer.scores(w, seeds, scorer.judges, f"final: {name}")
+        for judge, score in zip(scorer.judges, scores, strict=True):
+            finals[judge.name][name].append(score)
 
 
 def final_comparison(finals):
@@ -779,9 +871,11 @@ def final_comparison(finals):
         values = [score.fd for score in scores]
         result = {"w": scores[0].w, "images": scores[0].images, "all": values}
         result["fd"] = float(np.mean(values))
-        if scores[0].precision is not None:
+        if all(score.precision is not None for score in scores):
             result["precision"] = float(np.mean([score.precision for score in scores]))
             result["recall"] = float(np.mean([score.recall for score in scores]))
+        if all(score.kernel is not None for score in scores):
+            result["kernel"] = kernel_interval(scores)
         result["std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
         if name != "base":
             result["against_base"] = compare(scores, finals["base"])
@@ -791,7 +885,73 @@ def final_comparison(finals):
     return results
 
 
-def warnings_of(c, models, final, had_grid, dim):
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """That one model of a snapshot is better than another: in the features it was selected with,
+    and in judges that no selection saw."""
+
+    model: str
+    against: str
+    own: dict  # compare(), and the difference as a share of the other's distance
+    judges: dict  # {judge: the same}
+    better: list  # judges in which the gain holds, corrected for their number (Holm)
+    worse: list
+
+    def sentence(self):
+        text = f"{self.model} against {self.against}: {self.own['verdict']} in its own features"
+        if not self.judges:
+            return text
+        return (
+            f"{text}; of {len(self.judges)} judges that no selection saw, better in "
+            f"{len(self.better)} and worse in {len(self.worse)} (95%, Holm's correction)"
+        )
+
+
+CLAIMS = (
+    ("global", "base"),
+    ("blockwise", "base"),
+    ("searched", "base"),
+    ("blockwise", "global"),
+    ("searched", "global"),
+    ("searched", "blockwise"),
+)
+
+
+def claims_of(finals, level=0.05):
+    """{judge: {model: [Score]}}, the first judge the one that was selected with -> [Claim]."""
+    own, *unseen = finals
+    models = finals[own]
+    pairs = [pair for pair in CLAIMS if pair[0] in models and pair[1] in models]
+    for name in models:
+        if name.startswith("random blocks"):
+            pairs.append((name, "global"))
+            if "blockwise" in models:
+                pairs.append(("blockwise", name))
+
+    claims = []
+    for model, against in pairs:
+        gains = {}
+        for judge, scores in finals.items():
+            gain = compare(scores[model], scores[against], level)
+            theirs = float(np.mean([score.fd for score in scores[against]]))
+            gain["relative"] = gain["difference"] / theirs if theirs else 0.0
+            gains[judge] = gain
+        held = holm([gains[judge]["p"] for judge in unseen], level)
+        holding = [judge for judge, holds in zip(unseen, held, strict=True) if holds]
+        claims.append(
+            Claim(
+                model=model,
+                against=against,
+                own=gains.pop(own),
+                judges=gains,
+                better=[judge for judge in holding if gains[judge]["difference"] < 0],
+                worse=[judge for judge in holding if gains[judge]["difference"] > 0],
+            )
+        )
+    return claims
+
+
+def warnings_of(c, models, final, had_grid, judge):
     """What a careful reader would want to know."""
     notes = []
     if had_grid:
@@ -799,10 +959,14 @@ def warnings_of(c, models, final, had_grid, dim):
             values = c.grid_of(block)
             if len(values) > 1 and value in (values[0], values[-1]):
                 notes.append(f"w_{block} = {value:g} lies on the edge of the grid")
+    dim = judge.features.dim
     if c.select_images <= dim:
         notes.append(
             f"{c.select_images} selection images for {dim} features: the covariance is singular"
         )
+    real = min(judge.selection.facts["images"], judge.final.facts["images"])
+    if real <= dim:
+        notes.append(f"{real} real images for {dim} features: the covariance is singular")
 
     for name in ("blockwise", "searched"):
         if name not in final:
@@ -1450,34 +1614,44 @@ def draw_glyphs(count, stream, size=GLYPH_SIZE, oversampling=3):
     return torch.cat(images), label
 
 
+def glyphs_cnn():
+    side = -(-GLYPH_SIZE // 4)
+    conv = partial(nn.Conv2d, kernel_size=3, padding=1)
+    return nn.Sequential(
+        conv(1, 32),
+        nn.ReLU(),
+        conv(32, 64, stride=2),
+        nn.ReLU(),
+        conv(64, 64, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * side * side, 64),
+        nn.ReLU(),
+    )
+
+
+def glyphs_mlp():
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(GLYPH_SIZE**2, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU()
+    )
+
+
 class GlyphsClassifier(nn.Module):
-    """Small classifier of glyphs, trained here (seeded, seconds): uint8 [N, 1, 12, 12] -> the 64
-    features in front of its last layer."""
+    """Small classifier of glyphs, trained here on a stream of its own (seeded, seconds): uint8
+    [N, 1, 12, 12] -> the 64 features in front of its last layer. path: keeps its weights."""
 
     dim = 64
-    kind = name = "glyphs-cnn-64"
-    score = "FD (glyphs CNN, 64-d)"
 
-    def __init__(self, path, streams, images=10_000, epochs=4):
+    def __init__(self, path, name, body, seed, stream, streams, images=10_000, epochs=4):
         super().__init__()
+        self.name = self.kind = name
+        self.score = "FD (glyphs CNN, 64-d)" if name == "glyphs-cnn-64" else f"FD ({name}, 64-d)"
         with torch.random.fork_rng():
-            torch.manual_seed(0)
-            conv = partial(nn.Conv2d, kernel_size=3, padding=1)
-            side = -(-GLYPH_SIZE // 4)
-            self.body = nn.Sequential(
-                conv(1, 32),
-                nn.ReLU(),
-                conv(32, 64, stride=2),
-                nn.ReLU(),
-                conv(64, 64, stride=2),
-                nn.ReLU(),
-                nn.Flatten(),
-                nn.Linear(64 * side * side, 64),
-                nn.ReLU(),
-            )
+            torch.manual_seed(seed)
+            self.body = body()
             self.head = nn.Linear(64, 10)
             if not path.exists():
-                self.fit(*draw_glyphs(images, streams["classifier"]), epochs)
+                self.fit(*draw_glyphs(images, stream), epochs)
                 write_atomically(path, partial(torch.save, self.state_dict()))
         with reading(f"{path} is damaged, delete it"):
             self.load_state_dict(torch.load(path, weights_only=True))
@@ -1498,6 +1672,73 @@ class GlyphsClassifier(nn.Module):
 
     def forward(self, images):
         return self.body(images.float() / 127.5 - 1)
+
+
+# -------------------- judges that need nothing: no training, no download
+class RandomConvFeatures(nn.Module):
+    """Convolutions with random weights from a fixed seed: uint8 [N, C, H, W] -> [N, 64]."""
+
+    dim = 64
+    name = kind = "random-conv"
+    score = "FD (random convolutions, 64-d)"
+
+    def __init__(self, channels):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(20_06)
+            layers = []
+            for c_in, c_out, stride in ((channels, 32, 1), (32, 64, 2), (64, 64, 2)):
+                layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.ReLU()]
+                nn.init.kaiming_normal_(layers[-2].weight)
+            self.body = nn.Sequential(*layers)
+        self.eval().requires_grad_(False)
+        self.identity = weights_hash(self)
+
+    def forward(self, images):
+        return self.body(images.float() / 127.5 - 1).mean((2, 3))
+
+
+class PixelFeatures(nn.Module):
+    """Pixels, in the leading principal components of real images: uint8 [N, C, H, W] -> [N, 32] or
+    fewer. images: uint8 [N, C, H, W] that no score compares with. Sides above 16 are averaged down
+    to it."""
+
+    name = kind = "pixels"
+
+    def __init__(self, images, most=32, side=16):
+        super().__init__()
+        self.side = (min(images.shape[2], side), min(images.shape[3], side))
+        x = torch.cat([self.vectors(part).double() for part in images.split(1000)])  # [N, P]
+        mean, cov = neon_ext.feature_moments(x)
+        _, vectors = torch.linalg.eigh(cov)  # in ascending order
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("components", vectors[:, -most:].float())
+        self.dim = self.components.shape[1]
+        self.score = f"FD (pixels, {self.dim} principal components)"
+        self.identity = weights_hash(self)
+
+    def vectors(self, images):
+        return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, self.side).flatten(1)
+
+    def forward(self, images):
+        return (self.vectors(images) - self.mean) @ self.components
+
+
+class JudgeFile:
+    """--judge FILE.py, as FileFeatures takes it."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            known = ", ".join(["random-conv", "pixels"])
+            raise UserError(f"--judge {path} is no file, and none of {known} (glyphs: more)")
+        self.file = FileModel.import_file(self.path, "--judge")
+        self.identity = file_hash(self.path)
+        if not hasattr(self.file, "features"):
+            raise UserError(f"--judge {path} lacks features(images)")
+
+    def call(self, name, *args):
+        return FileModel.call(self, name, *args)
 
 
 # -------------------- features of a file, reference, judge
@@ -1526,7 +1767,7 @@ class FileFeatures:
 class Reference:
     """Statistics of the real data in one feature network. prepared: neon_ext.FrechetReference;
     real: the features themselves [N, D] where they are at hand; facts: features, source, images,
-    for the report."""
+    origin, for the report."""
 
     prepared: object
     real: torch.Tensor | None
@@ -1538,8 +1779,15 @@ class Reference:
         """Of precision_recall(), which needs them for every score."""
         return neighbour_radii(self.real)
 
+    @functools.cached_property
+    def kernel_mean(self):
+        """Of kernel_distance(): the mean kernel of two different real images."""
+        real = self.real[:KERNEL_IMAGES].double()
+        rows, diagonal = kernel_rows(real, real), kernel_diagonal(real)
+        return float(rows.sum() - diagonal.sum()) / (len(real) * (len(real) - 1))
 
-def reference_of(statistics, features, source, device, real=None):
+
+def reference_of(statistics, features, source, device, real=None, origin=""):
     """Reference from {mu [D], sigma [D, D], images, features}, if they are of these features and
     usable."""
     kind, shape = str(statistics["features"]), np.shape(statistics["mu"])
@@ -1553,34 +1801,44 @@ def reference_of(statistics, features, source, device, real=None):
         mu, cov = (torch.as_tensor(statistics[key]).double().to(device) for key in ("mu", "sigma"))
         prepared = neon_ext.FrechetReference(mu, cov, count)
     facts = {"features": features.name, "source": str(source), "images": count}
+    if origin:
+        facts["origin"] = origin
     identity = key_of(
         tensor_hash(mu), tensor_hash(cov), count, None if real is None else tensor_hash(real)
     )
     return Reference(prepared, real, facts, identity)
 
 
-def reference_from_images(real, features, path, device):
-    """Reference of real images; path keeps its statistics."""
-    with torch.no_grad():
-        found = torch.cat([features(part.to(device)) for part in real.images.split(256)])  # [N, D]
+@torch.no_grad()
+def features_of_images(images, features, device):
+    """Features [N, D] of uint8 images [N, C, H, W]."""
+    return torch.cat([features(part.to(device)) for part in images.split(256)])
+
+
+def reference_from_images(real, features, path, device, origin=""):
+    """Reference of real images; path, if any, keeps its statistics."""
+    found = features_of_images(real.images, features, device)
     mu, cov = (moment.cpu().numpy() for moment in neon_ext.feature_moments(found))
     statistics = {"mu": mu, "sigma": cov, "images": len(real.images), "features": features.name}
 
     def write(part):
         np.savez(part, **statistics)
 
-    write_atomically(path, write)
-    return reference_of(statistics, features, real.source, device, found)
+    if path is not None:
+        write_atomically(path, write)
+    return reference_of(statistics, features, real.source, device, found, origin)
 
 
-def reference_from_file(path, features, device):
-    """Reference of an npz with mu and sigma, as EDM's (which leaves features and images out)."""
+def reference_from_file(path, features, device, real=None, origin=""):
+    """Reference of an npz with mu and sigma, as EDM's (which leaves features and images out). real:
+    images for precision, recall and the kernel distance, which need more than moments."""
     with reading(f"reference {path} has no usable mu and sigma"), np.load(path) as file:
         statistics = {"features": "inception", "images": 50_000} | dict(file)
         for key in ("mu", "sigma"):
             if key not in statistics:
                 raise KeyError(key)
-    return reference_of(statistics, features, path, device)
+    found = None if real is None else features_of_images(real.images, features, device)
+    return reference_of(statistics, features, path, device, found, origin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1600,6 +1858,10 @@ class Judge:
         return key_of(self.features.identity, self.reference(seeds).identity)
 
     @property
+    def name(self):
+        return self.features.name
+
+    @property
     def facts(self):
         """For the report: features, source, images of the final reference, and what else is
         known."""
@@ -1615,24 +1877,78 @@ class Judge:
         return {"images": images, "fd": float(self.final.prepared.distance(*moments))}
 
 
-def get_judge(c, model, base, real, processes):
-    """The features of the model's own file, or the preset's, and the references in them."""
+def judge_of_images(features, real, device, folder=None):
+    """Judge of a feature network with the selection and final parts of the real images as
+    references; folder, if any, keeps their statistics."""
+    references = {}
+    for purpose in ("selection", "final"):
+        path = None if folder is None else folder / f"reference-{purpose}.npz"
+        part = getattr(real, purpose)
+        references[purpose] = reference_from_images(part, features, path, device, real.origin)
+    return Judge(features, **references)
+
+
+def judge_of_file(features, real, source, c):
+    """Judge of a feature network with the statistics of a file, the same for selection and final
+    comparison; real images, if any, serve precision, recall and the kernel distance."""
+    path = fetch(source, "the reference statistics")
+    origin = "of unknown origin: base and selection may have seen its images"
+    if source == CIFAR10_STATISTICS:
+        origin = "CIFAR-10's 50,000 training images, which EDM's networks were trained on"
+    if real is None:
+        reference = reference_from_file(path, features, c.device, None, origin)
+        return Judge(features, reference, reference)
+    parts = (real.selection, real.final)
+    references = [reference_from_file(path, features, c.device, r, origin) for r in parts]
+    return Judge(features, *references)
+
+
+def check_judges(c, real):
+    """Refuse a --judge that cannot be built, before anything is trained."""
+    names = judge_names(c)
+    if names and real is None:
+        raise UserError(f"--judge {names[0]} compares with real images: give --data")
+    for name in names:
+        if name not in ("random-conv", "pixels", *PRESETS[c.preset].judges(c)):
+            JudgeFile(name)
+
+
+def judge_names(c):
+    return [name for name in dict.fromkeys(c.judge) if name != "none"]
+
+
+def get_judges(c, model, base, real, processes):
+    """What decides, then what only judges: the features of the model's own file, or the preset's;
+    then those of --judge. With their references."""
     allow_tf32(c.precision)
 
     def build():
-        features = model.own_features(base) or PRESETS[c.preset].features(c)
-        features = features.to(c.device)
-        if real is not None:
-            selection, final = (
-                reference_from_images(part, features, c.out / f"reference-{name}.npz", c.device)
-                for name, part in (("selection", real.selection), ("final", real.final))
-            )
-            return Judge(features, selection, final)
-        path = fetch(reference_source(c, model), "the reference statistics")
-        reference = reference_from_file(path, features, c.device)
-        return Judge(features, reference, reference)
+        own = (model.own_features(base) or PRESETS[c.preset].features(c)).to(c.device)
+        if c.ref or real is None:
+            judges = [judge_of_file(own, real, reference_source(c, model), c)]
+        else:
+            judges = [judge_of_images(own, real, c.device, c.out)]
+        for name in judge_names(c):
+            features = judge_features(name, c, real).to(c.device)
+            if features.name in [judge.name for judge in judges]:
+                raise UserError(f"--judge {name}: there are two judges named {features.name}")
+            judges.append(judge_of_images(features, real, c.device))
+        return judges
 
     return processes.one_by_one(build)
+
+
+def judge_features(name, c, real):
+    """The feature network of one --judge."""
+    images = real.training.images
+    preset = PRESETS[c.preset].judges(c)
+    if name in preset:
+        return preset[name]()
+    if name == "random-conv":
+        return RandomConvFeatures(images.shape[1])
+    if name == "pixels":
+        return PixelFeatures(images)
+    return FileFeatures(JudgeFile(name), images[:4].to(c.device))
 
 
 def reference_source(c, model):
@@ -1686,6 +2002,47 @@ def precision_recall(real, fake, k=5, most=10_000, real_radii=None):
     return precision, share_inside(real, fake, neighbour_radii(fake, k, most))
 
 
+KERNEL_IMAGES = 10_000  # at most, of each side of the kernel distance
+
+
+def kernel_rows(points, others):
+    """Sum over `others` [M, D] of the kernel (x y / D + 1)^3 with each of the points [N, D]:
+    float64 [N]."""
+    dim = points.shape[1]
+    sums = [((part @ others.T / dim + 1) ** 3).sum(1) for part in points.split(500)]
+    return torch.cat(sums)
+
+
+def kernel_diagonal(points):
+    """The kernel of each point with itself: float64 [N]."""
+    return ((points * points).sum(1) / points.shape[1] + 1) ** 3
+
+
+@torch.no_grad()
+def kernel_distance(reference, fake):
+    """Kernel Inception distance (arXiv 1801.01401): the unbiased squared maximum mean discrepancy
+    to the real features, and the same without each of FOLDS folds of the fake ones [N, D]."""
+    real = reference.real[:KERNEL_IMAGES].double()
+    parts = fake[:KERNEL_IMAGES].double().tensor_split(FOLDS)
+    sizes = np.array([len(part) for part in parts])
+
+    # Sums of kernels between folds, without those of an image with itself, and with the real ones.
+    within = np.zeros((FOLDS, FOLDS))
+    for k, part in enumerate(parts):
+        for j, other in enumerate(parts):
+            within[k, j] = float(kernel_rows(part, other).sum())
+        within[k, k] -= float(kernel_diagonal(part).sum())
+    across = np.array([float(kernel_rows(part, real).sum()) for part in parts])
+
+    def distance(kept):
+        n = sizes[kept].sum()
+        fakes = within[np.ix_(kept, kept)].sum() / (n * (n - 1))
+        return reference.kernel_mean + fakes - 2 * across[kept].sum() / (n * len(real))
+
+    every = np.arange(FOLDS)
+    return float(distance(every)), [float(distance(every[every != k])) for k in every]
+
+
 # ==================== 8. scores, their log, comparisons
 @dataclasses.dataclass(frozen=True)
 class Score:
@@ -1702,6 +2059,9 @@ class Score:
     arithmetic: str  # of the sampling network: fp32, tf32, bf16, fp16
     seconds: float
     key: str  # hash of all that decides the score
+    judge: str = ""  # name of the features
+    kernel: float | None = None  # unbiased kernel distance, on final seeds
+    kernel_folds: list | None = None
 
     def as_line(self):
         """One line of JSON, which knows no infinity."""
@@ -1714,15 +2074,17 @@ class Score:
     def from_line(cls, line):
         """The score of a line of our own; ValueError says what is wrong with it."""
         row = json.loads(line)
-        if not isinstance(row, dict) or set(row) != {
-            field.name for field in dataclasses.fields(cls)
-        }:
+        fields = dataclasses.fields(cls)
+        needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+        if not isinstance(row, dict) or not needed <= set(row) <= {f.name for f in fields}:
             raise ValueError("it has other entries than a score")
         if row["fd"] is None:
             row |= {"fd": math.inf, "folds": [math.inf] * FOLDS}
         numbers = [row["fd"], row["seconds"], *row["folds"], *row["w"].values()]
         if row["precision"] is not None:
             numbers += [row["precision"], row["recall"]]
+        if row.get("kernel") is not None:
+            numbers += [row["kernel"], *row["kernel_folds"]]
         if not all(isinstance(number, (int, float)) and number == number for number in numbers):
             raise ValueError("it has entries that are no numbers")
         if len(row["folds"]) != FOLDS or row["fd"] < -1e-6 * abs(row["fd"]) - 1e-3:
@@ -1781,8 +2143,10 @@ class ScoreLog:
 class Scorer:
     """Scores of one snapshot's extrapolations; what is finished is read back from the log."""
 
-    def __init__(self, merger, judge, sampler, log, parents, kimg, c):
-        self.merger, self.judge, self.sampler, self.log = merger, judge, sampler, log
+    def __init__(self, merger, judges, sampler, log, parents, kimg, c):
+        self.merger, self.sampler, self.log = merger, sampler, log
+        self.judges = judges  # the first decides, the others only see the final comparison
+        self.judge = judges[0]
         self.parents, self.kimg = parents, kimg
         self.selection_precision = c.precision
         self.final_precision = c.confirm_precision or c.precision
@@ -1803,13 +2167,13 @@ class Scorer:
     def arithmetic(self, seeds):
         return self.final_precision if seeds.is_final else self.selection_precision
 
-    def key(self, seeds):
+    def key(self, seeds, judge=None):
         sampler = self.sampler
         inputs = {
             "networks": self.parents,
             "owners": self.merger.owners,
             "model": sampler.model.identity,
-            "judge": self.judge.identity(seeds),
+            "judge": (judge or self.judge).identity(seeds),
             "steps": sampler.steps,
             "precision": self.arithmetic(seeds),
             "device": sampler.processes.device,
@@ -1819,64 +2183,81 @@ class Scorer:
         }
         return key_of(SCORING_VERSION, SAMPLING_VERSION, inputs)
 
-    def features(self, w, seeds, desc=None):
-        """Features [N, D] of the images at these seeds, in their order, on every rank; None: it
-        diverged."""
+    def features(self, w, seeds, judges, desc=None):
+        """Every judge's features [N, D] of the images at these seeds, in their order, on every
+        rank; None: it diverged."""
         net = self.merger.set(w)
         processes = self.sampler.processes
 
         def work(part):
             images, _ = self.sampler.images(part)
-            found = self.judge.features(images)
-            return found.cpu() if processes.world > 1 else found
+            found = [judge.features(images) for judge in judges]
+            return [features.cpu() for features in found] if processes.world > 1 else found
 
         try:
             with network_calls(net, self.arithmetic(seeds)):
                 parts = processes.map_batches(work, seeds.seeds, self.sampler.batch, desc)
         except Diverged:
             return None
-        return torch.cat(parts).to(processes.device)
+        return [torch.cat(side).to(processes.device) for side in zip(*parts, strict=True)]
+
+    def score(self, w, seeds, desc=None):
+        """Score of the weights w on a SeedSet, in the judge that decides."""
+        return self.scores(w, seeds, [self.judge], desc)[0]
 
     @torch.no_grad()
-    def score(self, w, seeds, desc=None):
-        """Score of the weights w on a SeedSet; precision and recall where real images are at
-        hand."""
+    def scores(self, w, seeds, judges, desc=None):
+        """One Score a judge, all of the same images; precision and recall where real images are at
+        hand, on final seeds the kernel distance too."""
         begin = time.perf_counter()
         processes = self.sampler.processes
-        key = self.key(seeds)
-        done = processes.decide(partial(self.log.find, key, w, seeds))
-        if done is not None:
-            return done
-        found = self.features(w, seeds, desc)
+        keys = [self.key(seeds, judge) for judge in judges]
+        scores = processes.decide(lambda: [self.log.find(key, w, seeds) for key in keys])
+        missing = [i for i, score in enumerate(scores) if score is None]
+        if not missing:
+            return scores
+        found = self.features(w, seeds, [judges[i] for i in missing], desc)
+        if found is None and processes.rank == 0:
+            print(f"{printable(json.dumps(w))}: the sampler diverges, the score is infinite")
 
         def assess():
-            fd, folds, precision, recall = math.inf, [math.inf] * FOLDS, None, None
-            reference = self.judge.reference(seeds)
-            if found is not None:
-                fd, folds = fold_distances(reference.prepared, found)
-            else:
-                print(f"{printable(json.dumps(w))}: the sampler diverges, the score is infinite")
-            if found is not None and reference.real is not None:
-                precision, recall = precision_recall(
-                    reference.real, found, real_radii=reference.radii
-                )
-            score = Score(
-                snapshot=self.kimg,
-                w=w,
-                images=seeds.count,
-                first_seed=int(seeds.first),
-                fd=fd,
-                folds=folds,
-                precision=precision,
-                recall=recall,
-                arithmetic=self.arithmetic(seeds),
-                seconds=round(time.perf_counter() - begin, 3),
-                key=key,
-            )
-            self.log.add(score, seeds)
-            return score
+            for place, i in enumerate(missing):
+                features = None if found is None else found[place]
+                scores[i] = self.assess(w, seeds, judges[i], features, keys[i], begin)
+                self.log.add(scores[i], seeds)
+            return scores
 
         return processes.decide(assess)
+
+    def assess(self, w, seeds, judge, features, key, begin):
+        """Score of features [N, D], None where the sampler diverged."""
+        fd, folds = math.inf, [math.inf] * FOLDS
+        precision = recall = kernel = kernel_folds = None
+        reference = judge.reference(seeds)
+        if features is not None:
+            fd, folds = fold_distances(reference.prepared, features)
+        if features is not None and reference.real is not None:
+            precision, recall = precision_recall(
+                reference.real, features, real_radii=reference.radii
+            )
+            if seeds.is_final:
+                kernel, kernel_folds = kernel_distance(reference, features)
+        return Score(
+            snapshot=self.kimg,
+            w=w,
+            images=seeds.count,
+            first_seed=int(seeds.first),
+            fd=fd,
+            folds=folds,
+            precision=precision,
+            recall=recall,
+            arithmetic=self.arithmetic(seeds),
+            seconds=round(time.perf_counter() - begin, 3),
+            key=key,
+            judge=judge.name,
+            kernel=kernel,
+            kernel_folds=kernel_folds,
+        )
 
     def score_all(self, weights, seeds, desc):
         quiet = self.sampler.processes.rank > 0
@@ -1895,7 +2276,7 @@ def fd_of(score):
 def compare(scores, others, level=0.05):
     """Paired difference of distances, mean over the seed sets of `scores` and `others`, and its
     interval: the delete-one-fold jackknife (Student's t) of the difference, as both saw the same
-    noise. better: lower."""
+    noise. better: lower. p: of no difference, two-sided."""
     ours, theirs = (float(np.mean([score.fd for score in side])) for side in (scores, others))
     if not math.isfinite(ours) or not math.isfinite(theirs):
         difference = 0.0 if ours == theirs else ours - theirs
@@ -1906,18 +2287,53 @@ def compare(scores, others, level=0.05):
             if ours < theirs
             else "worse"
         )
-        return {"difference": difference, "low": difference, "high": difference, "verdict": verdict}
+        p = 1.0 if ours == theirs else 0.0
+        return {
+            "difference": difference,
+            "low": difference,
+            "high": difference,
+            "verdict": verdict,
+            "p": p,
+        }
 
     pairs = list(zip(scores, others, strict=True))
     full = float(np.mean([one.fd - other.fd for one, other in pairs]))
-    folds = np.array([np.subtract(one.folds, other.folds) for one, other in pairs])  # [sets, FOLDS]
-    variance = (FOLDS - 1) / FOLDS * ((folds - folds.mean(1, keepdims=True)) ** 2).sum()
-    quantile = scipy.stats.t.ppf(1 - level / 2, len(pairs) * (FOLDS - 1))
-    half = float(quantile * variance**0.5 / len(pairs))
+    half, p = jackknife(full, [np.subtract(one.folds, other.folds) for one, other in pairs], level)
     verdict = "no significant difference"
     if abs(full) > half:
         verdict = "better" if full < 0 else "worse"
-    return {"difference": full, "low": full - half, "high": full + half, "verdict": verdict}
+    return {"difference": full, "low": full - half, "high": full + half, "verdict": verdict, "p": p}
+
+
+def jackknife(mean, folds, level=0.05):
+    """Half the interval of a mean over seed sets and the p-value of its being zero. folds
+    [sets, FOLDS]: what was averaged, without each fold of the seeds."""
+    folds = np.array(folds)
+    variance = (FOLDS - 1) / FOLDS * ((folds - folds.mean(1, keepdims=True)) ** 2).sum()
+    freedom = len(folds) * (FOLDS - 1)
+    half = float(scipy.stats.t.ppf(1 - level / 2, freedom) * variance**0.5 / len(folds))
+    if not half:
+        return half, float(mean == 0)
+    return half, float(2 * scipy.stats.t.sf(abs(mean) * len(folds) / variance**0.5, freedom))
+
+
+def kernel_interval(scores):
+    """Mean kernel distance over the seed sets and its 95% interval, over the noise alone."""
+    value = float(np.mean([score.kernel for score in scores]))
+    half, _ = jackknife(value, [score.kernel_folds for score in scores])
+    return {"value": value, "low": value - half, "high": value + half}
+
+
+def holm(p_values, level=0.05):
+    """Which hypotheses hold when all are asked at once: the chance that any is wrong stays at
+    `level` (Holm 1979)."""
+    held = [False] * len(p_values)
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    for rank, i in enumerate(order):
+        if p_values[i] > level / (len(p_values) - rank):
+            break
+        held[i] = True
+    return held
 
 
 # ==================== 9. grid and search over block weights
@@ -2115,8 +2531,9 @@ def distance_and_gradient(scorer, w, seeds, precision, rounding=True):
 
 
 # ==================== 10. report
-def summarise(c, argv, entries, judge, ledger, seconds, processes, begin):
+def summarise(c, argv, entries, judges, ledger, seconds, processes, begin):
     """What summary.json holds."""
+    judge = judges[0]
     apart = judge.selection is not judge.final and judge.selection.real is not None
     most = len(judge.selection.real) if apart else 0
     counts = sorted({min(c.select_images, most), min(c.final_images, most)} - {0})
@@ -2130,6 +2547,7 @@ def summarise(c, argv, entries, judge, ledger, seconds, processes, begin):
         "command": " ".join(["python edm_neon.py", *argv]),
         "config": dataclasses.asdict(c),
         "score": judge.features.score,
+        "judges": [judge.name for judge in judges],
         "reference": judge.facts,
         "snapshots": [entry.as_json() for entry in entries],
         "floors": [judge.floor(count) for count in counts],
@@ -2169,6 +2587,9 @@ def table_row(entry, name):
     precision, recall = "", ""
     if "precision" in final:
         precision, recall = f"{final['precision']:.3f}", f"{final['recall']:.3f}"
+    kernel = ""
+    if "kernel" in final:
+        kernel = "{value:.4g} [{low:.4g}, {high:.4g}]".format(**final["kernel"])
     selection = f"{entry[name]['fd']:.4f}"
     return [
         f"{entry['kimg']:g}",
@@ -2180,11 +2601,32 @@ def table_row(entry, name):
         verdict,
         precision,
         recall,
+        kernel,
     ]
 
 
+def judge_rows(entry):
+    """A row for every judge that no selection saw: distances, and what its images say."""
+    models = [name for name in entry["final"]]
+    pairs = [("global", "base")]
+    for name in ("blockwise", "searched"):
+        if name in models:
+            pairs.append((name, "global"))
+    head = ["judge", *models, *(f"{model} against {against} (95%)" for model, against in pairs)]
+    rows = [head, ["---"] * len(head)]
+    for judge, result in entry["judges"].items():
+        row = [result["score"]]
+        for name in models:
+            row.append(f"{result['final'][name]['fd']:.4g}")
+        for model, against in pairs:
+            gain = result["final"][model][f"against_{against}"]
+            row.append(f"{interval(gain)} {gain['verdict']}")
+        rows.append(row)
+    return rows
+
+
 def entry_notes(entry):
-    """Paired comparisons with the best global weight, and warnings."""
+    """Paired comparisons of the models, in all judges, and warnings."""
     kimg = f"{entry['kimg']:g}"
     notes = []
     for name in ("searched", "blockwise"):
@@ -2199,8 +2641,36 @@ def entry_notes(entry):
             f"Snapshot {kimg}: random blocks {k} against global {interval(gain)}: "
             f"{gain['verdict']}."
         )
+    if entry["judges"]:
+        for claim in entry["claims"]:
+            notes.append(f"Snapshot {kimg}: {claim['sentence']}.")
     for note in entry["warnings"]:
         notes.append(f"Warning, snapshot {kimg}: {note}.")
+    return notes
+
+
+def reference_notes(summary):
+    """What the final comparison compares with, and what only it does."""
+    reference = summary["reference"]
+    notes = []
+    if "origin" in reference:
+        once = "" if "selection" in reference else ", the same for selection and final comparison"
+        notes.append(f"Reference: {reference['origin']}{once} ({reference['images']} images).")
+    if "accuracy" in reference:
+        notes.append(
+            f"The features' own classifier reads {reference['accuracy']:.1%} of "
+            f"{reference['accuracy_images']} fresh images."
+        )
+    if len(summary["judges"]) == 1:
+        notes.append(
+            "Every verdict is in the features that the weights were selected with: --judge adds "
+            "others."
+        )
+    for floor in summary["floors"]:
+        notes.append(
+            f"Floor: {floor['images']} real images, of the selection part, score "
+            f"{floor['fd']:.4f} against the final one."
+        )
     return notes
 
 
@@ -2215,6 +2685,10 @@ def strict(value):
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
+def markdown(rows):
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def write_report(summary, out):
     """summary.json and table.md; the terminal gets the table."""
     head = [
@@ -2227,20 +2701,18 @@ def write_report(summary, out):
         "verdict",
         "precision",
         "recall",
+        "kernel distance (95%)",
     ]
     rows = [head, ["---"] * len(head)]
-    notes = []
+    judged, notes = [], []
     for entry in summary["snapshots"]:
         for name in entry["final"]:
             rows.append(table_row(entry, name))
+        if entry["judges"]:
+            title = f"Judges that no selection saw, snapshot {entry['kimg']:g}:"
+            judged += [title, markdown(judge_rows(entry))]
         notes += entry_notes(entry)
-    for floor in summary["floors"]:
-        notes.append(
-            f"Floor: {floor['images']} real images, of the selection part, score "
-            f"{floor['fd']:.4f} against the final one."
-        )
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    text = table + "\n\n" + "\n\n".join(notes)
+    text = "\n\n".join([markdown(rows), *judged, *notes, *reference_notes(summary)])
     print("\n" + text)
     write_atomically(out / "table.md", text + "\n")
     write_atomically(out / "summary.json", json.dumps(strict(summary), indent=1, allow_nan=False))
@@ -2330,17 +2802,17 @@ class FileModel:
         self.encodes = hasattr(self.file, "encode")
 
     @staticmethod
-    def import_file(path):
+    def import_file(path, option="--model"):
         spec = importlib.util.spec_from_file_location(f"neon_model_{path.stem}", path)
         if spec is None:
-            raise UserError(f"--model {path} is no Python file")
+            raise UserError(f"{option} {path} is no Python file")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses and pickle look their module up
         try:
             spec.loader.exec_module(module)
         except Exception as error:
             raise UserError(
-                f"--model {path} cannot be imported: {where_in(path, error)}"
+                f"{option} {path} cannot be imported: {where_in(path, error)}"
             ) from error
         return module
 
@@ -3665,7 +4137,9 @@ def build_parser():
         else:
             kind = partial(in_range, field)
             kind.__name__ = getattr(how["kind"], "__name__", "value")
-            parser.add_argument(name, type=kind, choices=how["choices"], help=text)
+            # Judges are named one by one.
+            action = "extend" if how["kind"] is judge_name else "store"
+            parser.add_argument(name, type=kind, choices=how["choices"], help=text, action=action)
     return parser
 
 
@@ -3678,6 +4152,8 @@ def parse(argv):
         else:
             joined.append(arg)
     given = vars(build_parser().parse_args(joined))
+    if "judge" in given:
+        given["judge"] = tuple(given["judge"])
     preset = PRESETS[given.get("preset", "cifar10")]
     paper = {"select_images": 2000} if given.get("protocol") == "paper" else {}
     c = Config(**{"out": Path(f"runs/{preset.name}"), **preset.defaults, **given, **paper})
