@@ -198,6 +198,9 @@ class Config:
     augment: float = option(0.12, "probability of EDM's augmentations; 0: none", low=0, high=1)
     train_precision: str = option("fp32", "of training", choices=("fp32", "tf32", "bf16"))
     seed: int = option(0, "of training", low=0, high=2**32)
+    training_seeds: int = option(
+        1, "repeat base and self-training with this many seeds", low=1, high=1000
+    )
 
     # Sampling
     steps: int = option(18, "sampler steps", low=1, high=10_000)
@@ -246,6 +249,11 @@ class Config:
     )
     search: str = option(
         "", "after the grid; gradient scales to layers", choices=("cobyqa", "gradient")
+    )
+    search_partition: str = option(
+        "",
+        "blocks of the search, default --partition: layers beside a grid over three blocks",
+        read_partition,
     )
     evaluations: int = option(
         12, "of the search: scores of cobyqa, steps of gradient", low=1, high=100_000
@@ -437,10 +445,35 @@ def run(argv):
     c = parse(argv)
     processes = start_processes(c)
     with processes.alone_in(c.out, c.plan):
-        study_all(c, argv, processes, begin)
+        if c.training_seeds == 1:
+            study_all(c, argv, processes, begin)
+        else:
+            study_seeds(c, argv, processes, begin)
+
+
+def study_seeds(c, argv, processes, begin):
+    """The whole study for every training seed, each in a folder of its own; then what holds over
+    the seeds."""
+    if c.aux:
+        raise UserError("--training-seeds repeats the self-training, and --aux is trained already")
+    summaries = []
+    for k in range(1 if c.plan else c.training_seeds):
+        # The base takes this seed, the self-training the next one.
+        one = dataclasses.replace(c, seed=c.seed + 2 * k, out=c.out / f"seed-{k}")
+        one.out.mkdir(exist_ok=True)
+        with processes.alone_in(one.out, c.plan):
+            summaries.append(study_all(one, argv, processes, time.perf_counter()))
+    if c.plan and processes.rank == 0:
+        print(f"and this {c.training_seeds} times, once for every training seed")
+    elif processes.rank == 0:
+        summary = summarise_seeds(c, argv, summaries, begin)
+        write_seeds(summary, c.out)
+        plot_report({"seeds.png": (plot_seeds, summary)}, c.out)
 
 
 def study_all(c, argv, processes, begin):
+    """One training seed, from the base to the report -> what summary.json holds, on the first
+    rank."""
     ledger = seed_ledger(c)
     model = get_model(c, processes)
     real = processes.one_by_one(partial(PRESETS[c.preset].real_images, c))
@@ -466,27 +499,33 @@ def study_all(c, argv, processes, begin):
         merger = Merger(base, model.load_like(base, path), owners, sampler)
         parents = {"base_weights": weights_hash(base), "aux_weights": merger.aux_hash}
         scorer = Scorer(merger, judges, sampler, log, parents, kimg, c)
-        entry = study(c, scorer, model, ledger)
+        searcher = scorer
+        if c.search_partition:
+            searcher = scorer.with_owners(partition_owners(model, base, c.search_partition))
+        entry = study(c, scorer, searcher, model, ledger)
         entries.append(entry)
 
         # Pictures of all models from the same noise, and the repaired network.
         samples[kimg] = {}
-        for name, result in entry.models.items():
+        shown = ledger.finals[0].seeds[: min(64, c.sample_batch)]
+        for name, candidate in entry.models.items():
             with contextlib.suppress(Diverged), network_calls(merger.net, c.precision):
-                merger.set(result.w)
-                images, _ = sampler.images(ledger.finals[0].seeds[:36])
+                candidate.merger.set(candidate.w)
+                images, _ = sampler.images(shown)
                 samples[kimg][name] = images.cpu()
         if processes.rank == 0:
-            save_merged(c, model, merger, entry, parents)
+            save_merged(c, model, entry, parents)
 
-    if processes.rank == 0:
-        summary = summarise(c, argv, entries, judges, ledger, seconds, processes, begin)
-        write_report(summary, c.out)
-        plot_report(summary, samples, c.out)
-        print(
-            f"\n{summary['seconds_total']:.1f} s; "
-            f"summary.json, table.md, grid.jsonl, pictures in {c.out}"
-        )
+    if processes.rank > 0:
+        return None
+    summary = summarise(c, argv, entries, judges, ledger, seconds, processes, begin)
+    write_report(summary, c.out)
+    plot_report(figures_of(summary, samples), c.out)
+    print(
+        f"\n{summary['seconds_total']:.1f} s; "
+        f"summary.json, table.md, grid.jsonl, pictures in {c.out}"
+    )
+    return summary
 
 
 # -------------------- stages: base, synthetic set, self-training
@@ -718,16 +757,19 @@ def check_model(c, model, base, real, trained=True):
         )
 
 
-def save_merged(c, model, merger, entry, parents):
+def save_merged(c, model, entry, parents):
     """The best network on the selection seeds with its recipe, and on request as a plain state
     dict."""
     name = min(entry.models, key=lambda name: entry.models[name].fd)
-    w = entry.models[name].w
+    best = entry.models[name]
     path = c.out / f"adaptive-neon-{entry.kimg:06d}"
-    recipe = {"model": name, "w": w, "partition": c.partition, **parents}
-    model.export(merger.set(w), path, recipe)
+    partition = c.partition
+    if name == "searched" and c.search_partition:
+        partition = c.search_partition
+    recipe = {"model": name, "w": best.w, "partition": partition, **parents}
+    model.export(best.merger.set(best.w), path, recipe)
     if c.export_pt:
-        state = {name: tensor.cpu() for name, tensor in merger.net.state_dict().items()}
+        state = {name: tensor.cpu() for name, tensor in best.merger.net.state_dict().items()}
         write_atomically(path.with_suffix(".pt"), partial(torch.save, state))
 
 
@@ -739,6 +781,7 @@ class Candidate:
 
     w: dict
     fd: float
+    merger: object  # the Merger that cuts the networks into these blocks
     w_global: float | None = None  # the one weight of all blocks, of "global" alone
 
 
@@ -760,6 +803,7 @@ class Entry:
     def as_json(self):
         def short(score):
             row = {"w": score.w, "fd": score.fd, "seconds": score.seconds}
+            row |= fd_interval([score])
             if score.precision is not None:
                 row |= {"precision": score.precision, "recall": score.recall}
             return row
@@ -786,9 +830,9 @@ class Entry:
         }
 
 
-def study(c, scorer, model, ledger):
+def study(c, scorer, searcher, model, ledger):
     """Sweep, grid, search and placebo on the selection seeds; then the winners once more on seeds
-    that no selection has seen -> Entry."""
+    that no selection has seen -> Entry. searcher: a Scorer of the blocks that are searched over."""
     blocks = scorer.merger.blocks
     selection = ledger.selection
 
@@ -802,10 +846,11 @@ def study(c, scorer, model, ledger):
         raise UserError("the base network's images are not finite: are its weights sound?")
     w_global = min((value for value in values if value != -1), key=lambda value: by_value[value].fd)
 
+    merger = scorer.merger
     models = {
-        "base": Candidate(by_value[0.0].w, by_value[0.0].fd),
-        "collapsed": Candidate(by_value[-1.0].w, by_value[-1.0].fd),
-        "global": Candidate(by_value[w_global].w, by_value[w_global].fd, w_global),
+        "base": Candidate(by_value[0.0].w, by_value[0.0].fd, merger),
+        "collapsed": Candidate(by_value[-1.0].w, by_value[-1.0].fd, merger),
+        "global": Candidate(by_value[w_global].w, by_value[w_global].fd, merger, w_global),
     }
 
     # One weight per block: a grid, unless it is left to a search; each returns what it scored
@@ -813,16 +858,17 @@ def study(c, scorer, model, ledger):
     grid = score_grid(c, scorer, selection, "grid")
     if grid:
         winner = best_of(grid)
-        models["blockwise"] = Candidate(winner.w, winner.fd)
+        models["blockwise"] = Candidate(winner.w, winner.fd, merger)
     if c.search:
-        winner = best_of(SEARCHES[c.search](c, scorer, selection, w_global))
-        models["searched"] = Candidate(winner.w, winner.fd)
+        winner = best_of(SEARCHES[c.search](c, searcher, selection, w_global))
+        models["searched"] = Candidate(winner.w, winner.fd, searcher.merger)
 
     # The winners on the final seeds, and the best of every random partition: all judges see the
     # same images.
     finals = {judge.name: {} for judge in scorer.judges}
     for name, candidate in models.items():
-        add_finals(finals, name, scorer, candidate.w, ledger)
+        cut = searcher if name == "searched" else scorer
+        add_finals(finals, name, cut, candidate.w, ledger)
     placebo = []
     for k in range(1, c.placebo + 1):
         random_blocks = scorer.with_owners(placebo_owners(scorer.merger, model, k - 1))
@@ -871,6 +917,7 @@ def final_comparison(finals):
         values = [score.fd for score in scores]
         result = {"w": scores[0].w, "images": scores[0].images, "all": values}
         result["fd"] = float(np.mean(values))
+        result |= fd_interval(scores)
         if all(score.precision is not None for score in scores):
             result["precision"] = float(np.mean([score.precision for score in scores]))
             result["recall"] = float(np.mean([score.recall for score in scores]))
@@ -934,7 +981,8 @@ def claims_of(finals, level=0.05):
         for judge, scores in finals.items():
             gain = compare(scores[model], scores[against], level)
             theirs = float(np.mean([score.fd for score in scores[against]]))
-            gain["relative"] = gain["difference"] / theirs if theirs else 0.0
+            for key in ("difference", "low", "high"):
+                gain[f"relative_{key}"] = gain[key] / theirs if theirs else 0.0
             gains[judge] = gain
         held = holm([gains[judge]["p"] for judge in unseen], level)
         holding = [judge for judge, holds in zip(unseen, held, strict=True) if holds]
@@ -2008,8 +2056,10 @@ KERNEL_IMAGES = 10_000  # at most, of each side of the kernel distance
 def kernel_rows(points, others):
     """Sum over `others` [M, D] of the kernel (x y / D + 1)^3 with each of the points [N, D]:
     float64 [N]."""
-    dim = points.shape[1]
-    sums = [((part @ others.T / dim + 1) ** 3).sum(1) for part in points.split(500)]
+    sums = []
+    for part in points.split(500):
+        near = part @ others.T / points.shape[1] + 1
+        sums.append((near * near * near).sum(1))
     return torch.cat(sums)
 
 
@@ -2317,6 +2367,15 @@ def jackknife(mean, folds, level=0.05):
     return half, float(2 * scipy.stats.t.sf(abs(mean) * len(folds) / variance**0.5, freedom))
 
 
+def fd_interval(scores):
+    """95% interval of the mean distance over the seed sets, over the noise alone."""
+    value = float(np.mean([score.fd for score in scores]))
+    if not math.isfinite(value):
+        return {"low": value, "high": value}
+    half, _ = jackknife(value, [score.folds for score in scores])
+    return {"low": value - half, "high": value + half}
+
+
 def kernel_interval(scores):
     """Mean kernel distance over the seed sets and its 95% interval, over the noise alone."""
     value = float(np.mean([score.kernel for score in scores]))
@@ -2614,7 +2673,7 @@ def judge_rows(entry):
             pairs.append((name, "global"))
     head = ["judge", *models, *(f"{model} against {against} (95%)" for model, against in pairs)]
     rows = [head, ["---"] * len(head)]
-    for judge, result in entry["judges"].items():
+    for result in entry["judges"].values():
         row = [result["score"]]
         for name in models:
             row.append(f"{result['final'][name]['fd']:.4g}")
@@ -2718,71 +2777,392 @@ def write_report(summary, out):
     write_atomically(out / "summary.json", json.dumps(strict(summary), indent=1, allow_nan=False))
 
 
+# -------------------- report over training seeds
+@dataclasses.dataclass(frozen=True)
+class OverSeeds:
+    """One claim over training seeds (and random partitions), in the features of the selection and
+    in the judges that no selection saw."""
+
+    kimg: float
+    model: str
+    against: str
+    own_verdicts: list  # one a seed (and partition)
+    own_relative: list  # differences as shares of the other's distance
+    cases: int  # verdicts of judges that no selection saw
+    better: int  # of them, corrected for the number of judges
+    worse: int
+    relative: list  # mean over those judges, one a seed (and partition)
+
+    @classmethod
+    def of(cls, kimg, model, against, claims):
+        """claims: as_json() of this claim, one a seed (and partition)."""
+        relative = []
+        for claim in claims:
+            gains = [gain["relative_difference"] for gain in claim["judges"].values()]
+            if gains:
+                relative.append(float(np.mean(gains)))
+        return cls(
+            kimg=kimg,
+            model=model,
+            against=against,
+            own_verdicts=[claim["own"]["verdict"] for claim in claims],
+            own_relative=[claim["own"]["relative_difference"] for claim in claims],
+            cases=sum(len(claim["judges"]) for claim in claims),
+            better=sum(len(claim["better"]) for claim in claims),
+            worse=sum(len(claim["worse"]) for claim in claims),
+            relative=relative,
+        )
+
+    def sentence(self):
+        better = self.own_verdicts.count("better")
+        text = (
+            f"{self.model} is better than {self.against} in {better} of {len(self.own_verdicts)} "
+            f"in its own features ({mean_and_spread(self.own_relative)})"
+        )
+        if not self.cases:
+            return text
+        return (
+            f"{text} and in {self.better} of {self.cases} cases of the judges that no selection "
+            f"saw, worse in {self.worse} ({mean_and_spread(self.relative)})"
+        )
+
+
+def mean_and_spread(shares):
+    spread = f" +- {np.std(shares, ddof=1):.1%}" if len(shares) > 1 else ""
+    return f"{np.mean(shares):+.1%}{spread}"
+
+
+def claims_over_seeds(summaries):
+    """[OverSeeds] of every snapshot and claim; all random partitions are one."""
+    groups = {}
+    for summary in summaries:
+        for entry in summary["snapshots"]:
+            for claim in entry["claims"]:
+                names = [re.sub(r"(random blocks) \d+", r"\1", claim[key]) for key in SIDES]
+                groups.setdefault((entry["kimg"], *names), []).append(claim)
+    return [OverSeeds.of(*key, claims) for key, claims in groups.items()]
+
+
+SIDES = ("model", "against")
+QUESTIONS = (
+    ("blockwise", "global"),
+    ("blockwise", "random blocks"),
+    ("searched", "global"),
+    ("searched", "blockwise"),
+)
+
+
+def summarise_seeds(c, argv, summaries, begin):
+    """summary.json of several training seeds; those of each seed lie in its folder."""
+    seeds = []
+    for k, summary in enumerate(summaries):
+        seeds.append({"folder": f"seed-{k}", "seed": summary["config"]["seed"]})
+    first = summaries[0]
+    same = ("score", "judges", "reference", "machine", "threads", "world", "neon_ext", "versions")
+    over = []
+    for claim in claims_over_seeds(summaries):
+        over.append(dataclasses.asdict(claim) | {"sentence": claim.sentence()})
+    return {
+        "command": " ".join(["python edm_neon.py", *argv]),
+        "config": dataclasses.asdict(c),
+        **{key: first[key] for key in same},
+        "kimg": [entry["kimg"] for entry in first["snapshots"]],
+        "seeds": seeds,
+        "final": [[e["final"] for e in summary["snapshots"]] for summary in summaries],
+        "claims": [[e["claims"] for e in summary["snapshots"]] for summary in summaries],
+        "over_seeds": over,
+        "seconds_total": time.perf_counter() - begin,
+    }
+
+
+def answer(over, kimg, seeds):
+    """The question of the paper in one sentence."""
+    parts = []
+    for model, against in QUESTIONS:
+        for row in over:
+            if (row["kimg"], row["model"], row["against"]) == (kimg, model, against):
+                parts.append(row["sentence"])
+    return f"Snapshot {kimg:g}, {seeds} training seeds: {'; '.join(parts)}." if parts else ""
+
+
+def write_seeds(summary, out):
+    """summary.json and table.md over the training seeds; the terminal gets the table."""
+    rows = [["snapshot (kimg)", "training seed", "model", f"final {summary['score']}"]]
+    rows[0] += ["against base (95%)", "against global (95%)"]
+    rows.append(["---"] * len(rows[0]))
+    for k, finals in enumerate(summary["final"]):
+        for entry, final in zip(summary["kimg"], finals, strict=True):
+            for name, result in final.items():
+                row = [f"{entry:g}", str(summary["seeds"][k]["seed"]), name, f"{result['fd']:.4f}"]
+                for other in ("base", "global"):
+                    gain = result.get(f"against_{other}")
+                    row.append(f"{interval(gain)} {gain['verdict']}" if gain else "")
+                rows.append(row)
+
+    head = ["snapshot (kimg)", "model", "against", "own features: better in", "difference"]
+    head += ["unseen judges: better in", "worse in", "difference"]
+    over = [head, ["---"] * len(head)]
+    for row in summary["over_seeds"]:
+        better = row["own_verdicts"].count("better")
+        cells = [f"{row['kimg']:g}", row["model"], row["against"]]
+        cells += [f"{better} of {len(row['own_verdicts'])}", mean_and_spread(row["own_relative"])]
+        cells += [f"{row['better']} of {row['cases']}", str(row["worse"])]
+        cells.append(mean_and_spread(row["relative"]) if row["relative"] else "")
+        over.append(cells)
+
+    answers = [answer(summary["over_seeds"], k, len(summary["seeds"])) for k in summary["kimg"]]
+    notes = [*filter(None, answers), "Differences are shares of the other's distance, mean +- std."]
+    text = "\n\n".join([markdown(rows), markdown(over), *notes])
+    print("\n" + text)
+    write_atomically(out / "table.md", text + "\n")
+    write_atomically(out / "summary.json", json.dumps(strict(summary), indent=1, allow_nan=False))
+
+
+# -------------------- pictures
+# Dark to light, so that they stay apart in grey print; markers and hatches repeat them.
+STYLES = {
+    "base": {"color": "#707070", "marker": "s", "hatch": ""},
+    "collapsed": {"color": "#b4b4b4", "marker": "x", "hatch": "xx"},
+    "global": {"color": "#1f5fa8", "marker": "o", "hatch": ""},
+    "blockwise": {"color": "#e07b00", "marker": "^", "hatch": "//"},
+    "searched": {"color": "#f2c94c", "marker": "D", "hatch": ".."},
+    "random": {"color": "#c9c9c9", "marker": "v", "hatch": ""},
+}
+
+
+def style_of(name):
+    return STYLES[name.split()[0]]
+
+
+def figures_of(summary, samples):
+    """{file name: (function, data)} of one training seed's pictures."""
+    figures = {"scores.png": (plot_scores, summary)}
+    for entry in summary["snapshots"]:
+        kimg = entry["kimg"]
+        figures[f"samples_{kimg:06d}.png"] = plot_samples, (entry, samples[kimg])
+        if len(entry["blocks"]) == 3 and entry["grid"]:
+            figures[f"grid_{kimg:06d}.png"] = plot_grid, (entry["grid"], summary["score"])
+        if entry["judges"]:
+            figures[f"judges_{kimg:06d}.png"] = plot_judges, (entry, summary["score"])
+    return figures
+
+
+def error_bars(rows, key="fd"):
+    """Values and the lengths of their intervals below and above, as errorbar() takes them."""
+    values = np.array([row[key] for row in rows], float)
+    low, high = (np.array([row[end] for row in rows], float) for end in ("low", "high"))
+    return values, np.stack([values - low, high - values]).clip(0)
+
+
 def plot_scores(plt, summary):
-    """The paper's figures 3 (score against snapshot) and 1 (score, precision and recall against
-    global w)."""
+    """Final distances with their intervals, against the snapshot where there are several; distance,
+    precision and recall against the global weight."""
     entries = summary["snapshots"]
-    _, (scores, sweep, precisions) = plt.subplots(1, 3, figsize=(15, 4))
-    for name in entries[0]["final"]:
-        if name != "collapsed":
-            x = [entry["kimg"] for entry in entries]
-            scores.plot(x, [entry["final"][name]["fd"] for entry in entries], "o-", label=name)
-    for entry in entries:
-        for key in ("fd", "precision", "recall"):
-            points = [(row["w_global"], row[key]) for row in entry["sweep"] if key in row]
-            if points:
-                x, y = zip(*points, strict=True)
-                axis = sweep if key == "fd" else precisions
-                axis.plot(x, y, "o-", label=f"{key}, {entry['kimg']} kimg")
-    scores.set(xlabel="self-training (kimg)", ylabel=f"final {summary['score']}")
-    sweep.set(xlabel="w, all blocks", ylabel=f"selection {summary['score']}")
-    precisions.set(xlabel="w, all blocks")
-    for axis in (scores, sweep, precisions):
-        if axis.lines:
-            axis.legend()
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    final, sweep, shares = axes
+    names = list(entries[0]["final"])
+    if len(entries) == 1:
+        rows = [entries[0]["final"][name] for name in names]
+        values, errors = error_bars(rows)
+        for i, name in enumerate(names):
+            style = style_of(name)
+            final.bar(i, values[i], color=style["color"], hatch=style["hatch"], edgecolor="white")
+        final.errorbar(range(len(names)), values, errors, fmt="none", ecolor="black", capsize=4)
+        final.set_xticks(range(len(names)), names)
+        final.set(ylim=(0, None))
+    else:
+        x = [entry["kimg"] for entry in entries]
+        for name in names:
+            if name != "collapsed":
+                values, errors = error_bars([entry["final"][name] for entry in entries])
+                style = style_of(name)
+                final.errorbar(
+                    x, values, errors, color=style["color"], marker=style["marker"], label=name
+                )
+        final.set(xlabel="self-training (kimg)")
+        final.legend()
+    final.set(title="final comparison, 95% (not paired)", ylabel=summary["score"])
+
+    greys = plt.get_cmap("cividis")(np.linspace(0, 0.8, len(entries)))
+    for entry, colour in zip(entries, greys, strict=True):
+        kimg = f", {entry['kimg']:g} kimg" if len(entries) > 1 else ""
+        rows = [row for row in entry["sweep"] if math.isfinite(row["fd"])]
+        x = [row["w_global"] for row in rows]
+        values, errors = error_bars(rows)
+        sweep.errorbar(x, values, errors, color=colour, marker="o", capsize=3, label=kimg[2:])
+        if all("precision" in row for row in rows):
+            for key, line in (("precision", "-"), ("recall", "--")):
+                y = [row[key] for row in rows]
+                shares.plot(x, y, line, color=colour, marker="o", label=f"{key}{kimg}")
+    sweep.axvline(0, color="#8c8c8c", linewidth=0.8, linestyle=":")
+    sweep.set(xlabel="w, the same for all blocks", ylabel=summary["score"])
+    sweep.set(title="selection seeds, 95% (not paired)")
+    if len(entries) > 1:
+        sweep.legend()
+    if shares.lines:
+        shares.set(xlabel="w, the same for all blocks", title="selection seeds")
+        shares.legend()
+    else:
+        shares.set_visible(False)
 
 
-def plot_grid(plt, rows):
-    """Heat maps over the first and last block, one for each weight of the middle one."""
+def plot_grid(plt, data):
+    """Heat maps over the first and last block, one for each weight of the middle one: values in the
+    cells, the least framed, equal weights outlined."""
+    rows, score = data
     first, middle, last = rows[0]["w"]
     columns = {block: sorted({row["w"][block] for row in rows}) for block in (first, middle, last)}
     table = {tuple(row["w"].values()): row["fd"] for row in rows}
+    wide, high = len(columns[last]), len(columns[first])
+    size = (0.9 + max(1.6, 0.62 * wide), 1.0 + max(1.3, 0.46 * high))
+    count = len(columns[middle])
     figure, axes = plt.subplots(
-        1, len(columns[middle]), figsize=(4 * len(columns[middle]), 3.5), squeeze=False
+        1, count, figsize=(size[0] * count + 0.8, size[1]), squeeze=False, layout="constrained"
     )
     finite = [fd for fd in table.values() if math.isfinite(fd)]
+    low, high = min(finite, default=0), max(finite, default=1)
+    least = min(table, key=table.get)
     for axis, m in zip(axes[0], columns[middle], strict=True):
         cells = [[table.get((y, m, x), np.nan) for x in columns[last]] for y in columns[first]]
-        image = axis.imshow(cells, vmin=min(finite, default=0), vmax=max(finite, default=1))
+        image = axis.imshow(cells, vmin=low, vmax=high, cmap="cividis", aspect="auto")
         axis.set(xlabel=f"w_{last}", ylabel=f"w_{first}", title=f"w_{middle} = {m:g}")
-        axis.set(xticks=range(len(columns[last])), xticklabels=columns[last])
-        axis.set(yticks=range(len(columns[first])), yticklabels=columns[first])
-    figure.colorbar(image, ax=axes[0].tolist())
+        axis.set_xticks(range(len(columns[last])), [f"{value:g}" for value in columns[last]])
+        axis.set_yticks(range(len(columns[first])), [f"{value:g}" for value in columns[first]])
+        for i, y in enumerate(columns[first]):
+            for j, x in enumerate(columns[last]):
+                value = table.get((y, m, x), math.nan)
+                if not math.isfinite(value):
+                    continue
+                dark = value < (low + high) / 2
+                ink = "white" if dark else "black"
+                axis.text(j, i, f"{value:.4g}", ha="center", va="center", color=ink, fontsize=8)
+                if x == y == m:
+                    frame_cell(plt, axis, i, j, edgecolor=ink, linestyle="--", linewidth=1.2)
+                if (y, m, x) == least:
+                    frame_cell(plt, axis, i, j, edgecolor=ink, linewidth=3)
+    figure.colorbar(image, ax=axes[0].tolist(), label=score)
+    figure.suptitle("solid frame: the least; dashed: one weight for all blocks", fontsize=9)
 
 
-def plot_samples(plt, pictures):
-    """One image grid per model, all from the same noise."""
-    _, axes = plt.subplots(1, len(pictures), figsize=(3 * len(pictures), 3.2))
-    for axis, (name, images) in zip(axes, pictures.items(), strict=True):
-        rows = [torch.cat(list(row), 2) for row in images.split(6) if len(row) == 6]
-        axis.imshow(torch.cat(rows, 1).permute(1, 2, 0).squeeze(2).numpy(), cmap="gray")
-        axis.set(title=name, xticks=[], yticks=[])
+def frame_cell(plt, axis, i, j, **how):
+    inset = 0.06
+    corner = (j - 0.5 + inset, i - 0.5 + inset)
+    side = 1 - 2 * inset
+    axis.add_patch(plt.Rectangle(corner, side, side, fill=False, **how))
 
 
-def plot_report(summary, samples, out):
+def plot_judges(plt, data):
+    """Relative gains side by side, one group of points for each judge; the selection's own features
+    come first."""
+    entry, score = data
+    claims = {(claim["model"], claim["against"]): claim for claim in entry["claims"]}
+    panels = []
+    for against in ("base", "global"):
+        models = [model for model, other in claims if other == against]
+        if models:
+            panels.append((against, models))
+    own = score.removeprefix("FD (").split(",")[0]
+    names = [f"{own} (own)", *entry["judges"]]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 3.8), squeeze=False, layout="constrained"
+    )
+    for axis, (against, models) in zip(axes[0], panels, strict=True):
+        for place, model in enumerate(models):
+            claim = claims[model, against]
+            gains = [claim["own"], *claim["judges"].values()]
+            rows = []
+            for gain in gains:
+                keys = {"fd": "difference", "low": "low", "high": "high"}
+                rows.append({k: 100 * gain[f"relative_{v}"] for k, v in keys.items()})
+            values, errors = error_bars(rows)
+            x = np.arange(len(names)) + 0.14 * (place - (len(models) - 1) / 2)
+            style = style_of(model)
+            axis.errorbar(
+                x,
+                values,
+                errors,
+                fmt=style["marker"],
+                color=style["color"],
+                markeredgecolor="black",
+                ecolor="#404040",
+                capsize=3,
+                label=model,
+            )
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.axvline(0.5, color="#8c8c8c", linewidth=0.8, linestyle=":")
+        axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
+        axis.set(
+            ylabel="difference of the distance (%)", title=f"against {against}: lower is better"
+        )
+        axis.legend(fontsize=8)
+
+
+def plot_seeds(plt, summary):
+    """Relative gains of every training seed, in the selection's features and in the mean of the
+    judges that no selection saw."""
+    rows = [row for row in summary["over_seeds"] if row["model"] != "collapsed"]
+    figure, axis = plt.subplots(figsize=(7, 1 + 0.45 * len(rows)), layout="constrained")
+    sides = (("own_relative", "own features", "o", -0.12), ("relative", "other judges", "^", 0.12))
+    for key, label, marker, shift_y in sides:
+        colour = STYLES["global" if key == "own_relative" else "blockwise"]["color"]
+        for i, row in enumerate(rows):
+            x = 100 * np.array(row[key])
+            axis.plot(x, np.full(len(x), i + shift_y), marker, color=colour, alpha=0.6)
+            if len(x):
+                axis.plot(x.mean(), i + shift_y, "|", color="black", markersize=14)
+        axis.plot([], [], marker, color=colour, label=label)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(
+        range(len(rows)),
+        [f"{row['model']} against {row['against']}, {row['kimg']:g} kimg" for row in rows],
+    )
+    axis.invert_yaxis()
+    axis.set(xlabel="difference of the distance (%), one point a seed, bar: mean; lower is better")
+    axis.legend(fontsize=8)
+
+
+DPI = 150
+
+
+def sample_panel(images, most=8, gap=2, width=400):
+    """uint8 [N, C, H, W] -> uint8 [height, width, 3]: at most 8 x 8 of them, whole pixels enlarged,
+    white gaps."""
+    images = images[: most * most].expand(-1, 3, -1, -1)
+    columns = min(most, max(2, 800 // images.shape[3]), math.isqrt(len(images)))
+    zoom = max(1, width // (columns * images.shape[3]))
+    images = images[: columns * columns].repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    framed = F.pad(images, [gap, gap, gap, gap], value=255)
+    rows = [torch.cat(list(row), 2) for row in framed.split(columns)]
+    return torch.cat(rows, 1).permute(1, 2, 0).numpy()
+
+
+def plot_samples(plt, data, title_height=44, margin=12):
+    """One image grid per model, all from the same noise, drawn pixel by pixel."""
+    entry, pictures = data
+    panels = {name: sample_panel(images) for name, images in pictures.items()}
+    height = max(panel.shape[0] for panel in panels.values()) + title_height + margin
+    width = sum(panel.shape[1] + margin for panel in panels.values()) + margin
+    figure = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    x = margin
+    for name, panel in panels.items():
+        figure.figimage(panel, x, margin, origin="upper")
+        result = entry["final"][name]
+        w = weights_text(result["w"]) if len(result["w"]) <= 4 else "one a block"
+        text = f"{name}: {result['fd']:.4g}\nw = {w}"
+        figure.text(x / width, 1 - 8 / height, text, fontsize=8, va="top")
+        x += panel.shape[1] + margin
+
+
+def plot_report(figures, out):
+    """figures: {file name: (function, data)}."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figures = {"scores.png": (plot_scores, summary)}
-    for entry in summary["snapshots"]:
-        figures[f"samples_{entry['kimg']:06d}.png"] = plot_samples, samples[entry["kimg"]]
-        if len(entry["blocks"]) == 3 and entry["grid"]:
-            figures[f"grid_{entry['kimg']:06d}.png"] = plot_grid, entry["grid"]
     for name, (plot, data) in figures.items():
         plot(plt, data)
-        write_atomically(out / name, partial(plt.savefig, dpi=80, bbox_inches="tight"))
+        write_atomically(out / name, partial(plt.savefig, dpi=DPI))
         plt.close()
 
 
@@ -4069,7 +4449,7 @@ def refuse_hours(c, seconds, blocks=("enc", "mid", "dec")):
     if c.device != "cpu" or c.yes or c.plan:
         return
     _, images, _, final_images = count_images(c, blocks)
-    hours = (images + final_images + c.synthetic) * seconds / 3600
+    hours = (images + final_images + c.synthetic) * seconds / 3600 * c.training_seeds
     if hours > MAX_HOURS:
         raise UserError(
             f"without a GPU this takes about {hours:.0f} hours of sampling alone: add --yes to run "
