@@ -8,7 +8,7 @@ arXiv 2510.03597); blocks: encoder, middle, decoder of the network, its layers, 
 search and the final comparison use disjoint seeds. The pipeline knows no network: EDM's (arXiv
 2206.00364) are built in, and --model FILE.py puts one of your own in their place.
 
-    python edm_neon.py --preset digits                             a laptop, nothing to download
+    python edm_neon.py --preset glyphs                             a laptop, nothing to download
     python edm_neon.py --snapshot 1551 --grid 0.75,1.0,1.25        CIFAR-10, a GPU, a connection
     torchrun --nproc_per_node=8 edm_neon.py --snapshot 1551 --grid 0.75,1.0,1.25
     python edm_neon.py --model mine.py --base mine.pt --data images.zip --snapshot 100
@@ -39,6 +39,7 @@ import datetime
 import errno
 import fcntl
 import fnmatch
+import functools
 import hashlib
 import importlib.util
 import io
@@ -62,6 +63,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import safetensors.torch
 import scipy.optimize
 import scipy.stats
@@ -142,6 +145,11 @@ def read_partition(text):
     return table
 
 
+def judge_name(text):
+    """One --judge; they add up."""
+    return (text,)
+
+
 def option(default, text, kind=None, choices=None, low=-math.inf, high=math.inf):
     """A field of Config. kind: from the option's text to its value; low, high: allowed range of
     each number."""
@@ -160,7 +168,7 @@ class Config:
     of 64 (snapshots 550, 1051, 1551, ... are multiples of 782 x 64 images). kimg: 1000 images."""
 
     # What is studied
-    preset: str = option("cifar10", "data, features and defaults", choices=("cifar10", "digits"))
+    preset: str = option("cifar10", "data, features and defaults", choices=("cifar10", "glyphs"))
     model: str = option("", "Python file of a model of your own (see adapters/)")
     base: str = option(
         "", "cond, uncond, a path or URL (.pkl of EDM, .safetensors of this program)"
@@ -191,6 +199,9 @@ class Config:
     augment: float = option(0.12, "probability of EDM's augmentations; 0: none", low=0, high=1)
     train_precision: str = option("fp32", "of training", choices=("fp32", "tf32", "bf16"))
     seed: int = option(0, "of training", low=0, high=2**32)
+    training_seeds: int = option(
+        1, "repeat base and self-training with this many seeds", low=1, high=1000
+    )
 
     # Sampling
     steps: int = option(18, "sampler steps", low=1, high=10_000)
@@ -216,6 +227,12 @@ class Config:
         "disjoint", "paper: 2,000 seeds, trained on", choices=("disjoint", "paper")
     )
     detector: str = option(INCEPTION, "Inception weights (PyTorch port)")
+    judge: tuple = option(
+        (),
+        "one more feature network of the final comparison, repeatable: random-conv, pixels, "
+        "FILE.py with features(images), classifier-2 and mlp of glyphs, or none",
+        judge_name,
+    )
 
     # Search over the block weights
     grid: tuple = option(
@@ -233,6 +250,11 @@ class Config:
     )
     search: str = option(
         "", "after the grid; gradient scales to layers", choices=("cobyqa", "gradient")
+    )
+    search_partition: str = option(
+        "",
+        "blocks of the search, default --partition: layers beside a grid over three blocks",
+        read_partition,
     )
     evaluations: int = option(
         12, "of the search: scores of cobyqa, steps of gradient", low=1, high=100_000
@@ -268,59 +290,93 @@ class Cifar10:
         "attn_resolutions": [16],
     }
 
+    streams: dict = {}  # of real images that are drawn here; the numbers that seed them
+
     def real_images(self, c):
-        """uint8 [N, C, H, W], int64 labels [N] (or None), name of the source; None without
-        --data."""
+        """RealData of --data; None without it."""
         if not c.data:
             return None
-        images, labels = read_dataset(c.data)
-        return RealImages(images, labels, c.data)
+        return split_by_content(*read_dataset(c.data), c.data)
+
+    def judges(self, c):
+        """{name: function that gives the features} of the judges that only this preset has."""
+        return {}
 
     def features(self, c):
         check = "6726825d" if c.detector == INCEPTION else ""
         return InceptionFeatures(fetch(c.detector, "the Inception weights", check))
 
 
-class Digits(Cifar10):
-    """scikit-learn's digits and a small classifier of them: minutes on a laptop, nothing to
-    download. FD of the digits CNN on 1,000 images: base 34.8, w = -1: 80.7, w = 1: 20.3."""
+class Glyphs(Cifar10):
+    """Digits drawn from matplotlib's fonts and a small classifier of them: minutes on a laptop,
+    nothing to download, and fresh real images for every purpose."""
 
-    name = "digits"
-    threads = 1  # 8 x 8 images: one thread trains faster than two
+    name = "glyphs"
+    threads = 1  # 12 x 12 images: two batches at once are faster than two threads
     defaults = {
-        "snapshot": (5,),
+        "snapshot": (10,),
         "grid": (0.5, 1.0, 1.5),
-        "train_base": 10.0,
+        "train_base": 40.0,
         "base_lr": 3e-3,
-        "synthetic": 1000,
+        "synthetic": 2000,
         "lr": 2e-4,
         "ramp_kimg": 0.0,
         "ema_kimg": 0.5,
         "dropout": 0.0,
         "augment": 0.0,
         "select_images": 1000,
-        "final_images": 1500,
+        "final_images": 2000,
         "sample_batch": 250,
+        "judge": ("classifier-2", "mlp", "random-conv", "pixels"),
     }
     network = {
-        "img_resolution": 8,
+        "img_resolution": 12,
         "img_channels": 1,
         "label_dim": 10,
         "augment_dim": 0,
         "model_channels": 16,
         "channel_mult": [1, 2],
         "num_blocks": 1,
-        "attn_resolutions": [4],
+        "attn_resolutions": [6],
+    }
+    images = {"training": 5_000, "selection": 20_000, "final": 20_000}
+    streams = {
+        "training": 0,
+        "selection": 1,
+        "final": 2,
+        "classifier": 3,
+        "classifier test": 4,
+        "classifier-2": 5,
+        "mlp": 6,
     }
 
     def real_images(self, c):
-        return RealImages(*digits_data(), "digits")
+        if c.data or c.ref:
+            raise UserError("--preset glyphs draws its own real images: leave --data and --ref out")
+        parts = {}
+        for purpose, count in self.images.items():
+            stream = self.streams[purpose]
+            parts[purpose] = RealImages(*draw_glyphs(count, stream), f"glyphs, stream {stream}")
+        return RealData(**parts, origin="images that no network and no selection has seen")
+
+    def classifier(self, c, name, body, seed, stream):
+        path = c.out / f"{name}.pt"
+        return GlyphsClassifier(path, name, body, seed, self.streams[stream], self.streams)
 
     def features(self, c):
-        return DigitsFeatures(c.out / "digits-cnn.pt")
+        return self.classifier(c, "glyphs-cnn-64", glyphs_cnn, 0, "classifier")
+
+    def judges(self, c):
+        def another_seed():
+            return self.classifier(c, "classifier-2", glyphs_cnn, 1, "classifier-2")
+
+        def another_architecture():
+            return self.classifier(c, "mlp", glyphs_mlp, 2, "mlp")
+
+        return {"classifier-2": another_seed, "mlp": another_architecture}
 
 
-PRESETS = {"cifar10": Cifar10(), "digits": Digits()}
+PRESETS = {"cifar10": Cifar10(), "glyphs": Glyphs()}
 
 
 # ==================== 2. the seam: what the pipeline needs of a model
@@ -390,13 +446,39 @@ def run(argv):
     c = parse(argv)
     processes = start_processes(c)
     with processes.alone_in(c.out, c.plan):
-        study_all(c, argv, processes, begin)
+        if c.training_seeds == 1:
+            study_all(c, argv, processes, begin)
+        else:
+            study_seeds(c, argv, processes, begin)
+
+
+def study_seeds(c, argv, processes, begin):
+    """The whole study for every training seed, each in a folder of its own; then what holds over
+    the seeds."""
+    if c.aux:
+        raise UserError("--training-seeds repeats the self-training, and --aux is trained already")
+    summaries = []
+    for k in range(1 if c.plan else c.training_seeds):
+        # The base takes this seed, the self-training the next one.
+        one = dataclasses.replace(c, seed=c.seed + 2 * k, out=c.out / f"seed-{k}")
+        one.out.mkdir(exist_ok=True)
+        with processes.alone_in(one.out, c.plan):
+            summaries.append(study_all(one, argv, processes, time.perf_counter()))
+    if c.plan and processes.rank == 0:
+        print(f"and this {c.training_seeds} times, once for every training seed")
+    elif processes.rank == 0:
+        summary = summarise_seeds(c, argv, summaries, begin)
+        write_seeds(summary, c.out)
+        plot_report({"seeds.png": (plot_seeds, summary)}, c.out)
 
 
 def study_all(c, argv, processes, begin):
+    """One training seed, from the base to the report -> what summary.json holds, on the first
+    rank."""
     ledger = seed_ledger(c)
     model = get_model(c, processes)
     real = processes.one_by_one(partial(PRESETS[c.preset].real_images, c))
+    check_judges(c, real)
     base = get_base(c, model, real, processes)
     sampler = Sampler(model, base, processes, c.steps, c.sample_batch)
     seconds, compilation = time_sampling(sampler, c.precision)
@@ -404,40 +486,47 @@ def study_all(c, argv, processes, begin):
     owners = partition_owners(model, base, c.partition)
     check_grid(c, list(dict.fromkeys(owners.values())))
 
+    # What judges is complete before anything long begins.
+    judges = [] if c.plan else get_judges(c, model, base, real, processes)
     snapshots = get_snapshots(c, model, base, sampler)
     if c.plan:
         print_plans(c, model, base, snapshots, owners, sampler, seconds, compilation)
         return
 
-    judge = get_judge(c, model, base, real, processes)
     log = ScoreLog(c.out)
     entries = []
     samples = {}
     for kimg, path in sorted(snapshots.items()):
         merger = Merger(base, model.load_like(base, path), owners, sampler)
         parents = {"base_weights": weights_hash(base), "aux_weights": merger.aux_hash}
-        scorer = Scorer(merger, judge, sampler, log, parents, kimg, c)
-        entry = study(c, scorer, model, ledger)
+        scorer = Scorer(merger, judges, sampler, log, parents, kimg, c)
+        searcher = scorer
+        if c.search_partition:
+            searcher = scorer.with_owners(partition_owners(model, base, c.search_partition))
+        entry = study(c, scorer, searcher, model, ledger)
         entries.append(entry)
 
         # Pictures of all models from the same noise, and the repaired network.
         samples[kimg] = {}
-        for name, result in entry.models.items():
+        shown = ledger.finals[0].seeds[: min(64, c.sample_batch)]
+        for name, candidate in entry.models.items():
             with contextlib.suppress(Diverged), network_calls(merger.net, c.precision):
-                merger.set(result.w)
-                images, _ = sampler.images(ledger.finals[0].seeds[:36])
+                candidate.merger.set(candidate.w)
+                images, _ = sampler.images(shown)
                 samples[kimg][name] = images.cpu()
         if processes.rank == 0:
-            save_merged(c, model, merger, entry, parents)
+            save_merged(c, model, entry, parents)
 
-    if processes.rank == 0:
-        summary = summarise(c, argv, entries, judge, ledger, seconds, processes, begin)
-        write_report(summary, c.out)
-        plot_report(summary, samples, c.out)
-        print(
-            f"\n{summary['seconds_total']:.1f} s; "
-            f"summary.json, table.md, grid.jsonl, pictures in {c.out}"
-        )
+    if processes.rank > 0:
+        return None
+    summary = summarise(c, argv, entries, judges, ledger, seconds, processes, begin)
+    write_report(summary, c.out)
+    plot_report(figures_of(summary, samples), c.out)
+    print(
+        f"\n{summary['seconds_total']:.1f} s; "
+        f"summary.json, table.md, grid.jsonl, pictures in {c.out}"
+    )
+    return summary
 
 
 # -------------------- stages: base, synthetic set, self-training
@@ -453,6 +542,39 @@ class RealImages:
     def identity(self):
         labels = b"" if self.labels is None else self.labels.numpy().tobytes()
         return hashlib.sha256(self.images.numpy().tobytes() + labels).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class RealData:
+    """Real images by purpose, disjoint: a base is trained on the first part, weights are selected
+    against the second and judged against the third. origin: who has seen the last, in words."""
+
+    training: RealImages
+    selection: RealImages
+    final: RealImages
+    origin: str
+
+
+SHARES = {"training": (0, 1), "selection": (2,), "final": (3,)}  # quarters, by content
+LEAST_IMAGES = 2 * FOLDS  # of a part
+
+
+def split_by_content(images, labels, source):
+    """RealData: half to train on, a quarter to select with, a quarter for the final comparison. An
+    image's part follows from its content alone: it never moves, and copies stay together."""
+    digests = [hashlib.sha256(image.tobytes()).digest() for image in images.numpy()]
+    quarter = torch.tensor([digest[0] % 4 for digest in digests])
+    parts = {}
+    for purpose, quarters in SHARES.items():
+        chosen = torch.isin(quarter, torch.tensor(quarters))
+        if chosen.sum() < LEAST_IMAGES:
+            raise UserError(
+                f"{source}: {int(chosen.sum())} of its {len(images)} images fall into the "
+                f"{purpose} part, it takes {LEAST_IMAGES}: give more images"
+            )
+        part_labels = None if labels is None else labels[chosen]
+        parts[purpose] = RealImages(images[chosen], part_labels, f"{source}, {purpose} part")
+    return RealData(**parts, origin="a part of --data that is not used for anything else")
 
 
 def get_model(c, processes):
@@ -490,7 +612,7 @@ def get_base(c, model, real, processes):
         precision=c.train_precision,
     )
     torch.manual_seed(c.seed)
-    net = model.create(real.images, real.labels, c)
+    net = model.create(real.training.images, real.training.labels, c)
     check_model(c, model, net, real, trained=False)
     if c.plan:
         return net
@@ -499,7 +621,7 @@ def get_base(c, model, real, processes):
     inputs = {
         "initial": initial,
         "kimg": c.train_base,
-        "data": real.identity,
+        "data": real.training.identity,
         "model": model.training_identity,
     }
     key = key_of(TRAINING_VERSION, inputs, dataclasses.asdict(recipe))
@@ -513,8 +635,8 @@ def get_base(c, model, real, processes):
         train(
             model,
             net,
-            real.images,
-            real.labels,
+            real.training.images,
+            real.training.labels,
             recipe,
             processes,
             state_path,
@@ -627,24 +749,28 @@ def check_model(c, model, base, real, trained=True):
     if real is None:
         return
     shape = tuple(model.image_shape(base))
-    theirs = tuple(real.images.shape[1:])
+    theirs = tuple(real.training.images.shape[1:])
     if shape != theirs:
         raise UserError(
             f"the base makes images of shape {shape} (channels, height, width), the real ones of "
-            f"{real.source} are {theirs}: choose other --data, or another --preset than {c.preset}"
+            f"{real.training.source} are {theirs}: choose other --data, or another --preset than "
+            f"{c.preset}"
         )
 
 
-def save_merged(c, model, merger, entry, parents):
+def save_merged(c, model, entry, parents):
     """The best network on the selection seeds with its recipe, and on request as a plain state
     dict."""
     name = min(entry.models, key=lambda name: entry.models[name].fd)
-    w = entry.models[name].w
+    best = entry.models[name]
     path = c.out / f"adaptive-neon-{entry.kimg:06d}"
-    recipe = {"model": name, "w": w, "partition": c.partition, **parents}
-    model.export(merger.set(w), path, recipe)
+    partition = c.partition
+    if name == "searched" and c.search_partition:
+        partition = c.search_partition
+    recipe = {"model": name, "w": best.w, "partition": partition, **parents}
+    model.export(best.merger.set(best.w), path, recipe)
     if c.export_pt:
-        state = {name: tensor.cpu() for name, tensor in merger.net.state_dict().items()}
+        state = {name: tensor.cpu() for name, tensor in best.merger.net.state_dict().items()}
         write_atomically(path.with_suffix(".pt"), partial(torch.save, state))
 
 
@@ -656,6 +782,7 @@ class Candidate:
 
     w: dict
     fd: float
+    merger: object  # the Merger that cuts the networks into these blocks
     w_global: float | None = None  # the one weight of all blocks, of "global" alone
 
 
@@ -671,10 +798,13 @@ class Entry:
     final: dict  # {model: final_comparison()}
     placebo: list  # best of each random partition, against global
     warnings: list
+    judges: dict  # {judge that no selection saw: facts, score, final_comparison()}
+    claims: list  # [Claim]
 
     def as_json(self):
         def short(score):
             row = {"w": score.w, "fd": score.fd, "seconds": score.seconds}
+            row |= fd_interval([score])
             if score.precision is not None:
                 row |= {"precision": score.precision, "recall": score.recall}
             return row
@@ -694,12 +824,16 @@ class Entry:
             "final": self.final,
             "placebo": self.placebo,
             "warnings": self.warnings,
+            "judges": self.judges,
+            "claims": [
+                dataclasses.asdict(claim) | {"sentence": claim.sentence()} for claim in self.claims
+            ],
         }
 
 
-def study(c, scorer, model, ledger):
+def study(c, scorer, searcher, model, ledger):
     """Sweep, grid, search and placebo on the selection seeds; then the winners once more on seeds
-    that no selection has seen -> Entry."""
+    that no selection has seen -> Entry. searcher: a Scorer of the blocks that are searched over."""
     blocks = scorer.merger.blocks
     selection = ledger.selection
 
@@ -713,10 +847,11 @@ def study(c, scorer, model, ledger):
         raise UserError("the base network's images are not finite: are its weights sound?")
     w_global = min((value for value in values if value != -1), key=lambda value: by_value[value].fd)
 
+    merger = scorer.merger
     models = {
-        "base": Candidate(by_value[0.0].w, by_value[0.0].fd),
-        "collapsed": Candidate(by_value[-1.0].w, by_value[-1.0].fd),
-        "global": Candidate(by_value[w_global].w, by_value[w_global].fd, w_global),
+        "base": Candidate(by_value[0.0].w, by_value[0.0].fd, merger),
+        "collapsed": Candidate(by_value[-1.0].w, by_value[-1.0].fd, merger),
+        "global": Candidate(by_value[w_global].w, by_value[w_global].fd, merger, w_global),
     }
 
     # One weight per block: a grid, unless it is left to a search; each returns what it scored
@@ -724,29 +859,56 @@ def study(c, scorer, model, ledger):
     grid = score_grid(c, scorer, selection, "grid")
     if grid:
         winner = best_of(grid)
-        models["blockwise"] = Candidate(winner.w, winner.fd)
+        models["blockwise"] = Candidate(winner.w, winner.fd, merger)
     if c.search:
-        winner = best_of(SEARCHES[c.search](c, scorer, selection, w_global))
-        models["searched"] = Candidate(winner.w, winner.fd)
+        winner = best_of(SEARCHES[c.search](c, searcher, selection, w_global))
+        models["searched"] = Candidate(winner.w, winner.fd, searcher.merger)
 
-    finals = {}
+    # The winners on the final seeds, and the best of every random partition: all judges see the
+    # same images.
+    finals = {judge.name: {} for judge in scorer.judges}
     for name, candidate in models.items():
-        finals[name] = [
-            scorer.score(candidate.w, seeds, f"final: {name}") for seeds in ledger.finals
-        ]
-    final = final_comparison(finals)
-
+        cut = searcher if name == "searched" else scorer
+        add_finals(finals, name, cut, candidate.w, ledger)
     placebo = []
-    for k in range(c.placebo):
-        random_blocks = scorer.with_owners(placebo_owners(scorer.merger, model, k))
-        winner = best_of(score_grid(c, random_blocks, selection, f"random blocks {k + 1}"))
-        scores = [random_blocks.score(winner.w, seeds) for seeds in ledger.finals]
-        gain = compare(scores, finals["global"])
+    for k in range(1, c.placebo + 1):
+        random_blocks = scorer.with_owners(placebo_owners(scorer.merger, model, k - 1))
+        winner = best_of(score_grid(c, random_blocks, selection, f"random blocks {k}"))
+        add_finals(finals, f"random blocks {k}", random_blocks, winner.w, ledger)
+        own = finals[scorer.judge.name]
+        gain = compare(own[f"random blocks {k}"], own["global"])
         placebo.append({"w": winner.w, "fd": winner.fd, "against_global": gain})
 
-    warnings = warnings_of(c, models, final, bool(grid), scorer.judge.features.dim)
-    table = scorer.merger.table()
-    return Entry(scorer.kimg, table, sweep, grid, models, final, placebo, warnings)
+    own = finals[scorer.judge.name]
+    final = final_comparison({name: own[name] for name in models})
+    judges = {}
+    for judge in scorer.judges[1:]:
+        judges[judge.name] = judge.facts | {
+            "score": judge.features.score,
+            "final": final_comparison(finals[judge.name]),
+        }
+    return Entry(
+        kimg=scorer.kimg,
+        blocks=scorer.merger.table(),
+        sweep=sweep,
+        grid=grid,
+        models=models,
+        final=final,
+        placebo=placebo,
+        warnings=warnings_of(c, models, final, bool(grid), scorer.judge),
+        judges=judges,
+        claims=claims_of(finals),
+    )
+
+
+def add_finals(finals, name, scorer, w, ledger):
+    """Scores of one model on every final seed set, into {judge: {model: [Score]}}."""
+    for judge in scorer.judges:
+        finals[judge.name][name] = []
+    for seeds in ledger.finals:
+        scores = scorer.scores(w, seeds, scorer.judges, f"final: {name}")
+        for judge, score in zip(scorer.judges, scores, strict=True):
+            finals[judge.name][name].append(score)
 
 
 def final_comparison(finals):
@@ -756,9 +918,12 @@ def final_comparison(finals):
         values = [score.fd for score in scores]
         result = {"w": scores[0].w, "images": scores[0].images, "all": values}
         result["fd"] = float(np.mean(values))
-        if scores[0].precision is not None:
+        result |= fd_interval(scores)
+        if all(score.precision is not None for score in scores):
             result["precision"] = float(np.mean([score.precision for score in scores]))
             result["recall"] = float(np.mean([score.recall for score in scores]))
+        if all(score.kernel is not None for score in scores):
+            result["kernel"] = kernel_interval(scores)
         result["std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
         if name != "base":
             result["against_base"] = compare(scores, finals["base"])
@@ -768,7 +933,74 @@ def final_comparison(finals):
     return results
 
 
-def warnings_of(c, models, final, had_grid, dim):
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """That one model of a snapshot is better than another: in the features it was selected with,
+    and in judges that no selection saw."""
+
+    model: str
+    against: str
+    own: dict  # compare(), and the difference as a share of the other's distance
+    judges: dict  # {judge: the same}
+    better: list  # judges in which the gain holds, corrected for their number (Holm)
+    worse: list
+
+    def sentence(self):
+        text = f"{self.model} against {self.against}: {self.own['verdict']} in its own features"
+        if not self.judges:
+            return text
+        return (
+            f"{text}; of {len(self.judges)} judges that no selection saw, better in "
+            f"{len(self.better)} and worse in {len(self.worse)} (95%, Holm's correction)"
+        )
+
+
+CLAIMS = (
+    ("global", "base"),
+    ("blockwise", "base"),
+    ("searched", "base"),
+    ("blockwise", "global"),
+    ("searched", "global"),
+    ("searched", "blockwise"),
+)
+
+
+def claims_of(finals, level=0.05):
+    """{judge: {model: [Score]}}, the first judge the one that was selected with -> [Claim]."""
+    own, *unseen = finals
+    models = finals[own]
+    pairs = [pair for pair in CLAIMS if pair[0] in models and pair[1] in models]
+    for name in models:
+        if name.startswith("random blocks"):
+            pairs.append((name, "global"))
+            if "blockwise" in models:
+                pairs.append(("blockwise", name))
+
+    claims = []
+    for model, against in pairs:
+        gains = {}
+        for judge, scores in finals.items():
+            gain = compare(scores[model], scores[against], level)
+            theirs = float(np.mean([score.fd for score in scores[against]]))
+            for key in ("difference", "low", "high"):
+                gain[f"relative_{key}"] = gain[key] / theirs if theirs else 0.0
+            gains[judge] = gain
+        held = holm([gains[judge]["p"] for judge in unseen], level)
+        holding = [judge for judge, holds in zip(unseen, held, strict=True) if holds]
+        claims.append(
+            Claim(
+                model=model,
+                against=against,
+                own=gains.pop(own),
+                judges=gains,
+                better=[judge for judge in holding if gains[judge]["difference"] < 0],
+                worse=[judge for judge in holding if gains[judge]["difference"] > 0],
+            )
+        )
+    return claims
+
+
+def warnings_of(c, models, final, had_grid, judge):
     """What a careful reader would want to know."""
     notes = []
     if had_grid:
@@ -776,10 +1008,14 @@ def warnings_of(c, models, final, had_grid, dim):
             values = c.grid_of(block)
             if len(values) > 1 and value in (values[0], values[-1]):
                 notes.append(f"w_{block} = {value:g} lies on the edge of the grid")
+    dim = judge.features.dim
     if c.select_images <= dim:
         notes.append(
             f"{c.select_images} selection images for {dim} features: the covariance is singular"
         )
+    real = min(judge.selection.facts["images"], judge.final.facts["images"])
+    if real <= dim:
+        notes.append(f"{real} real images for {dim} features: the covariance is singular")
 
     for name in ("blockwise", "searched"):
         if name not in final:
@@ -831,9 +1067,14 @@ class SeedSet:
 class Ledger:
     selection: SeedSet
     finals: list
+    streams: dict  # of generated real images, where there are any
 
     def as_json(self):
-        return {"selection": self.selection.first, "final": [seeds.first for seeds in self.finals]}
+        firsts = {
+            "selection": self.selection.first,
+            "final": [seeds.first for seeds in self.finals],
+        }
+        return firsts | ({"real_streams": self.streams} if self.streams else {})
 
 
 def search_seeds(step, count):
@@ -872,7 +1113,7 @@ def seed_ledger(c):
             "--protocol paper: selection seeds 0-1999 overlap the synthetic training set, and "
             "2,000 images are fewer than 2,048 features: the covariance is singular"
         )
-    return Ledger(selection, finals)
+    return Ledger(selection, finals, PRESETS[c.preset].streams)
 
 
 # ==================== 4. self-training
@@ -1351,41 +1592,126 @@ class InceptionFeatures(nn.Module):
         return x.mean((2, 3))
 
 
-class DigitsFeatures(nn.Module):
-    """Small classifier of scikit-learn's digits, trained here (seeded, seconds): [N, 1, 8, 8] ->
-    [N, 64]."""
+# -------------------- glyphs: digits from matplotlib's fonts, as many as one likes
+GLYPH_SIZE = 12
+GLYPH_FONTS = (
+    "DejaVuSans.ttf",
+    "DejaVuSans-Bold.ttf",
+    "DejaVuSans-Oblique.ttf",
+    "DejaVuSansMono.ttf",
+    "DejaVuSansMono-Bold.ttf",
+    "DejaVuSerif.ttf",
+    "DejaVuSerif-Bold.ttf",
+    "DejaVuSerif-Italic.ttf",
+    "STIXGeneral.ttf",
+    "STIXGeneralBol.ttf",
+    "STIXGeneralItalic.ttf",
+    "cmr10.ttf",
+    "cmss10.ttf",
+    "cmtt10.ttf",
+)
+
+
+@functools.cache
+def glyph_atlas(size=64, points=46):
+    """Every digit in every font, in the middle: float32 [fonts, 10, size, size] in [0, 1]."""
+    import matplotlib
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    atlas = torch.zeros(len(GLYPH_FONTS), 10, size, size)
+    for row, name in zip(atlas, GLYPH_FONTS, strict=True):
+        with reading(f"font {folder / name} is missing or damaged: install matplotlib again"):
+            font = PIL.ImageFont.truetype(
+                str(folder / name), points, layout_engine=PIL.ImageFont.Layout.BASIC
+            )
+        for digit in range(10):
+            picture = PIL.Image.new("L", (size, size))
+            pen = PIL.ImageDraw.Draw(picture)
+            left, top, right, bottom = pen.textbbox((0, 0), str(digit), font=font)
+            corner = ((size - left - right) / 2, (size - top - bottom) / 2)
+            pen.text(corner, str(digit), fill=255, font=font)
+            row[digit] = torch.from_numpy(np.array(picture)) / 255
+    return atlas
+
+
+def draw_glyphs(count, stream, size=GLYPH_SIZE, oversampling=3):
+    """The first images of a stream: uint8 [count, 1, size, size], int64 labels [count]. Image i of
+    a stream is always the same, however many are drawn."""
+    # A row of nine numbers for every image, one after the other.
+    draws = np.random.default_rng([*b"glyphs", stream]).random((count, 9))
+    chosen, drawn = torch.from_numpy(draws[:, :2]), torch.from_numpy(draws[:, 2:]).float()
+    low = torch.tensor([-0.2, 0.60, -0.25, 0.85, -0.08, -0.08, 0.7])
+    high = torch.tensor([0.2, 0.85, 0.25, 1.15, 0.08, 0.08, 1.0])
+    turn, zoom, shear, stretch, x, y, brightness = (low + (high - low) * drawn).unbind(1)
+    font, label = (chosen * torch.tensor([len(GLYPH_FONTS), 10])).long().unbind(1)
+
+    # From a place in the image to its place in the atlas, both in [-1, 1].
+    across = [turn.cos() * zoom * stretch, (shear - turn.sin()) * zoom, x]
+    down = [turn.sin() * zoom * stretch, turn.cos() * zoom / stretch, y]
+    maps = torch.stack([torch.stack(across, 1), torch.stack(down, 1)], 1)  # [count, 2, 3]
+
+    # Drawn larger and averaged over areas: the strokes are narrower than a pixel.
+    fine = size * oversampling
+    images = []
+    for part in torch.arange(count).split(2000):
+        grid = F.affine_grid(maps[part], [len(part), 1, fine, fine], align_corners=False)
+        ink = F.grid_sample(
+            glyph_atlas()[font[part], label[part]][:, None], grid, align_corners=False
+        )
+        grey = F.avg_pool2d(ink, oversampling) * brightness[part].view(-1, 1, 1, 1)
+        images.append((grey * 255).round().to(torch.uint8))
+    return torch.cat(images), label
+
+
+def glyphs_cnn():
+    side = -(-GLYPH_SIZE // 4)
+    conv = partial(nn.Conv2d, kernel_size=3, padding=1)
+    return nn.Sequential(
+        conv(1, 32),
+        nn.ReLU(),
+        conv(32, 64, stride=2),
+        nn.ReLU(),
+        conv(64, 64, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * side * side, 64),
+        nn.ReLU(),
+    )
+
+
+def glyphs_mlp():
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(GLYPH_SIZE**2, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU()
+    )
+
+
+class GlyphsClassifier(nn.Module):
+    """Small classifier of glyphs, trained here on a stream of its own (seeded, seconds): uint8
+    [N, 1, 12, 12] -> the 64 features in front of its last layer. path: keeps its weights."""
 
     dim = 64
-    kind = name = "digits-cnn-64"
-    score = "FD (digits CNN, 64-d)"
 
-    def __init__(self, path, epochs=40):
+    def __init__(self, path, name, body, seed, stream, streams, images=10_000, epochs=4):
         super().__init__()
+        self.name = self.kind = name
+        self.score = "FD (glyphs CNN, 64-d)" if name == "glyphs-cnn-64" else f"FD ({name}, 64-d)"
         with torch.random.fork_rng():
-            torch.manual_seed(0)
-            conv = partial(nn.Conv2d, kernel_size=3, padding=1)
-            self.body = nn.Sequential(
-                conv(1, 32),
-                nn.ReLU(),
-                conv(32, 64, stride=2),
-                nn.ReLU(),
-                conv(64, 64, stride=2),
-                nn.ReLU(),
-                nn.Flatten(),
-                nn.Linear(256, 64),
-                nn.ReLU(),
-            )
+            torch.manual_seed(seed)
+            self.body = body()
             self.head = nn.Linear(64, 10)
             if not path.exists():
-                self.fit(epochs)
+                self.fit(*draw_glyphs(images, stream), epochs)
                 write_atomically(path, partial(torch.save, self.state_dict()))
         with reading(f"{path} is damaged, delete it"):
             self.load_state_dict(torch.load(path, weights_only=True))
         self.eval().requires_grad_(False)
         self.identity = weights_hash(self)
 
-    def fit(self, epochs):
-        images, labels = digits_data()
+        fresh, labels = draw_glyphs(2000, streams["classifier test"])
+        right = self.head(self(fresh)).argmax(1) == labels
+        self.facts = {"accuracy": float(right.double().mean()), "accuracy_images": len(right)}
+
+    def fit(self, images, labels, epochs):
         optimizer = torch.optim.Adam(self.parameters(), lr=2e-3)
         for _ in range(epochs):
             for index in torch.randperm(len(images)).split(128):
@@ -1397,6 +1723,74 @@ class DigitsFeatures(nn.Module):
         return self.body(images.float() / 127.5 - 1)
 
 
+# -------------------- judges that need nothing: no training, no download
+class RandomConvFeatures(nn.Module):
+    """Convolutions with random weights from a fixed seed: uint8 [N, C, H, W] -> [N, 64]."""
+
+    dim = 64
+    name = kind = "random-conv"
+    score = "FD (random convolutions, 64-d)"
+
+    def __init__(self, channels):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(20_06)
+            layers = []
+            for c_in, c_out, stride in ((channels, 32, 1), (32, 64, 2), (64, 64, 2)):
+                layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.ReLU()]
+                nn.init.kaiming_normal_(layers[-2].weight)
+            self.body = nn.Sequential(*layers)
+        self.eval().requires_grad_(False)
+        self.identity = weights_hash(self)
+
+    def forward(self, images):
+        return self.body(images.float() / 127.5 - 1).mean((2, 3))
+
+
+class PixelFeatures(nn.Module):
+    """Pixels, in the leading principal components of real images: uint8 [N, C, H, W] -> [N, 32] or
+    fewer. images: uint8 [N, C, H, W] that no score compares with. Sides above 16 are averaged down
+    to it."""
+
+    name = kind = "pixels"
+
+    def __init__(self, images, most=32, side=16):
+        super().__init__()
+        self.side = (min(images.shape[2], side), min(images.shape[3], side))
+        x = torch.cat([self.vectors(part).double() for part in images.split(1000)])  # [N, P]
+        mean, cov = neon_ext.feature_moments(x)
+        _, vectors = torch.linalg.eigh(cov)  # in ascending order
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("components", vectors[:, -most:].float())
+        self.dim = self.components.shape[1]
+        self.score = f"FD (pixels, {self.dim} principal components)"
+        self.identity = weights_hash(self)
+
+    def vectors(self, images):
+        return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, self.side).flatten(1)
+
+    def forward(self, images):
+        return (self.vectors(images) - self.mean) @ self.components
+
+
+class JudgeFile:
+    """--judge FILE.py, as FileFeatures takes it."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            known = ", ".join(["random-conv", "pixels"])
+            raise UserError(f"--judge {path} is no file, and none of {known} (glyphs: more)")
+        self.file = FileModel.import_file(self.path, "--judge")
+        self.identity = file_hash(self.path)
+        if not hasattr(self.file, "features"):
+            raise UserError(f"--judge {path} lacks features(images)")
+
+    def call(self, name, *args):
+        return FileModel.call(self, name, *args)
+
+
+# -------------------- features of a file, reference, judge
 class FileFeatures:
     """features(images) of a model file: uint8-valued [N, C, H, W] -> [N, D]."""
 
@@ -1422,24 +1816,27 @@ class FileFeatures:
 class Reference:
     """Statistics of the real data in one feature network. prepared: neon_ext.FrechetReference;
     real: the features themselves [N, D] where they are at hand; facts: features, source, images,
-    for the report."""
+    origin, for the report."""
 
     prepared: object
     real: torch.Tensor | None
     facts: dict
     identity: str  # hash of mean, covariance and features
 
-    def floor(self, images):
-        """Distance between two disjoint samples of the real data, at most `images` each: bias
-        alone."""
-        n = min(images, len(self.real) // 2)
-        order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0))
-        first, second = (self.real[part.to(self.real.device)] for part in order[: 2 * n].split(n))
-        moments = (*neon_ext.feature_moments(first), *neon_ext.feature_moments(second))
-        return {"images": n, "fd": float(neon_ext.frechet_distance(*moments))}
+    @functools.cached_property
+    def radii(self):
+        """Of precision_recall(), which needs them for every score."""
+        return neighbour_radii(self.real)
+
+    @functools.cached_property
+    def kernel_mean(self):
+        """Of kernel_distance(): the mean kernel of two different real images."""
+        real = self.real[:KERNEL_IMAGES].double()
+        rows, diagonal = kernel_rows(real, real), kernel_diagonal(real)
+        return float(rows.sum() - diagonal.sum()) / (len(real) * (len(real) - 1))
 
 
-def reference_of(statistics, features, source, device, real=None):
+def reference_of(statistics, features, source, device, real=None, origin=""):
     """Reference from {mu [D], sigma [D, D], images, features}, if they are of these features and
     usable."""
     kind, shape = str(statistics["features"]), np.shape(statistics["mu"])
@@ -1453,61 +1850,154 @@ def reference_of(statistics, features, source, device, real=None):
         mu, cov = (torch.as_tensor(statistics[key]).double().to(device) for key in ("mu", "sigma"))
         prepared = neon_ext.FrechetReference(mu, cov, count)
     facts = {"features": features.name, "source": str(source), "images": count}
+    if origin:
+        facts["origin"] = origin
     identity = key_of(
         tensor_hash(mu), tensor_hash(cov), count, None if real is None else tensor_hash(real)
     )
     return Reference(prepared, real, facts, identity)
 
 
-def reference_from_images(real, features, out, device):
-    """Reference of real images; reference.npz in the run's folder keeps its statistics."""
-    with torch.no_grad():
-        found = torch.cat([features(part.to(device)) for part in real.images.split(256)])  # [N, D]
+@torch.no_grad()
+def features_of_images(images, features, device):
+    """Features [N, D] of uint8 images [N, C, H, W]."""
+    return torch.cat([features(part.to(device)) for part in images.split(256)])
+
+
+def reference_from_images(real, features, path, device, origin=""):
+    """Reference of real images; path, if any, keeps its statistics."""
+    found = features_of_images(real.images, features, device)
     mu, cov = (moment.cpu().numpy() for moment in neon_ext.feature_moments(found))
     statistics = {"mu": mu, "sigma": cov, "images": len(real.images), "features": features.name}
 
     def write(part):
         np.savez(part, **statistics)
 
-    write_atomically(out / "reference.npz", write)
-    return reference_of(statistics, features, real.source, device, found)
+    if path is not None:
+        write_atomically(path, write)
+    return reference_of(statistics, features, real.source, device, found, origin)
 
 
-def reference_from_file(path, features, device):
-    """Reference of an npz with mu and sigma, as EDM's (which leaves features and images out)."""
+def reference_from_file(path, features, device, real=None, origin=""):
+    """Reference of an npz with mu and sigma, as EDM's (which leaves features and images out). real:
+    images for precision, recall and the kernel distance, which need more than moments."""
     with reading(f"reference {path} has no usable mu and sigma"), np.load(path) as file:
         statistics = {"features": "inception", "images": 50_000} | dict(file)
         for key in ("mu", "sigma"):
             if key not in statistics:
                 raise KeyError(key)
-    return reference_of(statistics, features, path, device)
+    found = None if real is None else features_of_images(real.images, features, device)
+    return reference_of(statistics, features, path, device, found, origin)
 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """A feature network and the real data seen through it: what a score is."""
+    """A feature network and the real data seen through it: what a score is. Weights are selected
+    against one part of the real images and compared against another, where there are two."""
 
-    features: object  # callable with dim, name, kind, score, identity
-    reference: Reference
+    features: object  # callable with dim, name, kind, score, identity, perhaps facts
+    selection: Reference
+    final: Reference
+
+    def reference(self, seeds):
+        """The one that scores of this SeedSet are distances to."""
+        return self.final if seeds.is_final else self.selection
+
+    def identity(self, seeds):
+        return key_of(self.features.identity, self.reference(seeds).identity)
 
     @property
-    def identity(self):
-        return key_of(self.features.identity, self.reference.identity)
+    def name(self):
+        return self.features.name
+
+    @property
+    def facts(self):
+        """For the report: features, source, images of the final reference, and what else is
+        known."""
+        facts = dict(self.final.facts) | getattr(self.features, "facts", {})
+        if self.selection is not self.final:
+            facts["selection"] = self.selection.facts
+        return facts
+
+    def floor(self, images):
+        """The final score of real images, the first of the selection part: bias, and the best that
+        a model can hope for."""
+        moments = neon_ext.feature_moments(self.selection.real[:images])
+        return {"images": images, "fd": float(self.final.prepared.distance(*moments))}
 
 
-def get_judge(c, model, base, real, processes):
-    """The features of the model's own file, or the preset's, and the reference in them."""
+def judge_of_images(features, real, device, folder=None):
+    """Judge of a feature network with the selection and final parts of the real images as
+    references; folder, if any, keeps their statistics."""
+    references = {}
+    for purpose in ("selection", "final"):
+        path = None if folder is None else folder / f"reference-{purpose}.npz"
+        part = getattr(real, purpose)
+        references[purpose] = reference_from_images(part, features, path, device, real.origin)
+    return Judge(features, **references)
+
+
+def judge_of_file(features, real, source, c):
+    """Judge of a feature network with the statistics of a file, the same for selection and final
+    comparison; real images, if any, serve precision, recall and the kernel distance."""
+    path = fetch(source, "the reference statistics")
+    origin = "of unknown origin: base and selection may have seen its images"
+    if source == CIFAR10_STATISTICS:
+        origin = "CIFAR-10's 50,000 training images, which EDM's networks were trained on"
+    if real is None:
+        reference = reference_from_file(path, features, c.device, None, origin)
+        return Judge(features, reference, reference)
+    parts = (real.selection, real.final)
+    references = [reference_from_file(path, features, c.device, r, origin) for r in parts]
+    return Judge(features, *references)
+
+
+def check_judges(c, real):
+    """Refuse a --judge that cannot be built, before anything is trained."""
+    names = judge_names(c)
+    if names and real is None:
+        raise UserError(f"--judge {names[0]} compares with real images: give --data")
+    for name in names:
+        if name not in ("random-conv", "pixels", *PRESETS[c.preset].judges(c)):
+            JudgeFile(name)
+
+
+def judge_names(c):
+    return [name for name in dict.fromkeys(c.judge) if name != "none"]
+
+
+def get_judges(c, model, base, real, processes):
+    """What decides, then what only judges: the features of the model's own file, or the preset's;
+    then those of --judge. With their references."""
     allow_tf32(c.precision)
 
     def build():
-        features = model.own_features(base) or PRESETS[c.preset].features(c)
-        features = features.to(c.device)
-        if real is not None:
-            return Judge(features, reference_from_images(real, features, c.out, c.device))
-        path = fetch(reference_source(c, model), "the reference statistics")
-        return Judge(features, reference_from_file(path, features, c.device))
+        own = (model.own_features(base) or PRESETS[c.preset].features(c)).to(c.device)
+        if c.ref or real is None:
+            judges = [judge_of_file(own, real, reference_source(c, model), c)]
+        else:
+            judges = [judge_of_images(own, real, c.device, c.out)]
+        for name in judge_names(c):
+            features = judge_features(name, c, real).to(c.device)
+            if features.name in [judge.name for judge in judges]:
+                raise UserError(f"--judge {name}: there are two judges named {features.name}")
+            judges.append(judge_of_images(features, real, c.device))
+        return judges
 
     return processes.one_by_one(build)
+
+
+def judge_features(name, c, real):
+    """The feature network of one --judge."""
+    images = real.training.images
+    preset = PRESETS[c.preset].judges(c)
+    if name in preset:
+        return preset[name]()
+    if name == "random-conv":
+        return RandomConvFeatures(images.shape[1])
+    if name == "pixels":
+        return PixelFeatures(images)
+    return FileFeatures(JudgeFile(name), images[:4].to(c.device))
 
 
 def reference_source(c, model):
@@ -1537,22 +2027,71 @@ def fold_distances(prepared, features):
     return float(prepared.distance(moments.mean(None), moments.cov(None))), distances
 
 
+def neighbour_radii(points, k=5, most=10_000):
+    """Distance of each of the first `most` points [N, D] to its k-th neighbour: float64 [N]."""
+    points = points[:most].double()
+    # A point's own zero distance is its first neighbour, hence k + 1.
+    radii = [torch.cdist(part, points).kthvalue(k + 1).values for part in points.split(1000)]
+    return torch.cat(radii)
+
+
 @torch.no_grad()
-def precision_recall(real, fake, k=5, most=10_000):
+def precision_recall(real, fake, k=5, most=10_000, real_radii=None):
     """Improved precision and recall (arXiv 1904.06991), k nearest neighbours, at most `most` of
     each."""
     real, fake = real[:most].double(), fake[:most].double()
 
-    def share_inside(points, manifold):
-        # A point's own zero distance is its first neighbour, hence k + 1.
-        radii = [
-            torch.cdist(part, manifold).kthvalue(k + 1).values for part in manifold.split(1000)
-        ]
-        radii = torch.cat(radii)
+    def share_inside(points, manifold, radii):
         hits = [(torch.cdist(part, manifold) <= radii).any(1) for part in points.split(1000)]
         return float(torch.cat(hits).double().mean())
 
-    return share_inside(fake, real), share_inside(real, fake)
+    if real_radii is None:
+        real_radii = neighbour_radii(real, k, most)
+    precision = share_inside(fake, real, real_radii)
+    return precision, share_inside(real, fake, neighbour_radii(fake, k, most))
+
+
+KERNEL_IMAGES = 10_000  # at most, of each side of the kernel distance
+
+
+def kernel_rows(points, others):
+    """Sum over `others` [M, D] of the kernel (x y / D + 1)^3 with each of the points [N, D]:
+    float64 [N]."""
+    sums = []
+    for part in points.split(500):
+        near = part @ others.T / points.shape[1] + 1
+        sums.append((near * near * near).sum(1))
+    return torch.cat(sums)
+
+
+def kernel_diagonal(points):
+    """The kernel of each point with itself: float64 [N]."""
+    return ((points * points).sum(1) / points.shape[1] + 1) ** 3
+
+
+@torch.no_grad()
+def kernel_distance(reference, fake):
+    """Kernel Inception distance (arXiv 1801.01401): the unbiased squared maximum mean discrepancy
+    to the real features, and the same without each of FOLDS folds of the fake ones [N, D]."""
+    real = reference.real[:KERNEL_IMAGES].double()
+    parts = fake[:KERNEL_IMAGES].double().tensor_split(FOLDS)
+    sizes = np.array([len(part) for part in parts])
+
+    # Sums of kernels between folds, without those of an image with itself, and with the real ones.
+    within = np.zeros((FOLDS, FOLDS))
+    for k, part in enumerate(parts):
+        for j, other in enumerate(parts):
+            within[k, j] = float(kernel_rows(part, other).sum())
+        within[k, k] -= float(kernel_diagonal(part).sum())
+    across = np.array([float(kernel_rows(part, real).sum()) for part in parts])
+
+    def distance(kept):
+        n = sizes[kept].sum()
+        fakes = within[np.ix_(kept, kept)].sum() / (n * (n - 1))
+        return reference.kernel_mean + fakes - 2 * across[kept].sum() / (n * len(real))
+
+    every = np.arange(FOLDS)
+    return float(distance(every)), [float(distance(every[every != k])) for k in every]
 
 
 # ==================== 8. scores, their log, comparisons
@@ -1571,6 +2110,9 @@ class Score:
     arithmetic: str  # of the sampling network: fp32, tf32, bf16, fp16
     seconds: float
     key: str  # hash of all that decides the score
+    judge: str = ""  # name of the features
+    kernel: float | None = None  # unbiased kernel distance, on final seeds
+    kernel_folds: list | None = None
 
     def as_line(self):
         """One line of JSON, which knows no infinity."""
@@ -1583,15 +2125,17 @@ class Score:
     def from_line(cls, line):
         """The score of a line of our own; ValueError says what is wrong with it."""
         row = json.loads(line)
-        if not isinstance(row, dict) or set(row) != {
-            field.name for field in dataclasses.fields(cls)
-        }:
+        fields = dataclasses.fields(cls)
+        needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+        if not isinstance(row, dict) or not needed <= set(row) <= {f.name for f in fields}:
             raise ValueError("it has other entries than a score")
         if row["fd"] is None:
             row |= {"fd": math.inf, "folds": [math.inf] * FOLDS}
         numbers = [row["fd"], row["seconds"], *row["folds"], *row["w"].values()]
         if row["precision"] is not None:
             numbers += [row["precision"], row["recall"]]
+        if row.get("kernel") is not None:
+            numbers += [row["kernel"], *row["kernel_folds"]]
         if not all(isinstance(number, (int, float)) and number == number for number in numbers):
             raise ValueError("it has entries that are no numbers")
         if len(row["folds"]) != FOLDS or row["fd"] < -1e-6 * abs(row["fd"]) - 1e-3:
@@ -1650,8 +2194,10 @@ class ScoreLog:
 class Scorer:
     """Scores of one snapshot's extrapolations; what is finished is read back from the log."""
 
-    def __init__(self, merger, judge, sampler, log, parents, kimg, c):
-        self.merger, self.judge, self.sampler, self.log = merger, judge, sampler, log
+    def __init__(self, merger, judges, sampler, log, parents, kimg, c):
+        self.merger, self.sampler, self.log = merger, sampler, log
+        self.judges = judges  # the first decides, the others only see the final comparison
+        self.judge = judges[0]
         self.parents, self.kimg = parents, kimg
         self.selection_precision = c.precision
         self.final_precision = c.confirm_precision or c.precision
@@ -1672,13 +2218,13 @@ class Scorer:
     def arithmetic(self, seeds):
         return self.final_precision if seeds.is_final else self.selection_precision
 
-    def key(self, seeds):
+    def key(self, seeds, judge=None):
         sampler = self.sampler
         inputs = {
             "networks": self.parents,
             "owners": self.merger.owners,
             "model": sampler.model.identity,
-            "judge": self.judge.identity,
+            "judge": (judge or self.judge).identity(seeds),
             "steps": sampler.steps,
             "precision": self.arithmetic(seeds),
             "device": sampler.processes.device,
@@ -1688,61 +2234,81 @@ class Scorer:
         }
         return key_of(SCORING_VERSION, SAMPLING_VERSION, inputs)
 
-    def features(self, w, seeds, desc=None):
-        """Features [N, D] of the images at these seeds, in their order, on every rank; None: it
-        diverged."""
+    def features(self, w, seeds, judges, desc=None):
+        """Every judge's features [N, D] of the images at these seeds, in their order, on every
+        rank; None: it diverged."""
         net = self.merger.set(w)
         processes = self.sampler.processes
 
         def work(part):
             images, _ = self.sampler.images(part)
-            found = self.judge.features(images)
-            return found.cpu() if processes.world > 1 else found
+            found = [judge.features(images) for judge in judges]
+            return [features.cpu() for features in found] if processes.world > 1 else found
 
         try:
             with network_calls(net, self.arithmetic(seeds)):
                 parts = processes.map_batches(work, seeds.seeds, self.sampler.batch, desc)
         except Diverged:
             return None
-        return torch.cat(parts).to(processes.device)
+        return [torch.cat(side).to(processes.device) for side in zip(*parts, strict=True)]
+
+    def score(self, w, seeds, desc=None):
+        """Score of the weights w on a SeedSet, in the judge that decides."""
+        return self.scores(w, seeds, [self.judge], desc)[0]
 
     @torch.no_grad()
-    def score(self, w, seeds, desc=None):
-        """Score of the weights w on a SeedSet; precision and recall where real images are at
-        hand."""
+    def scores(self, w, seeds, judges, desc=None):
+        """One Score a judge, all of the same images; precision and recall where real images are at
+        hand, on final seeds the kernel distance too."""
         begin = time.perf_counter()
         processes = self.sampler.processes
-        key = self.key(seeds)
-        done = processes.decide(partial(self.log.find, key, w, seeds))
-        if done is not None:
-            return done
-        found = self.features(w, seeds, desc)
+        keys = [self.key(seeds, judge) for judge in judges]
+        scores = processes.decide(lambda: [self.log.find(key, w, seeds) for key in keys])
+        missing = [i for i, score in enumerate(scores) if score is None]
+        if not missing:
+            return scores
+        found = self.features(w, seeds, [judges[i] for i in missing], desc)
+        if found is None and processes.rank == 0:
+            print(f"{printable(json.dumps(w))}: the sampler diverges, the score is infinite")
 
         def assess():
-            fd, folds, precision, recall = math.inf, [math.inf] * FOLDS, None, None
-            if found is not None:
-                fd, folds = fold_distances(self.judge.reference.prepared, found)
-            else:
-                print(f"{printable(json.dumps(w))}: the sampler diverges, the score is infinite")
-            if found is not None and self.judge.reference.real is not None:
-                precision, recall = precision_recall(self.judge.reference.real, found)
-            score = Score(
-                snapshot=self.kimg,
-                w=w,
-                images=seeds.count,
-                first_seed=int(seeds.first),
-                fd=fd,
-                folds=folds,
-                precision=precision,
-                recall=recall,
-                arithmetic=self.arithmetic(seeds),
-                seconds=round(time.perf_counter() - begin, 3),
-                key=key,
-            )
-            self.log.add(score, seeds)
-            return score
+            for place, i in enumerate(missing):
+                features = None if found is None else found[place]
+                scores[i] = self.assess(w, seeds, judges[i], features, keys[i], begin)
+                self.log.add(scores[i], seeds)
+            return scores
 
         return processes.decide(assess)
+
+    def assess(self, w, seeds, judge, features, key, begin):
+        """Score of features [N, D], None where the sampler diverged."""
+        fd, folds = math.inf, [math.inf] * FOLDS
+        precision = recall = kernel = kernel_folds = None
+        reference = judge.reference(seeds)
+        if features is not None:
+            fd, folds = fold_distances(reference.prepared, features)
+        if features is not None and reference.real is not None:
+            precision, recall = precision_recall(
+                reference.real, features, real_radii=reference.radii
+            )
+            if seeds.is_final:
+                kernel, kernel_folds = kernel_distance(reference, features)
+        return Score(
+            snapshot=self.kimg,
+            w=w,
+            images=seeds.count,
+            first_seed=int(seeds.first),
+            fd=fd,
+            folds=folds,
+            precision=precision,
+            recall=recall,
+            arithmetic=self.arithmetic(seeds),
+            seconds=round(time.perf_counter() - begin, 3),
+            key=key,
+            judge=judge.name,
+            kernel=kernel,
+            kernel_folds=kernel_folds,
+        )
 
     def score_all(self, weights, seeds, desc):
         quiet = self.sampler.processes.rank > 0
@@ -1761,7 +2327,7 @@ def fd_of(score):
 def compare(scores, others, level=0.05):
     """Paired difference of distances, mean over the seed sets of `scores` and `others`, and its
     interval: the delete-one-fold jackknife (Student's t) of the difference, as both saw the same
-    noise. better: lower."""
+    noise. better: lower. p: of no difference, two-sided."""
     ours, theirs = (float(np.mean([score.fd for score in side])) for side in (scores, others))
     if not math.isfinite(ours) or not math.isfinite(theirs):
         difference = 0.0 if ours == theirs else ours - theirs
@@ -1772,18 +2338,62 @@ def compare(scores, others, level=0.05):
             if ours < theirs
             else "worse"
         )
-        return {"difference": difference, "low": difference, "high": difference, "verdict": verdict}
+        p = 1.0 if ours == theirs else 0.0
+        return {
+            "difference": difference,
+            "low": difference,
+            "high": difference,
+            "verdict": verdict,
+            "p": p,
+        }
 
     pairs = list(zip(scores, others, strict=True))
     full = float(np.mean([one.fd - other.fd for one, other in pairs]))
-    folds = np.array([np.subtract(one.folds, other.folds) for one, other in pairs])  # [sets, FOLDS]
-    variance = (FOLDS - 1) / FOLDS * ((folds - folds.mean(1, keepdims=True)) ** 2).sum()
-    quantile = scipy.stats.t.ppf(1 - level / 2, len(pairs) * (FOLDS - 1))
-    half = float(quantile * variance**0.5 / len(pairs))
+    half, p = jackknife(full, [np.subtract(one.folds, other.folds) for one, other in pairs], level)
     verdict = "no significant difference"
     if abs(full) > half:
         verdict = "better" if full < 0 else "worse"
-    return {"difference": full, "low": full - half, "high": full + half, "verdict": verdict}
+    return {"difference": full, "low": full - half, "high": full + half, "verdict": verdict, "p": p}
+
+
+def jackknife(mean, folds, level=0.05):
+    """Half the interval of a mean over seed sets and the p-value of its being zero. folds
+    [sets, FOLDS]: what was averaged, without each fold of the seeds."""
+    folds = np.array(folds)
+    variance = (FOLDS - 1) / FOLDS * ((folds - folds.mean(1, keepdims=True)) ** 2).sum()
+    freedom = len(folds) * (FOLDS - 1)
+    half = float(scipy.stats.t.ppf(1 - level / 2, freedom) * variance**0.5 / len(folds))
+    if not half:
+        return half, float(mean == 0)
+    return half, float(2 * scipy.stats.t.sf(abs(mean) * len(folds) / variance**0.5, freedom))
+
+
+def fd_interval(scores):
+    """95% interval of the mean distance over the seed sets, over the noise alone."""
+    value = float(np.mean([score.fd for score in scores]))
+    if not math.isfinite(value):
+        return {"low": value, "high": value}
+    half, _ = jackknife(value, [score.folds for score in scores])
+    return {"low": value - half, "high": value + half}
+
+
+def kernel_interval(scores):
+    """Mean kernel distance over the seed sets and its 95% interval, over the noise alone."""
+    value = float(np.mean([score.kernel for score in scores]))
+    half, _ = jackknife(value, [score.kernel_folds for score in scores])
+    return {"value": value, "low": value - half, "high": value + half}
+
+
+def holm(p_values, level=0.05):
+    """Which hypotheses hold when all are asked at once: the chance that any is wrong stays at
+    `level` (Holm 1979)."""
+    held = [False] * len(p_values)
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    for rank, i in enumerate(order):
+        if p_values[i] > level / (len(p_values) - rank):
+            break
+        held[i] = True
+    return held
 
 
 # ==================== 9. grid and search over block weights
@@ -1946,7 +2556,7 @@ def distance_and_gradient(scorer, w, seeds, precision, rounding=True):
         return math.inf, dict.fromkeys(merger.blocks, 0.0)
     mean, cov = neon_ext.feature_moments(torch.cat(parts).to(processes.device))
     inputs = mean.clone().requires_grad_(), cov.requires_grad_()
-    fd = judge.reference.prepared.distance(*inputs)
+    fd = judge.reference(seeds).prepared.distance(*inputs)
     to_mean, to_cov = torch.autograd.grad(fd, inputs)
 
     # Pass two: d theta / d w_block = theta_r - theta_s.
@@ -1981,10 +2591,11 @@ def distance_and_gradient(scorer, w, seeds, precision, rounding=True):
 
 
 # ==================== 10. report
-def summarise(c, argv, entries, judge, ledger, seconds, processes, begin):
+def summarise(c, argv, entries, judges, ledger, seconds, processes, begin):
     """What summary.json holds."""
-    real = judge.reference.real
-    most = 0 if real is None else len(real) // 2
+    judge = judges[0]
+    apart = judge.selection is not judge.final and judge.selection.real is not None
+    most = len(judge.selection.real) if apart else 0
     counts = sorted({min(c.select_images, most), min(c.final_images, most)} - {0})
     machine = torch.cuda.get_device_name() if c.device == "cuda" else f"{os.cpu_count()} cores"
     versions = {
@@ -1996,9 +2607,10 @@ def summarise(c, argv, entries, judge, ledger, seconds, processes, begin):
         "command": " ".join(["python edm_neon.py", *argv]),
         "config": dataclasses.asdict(c),
         "score": judge.features.score,
-        "reference": judge.reference.facts,
+        "judges": [judge.name for judge in judges],
+        "reference": judge.facts,
         "snapshots": [entry.as_json() for entry in entries],
-        "floors": [judge.reference.floor(count) for count in counts],
+        "floors": [judge.floor(count) for count in counts],
         "seconds_per_image": seconds,
         "first_seeds": ledger.as_json(),
         "machine": machine,
@@ -2035,6 +2647,9 @@ def table_row(entry, name):
     precision, recall = "", ""
     if "precision" in final:
         precision, recall = f"{final['precision']:.3f}", f"{final['recall']:.3f}"
+    kernel = ""
+    if "kernel" in final:
+        kernel = "{value:.4g} [{low:.4g}, {high:.4g}]".format(**final["kernel"])
     selection = f"{entry[name]['fd']:.4f}"
     return [
         f"{entry['kimg']:g}",
@@ -2046,11 +2661,32 @@ def table_row(entry, name):
         verdict,
         precision,
         recall,
+        kernel,
     ]
 
 
+def judge_rows(entry):
+    """A row for every judge that no selection saw: distances, and what its images say."""
+    models = [name for name in entry["final"]]
+    pairs = [("global", "base")]
+    for name in ("blockwise", "searched"):
+        if name in models:
+            pairs.append((name, "global"))
+    head = ["judge", *models, *(f"{model} against {against} (95%)" for model, against in pairs)]
+    rows = [head, ["---"] * len(head)]
+    for result in entry["judges"].values():
+        row = [result["score"]]
+        for name in models:
+            row.append(f"{result['final'][name]['fd']:.4g}")
+        for model, against in pairs:
+            gain = result["final"][model][f"against_{against}"]
+            row.append(f"{interval(gain)} {gain['verdict']}")
+        rows.append(row)
+    return rows
+
+
 def entry_notes(entry):
-    """Paired comparisons with the best global weight, and warnings."""
+    """Paired comparisons of the models, in all judges, and warnings."""
     kimg = f"{entry['kimg']:g}"
     notes = []
     for name in ("searched", "blockwise"):
@@ -2065,8 +2701,36 @@ def entry_notes(entry):
             f"Snapshot {kimg}: random blocks {k} against global {interval(gain)}: "
             f"{gain['verdict']}."
         )
+    if entry["judges"]:
+        for claim in entry["claims"]:
+            notes.append(f"Snapshot {kimg}: {claim['sentence']}.")
     for note in entry["warnings"]:
         notes.append(f"Warning, snapshot {kimg}: {note}.")
+    return notes
+
+
+def reference_notes(summary):
+    """What the final comparison compares with, and what only it does."""
+    reference = summary["reference"]
+    notes = []
+    if "origin" in reference:
+        once = "" if "selection" in reference else ", the same for selection and final comparison"
+        notes.append(f"Reference: {reference['origin']}{once} ({reference['images']} images).")
+    if "accuracy" in reference:
+        notes.append(
+            f"The features' own classifier reads {reference['accuracy']:.1%} of "
+            f"{reference['accuracy_images']} fresh images."
+        )
+    if len(summary["judges"]) == 1:
+        notes.append(
+            "Every verdict is in the features that the weights were selected with: --judge adds "
+            "others."
+        )
+    for floor in summary["floors"]:
+        notes.append(
+            f"Floor: {floor['images']} real images, of the selection part, score "
+            f"{floor['fd']:.4f} against the final one."
+        )
     return notes
 
 
@@ -2081,6 +2745,10 @@ def strict(value):
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
+def markdown(rows):
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def write_report(summary, out):
     """summary.json and table.md; the terminal gets the table."""
     head = [
@@ -2093,90 +2761,409 @@ def write_report(summary, out):
         "verdict",
         "precision",
         "recall",
+        "kernel distance (95%)",
     ]
     rows = [head, ["---"] * len(head)]
-    notes = []
+    judged, notes = [], []
     for entry in summary["snapshots"]:
         for name in entry["final"]:
             rows.append(table_row(entry, name))
+        if entry["judges"]:
+            title = f"Judges that no selection saw, snapshot {entry['kimg']:g}:"
+            judged += [title, markdown(judge_rows(entry))]
         notes += entry_notes(entry)
-    for floor in summary["floors"]:
-        notes.append(
-            f"Floor at {floor['images']} images: two disjoint samples of the real data are "
-            f"{floor['fd']:.4f} apart."
-        )
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    text = table + "\n\n" + "\n\n".join(notes)
+    text = "\n\n".join([markdown(rows), *judged, *notes, *reference_notes(summary)])
     print("\n" + text)
     write_atomically(out / "table.md", text + "\n")
     write_atomically(out / "summary.json", json.dumps(strict(summary), indent=1, allow_nan=False))
 
 
+# -------------------- report over training seeds
+@dataclasses.dataclass(frozen=True)
+class OverSeeds:
+    """One claim over training seeds (and random partitions), in the features of the selection and
+    in the judges that no selection saw."""
+
+    kimg: float
+    model: str
+    against: str
+    own_verdicts: list  # one a seed (and partition)
+    own_relative: list  # differences as shares of the other's distance
+    cases: int  # verdicts of judges that no selection saw
+    better: int  # of them, corrected for the number of judges
+    worse: int
+    relative: list  # mean over those judges, one a seed (and partition)
+
+    @classmethod
+    def of(cls, kimg, model, against, claims):
+        """claims: as_json() of this claim, one a seed (and partition)."""
+        relative = []
+        for claim in claims:
+            gains = [gain["relative_difference"] for gain in claim["judges"].values()]
+            if gains:
+                relative.append(float(np.mean(gains)))
+        return cls(
+            kimg=kimg,
+            model=model,
+            against=against,
+            own_verdicts=[claim["own"]["verdict"] for claim in claims],
+            own_relative=[claim["own"]["relative_difference"] for claim in claims],
+            cases=sum(len(claim["judges"]) for claim in claims),
+            better=sum(len(claim["better"]) for claim in claims),
+            worse=sum(len(claim["worse"]) for claim in claims),
+            relative=relative,
+        )
+
+    def sentence(self):
+        better = self.own_verdicts.count("better")
+        text = (
+            f"{self.model} is better than {self.against} in {better} of {len(self.own_verdicts)} "
+            f"in its own features ({mean_and_spread(self.own_relative)})"
+        )
+        if not self.cases:
+            return text
+        return (
+            f"{text} and in {self.better} of {self.cases} cases of the judges that no selection "
+            f"saw, worse in {self.worse} ({mean_and_spread(self.relative)})"
+        )
+
+
+def mean_and_spread(shares):
+    spread = f" +- {np.std(shares, ddof=1):.1%}" if len(shares) > 1 else ""
+    return f"{np.mean(shares):+.1%}{spread}"
+
+
+def claims_over_seeds(summaries):
+    """[OverSeeds] of every snapshot and claim; all random partitions are one."""
+    groups = {}
+    for summary in summaries:
+        for entry in summary["snapshots"]:
+            for claim in entry["claims"]:
+                names = [re.sub(r"(random blocks) \d+", r"\1", claim[key]) for key in SIDES]
+                groups.setdefault((entry["kimg"], *names), []).append(claim)
+    return [OverSeeds.of(*key, claims) for key, claims in groups.items()]
+
+
+SIDES = ("model", "against")
+QUESTIONS = (
+    ("blockwise", "global"),
+    ("blockwise", "random blocks"),
+    ("searched", "global"),
+    ("searched", "blockwise"),
+)
+
+
+def summarise_seeds(c, argv, summaries, begin):
+    """summary.json of several training seeds; those of each seed lie in its folder."""
+    seeds = []
+    for k, summary in enumerate(summaries):
+        seeds.append({"folder": f"seed-{k}", "seed": summary["config"]["seed"]})
+    first = summaries[0]
+    same = ("score", "judges", "reference", "machine", "threads", "world", "neon_ext", "versions")
+    over = []
+    for claim in claims_over_seeds(summaries):
+        over.append(dataclasses.asdict(claim) | {"sentence": claim.sentence()})
+    return {
+        "command": " ".join(["python edm_neon.py", *argv]),
+        "config": dataclasses.asdict(c),
+        **{key: first[key] for key in same},
+        "kimg": [entry["kimg"] for entry in first["snapshots"]],
+        "seeds": seeds,
+        "final": [[e["final"] for e in summary["snapshots"]] for summary in summaries],
+        "claims": [[e["claims"] for e in summary["snapshots"]] for summary in summaries],
+        "over_seeds": over,
+        "seconds_total": time.perf_counter() - begin,
+    }
+
+
+def answer(over, kimg, seeds):
+    """The question of the paper in one sentence."""
+    parts = []
+    for model, against in QUESTIONS:
+        for row in over:
+            if (row["kimg"], row["model"], row["against"]) == (kimg, model, against):
+                parts.append(row["sentence"])
+    return f"Snapshot {kimg:g}, {seeds} training seeds: {'; '.join(parts)}." if parts else ""
+
+
+def write_seeds(summary, out):
+    """summary.json and table.md over the training seeds; the terminal gets the table."""
+    rows = [["snapshot (kimg)", "training seed", "model", f"final {summary['score']}"]]
+    rows[0] += ["against base (95%)", "against global (95%)"]
+    rows.append(["---"] * len(rows[0]))
+    for k, finals in enumerate(summary["final"]):
+        for entry, final in zip(summary["kimg"], finals, strict=True):
+            for name, result in final.items():
+                row = [f"{entry:g}", str(summary["seeds"][k]["seed"]), name, f"{result['fd']:.4f}"]
+                for other in ("base", "global"):
+                    gain = result.get(f"against_{other}")
+                    row.append(f"{interval(gain)} {gain['verdict']}" if gain else "")
+                rows.append(row)
+
+    head = ["snapshot (kimg)", "model", "against", "own features: better in", "difference"]
+    head += ["unseen judges: better in", "worse in", "difference"]
+    over = [head, ["---"] * len(head)]
+    for row in summary["over_seeds"]:
+        better = row["own_verdicts"].count("better")
+        cells = [f"{row['kimg']:g}", row["model"], row["against"]]
+        cells += [f"{better} of {len(row['own_verdicts'])}", mean_and_spread(row["own_relative"])]
+        cells += [f"{row['better']} of {row['cases']}", str(row["worse"])]
+        cells.append(mean_and_spread(row["relative"]) if row["relative"] else "")
+        over.append(cells)
+
+    answers = [answer(summary["over_seeds"], k, len(summary["seeds"])) for k in summary["kimg"]]
+    notes = [*filter(None, answers), "Differences are shares of the other's distance, mean +- std."]
+    text = "\n\n".join([markdown(rows), markdown(over), *notes])
+    print("\n" + text)
+    write_atomically(out / "table.md", text + "\n")
+    write_atomically(out / "summary.json", json.dumps(strict(summary), indent=1, allow_nan=False))
+
+
+# -------------------- pictures
+# Dark to light, so that they stay apart in grey print; markers and hatches repeat them.
+STYLES = {
+    "base": {"color": "#707070", "marker": "s", "hatch": ""},
+    "collapsed": {"color": "#b4b4b4", "marker": "x", "hatch": "xx"},
+    "global": {"color": "#1f5fa8", "marker": "o", "hatch": ""},
+    "blockwise": {"color": "#e07b00", "marker": "^", "hatch": "//"},
+    "searched": {"color": "#f2c94c", "marker": "D", "hatch": ".."},
+    "random": {"color": "#c9c9c9", "marker": "v", "hatch": ""},
+}
+
+
+def style_of(name):
+    return STYLES[name.split()[0]]
+
+
+def figures_of(summary, samples):
+    """{file name: (function, data)} of one training seed's pictures."""
+    figures = {"scores.png": (plot_scores, summary)}
+    for entry in summary["snapshots"]:
+        kimg = entry["kimg"]
+        figures[f"samples_{kimg:06d}.png"] = plot_samples, (entry, samples[kimg])
+        if len(entry["blocks"]) == 3 and entry["grid"]:
+            figures[f"grid_{kimg:06d}.png"] = plot_grid, (entry["grid"], summary["score"])
+        if entry["judges"]:
+            figures[f"judges_{kimg:06d}.png"] = plot_judges, (entry, summary["score"])
+    return figures
+
+
+def error_bars(rows, key="fd"):
+    """Values and the lengths of their intervals below and above, as errorbar() takes them."""
+    values = np.array([row[key] for row in rows], float)
+    low, high = (np.array([row[end] for row in rows], float) for end in ("low", "high"))
+    return values, np.stack([values - low, high - values]).clip(0)
+
+
 def plot_scores(plt, summary):
-    """The paper's figures 3 (score against snapshot) and 1 (score, precision and recall against
-    global w)."""
+    """Final distances with their intervals, against the snapshot where there are several; distance,
+    precision and recall against the global weight."""
     entries = summary["snapshots"]
-    _, (scores, sweep, precisions) = plt.subplots(1, 3, figsize=(15, 4))
-    for name in entries[0]["final"]:
-        if name != "collapsed":
-            x = [entry["kimg"] for entry in entries]
-            scores.plot(x, [entry["final"][name]["fd"] for entry in entries], "o-", label=name)
-    for entry in entries:
-        for key in ("fd", "precision", "recall"):
-            points = [(row["w_global"], row[key]) for row in entry["sweep"] if key in row]
-            if points:
-                x, y = zip(*points, strict=True)
-                axis = sweep if key == "fd" else precisions
-                axis.plot(x, y, "o-", label=f"{key}, {entry['kimg']} kimg")
-    scores.set(xlabel="self-training (kimg)", ylabel=f"final {summary['score']}")
-    sweep.set(xlabel="w, all blocks", ylabel=f"selection {summary['score']}")
-    precisions.set(xlabel="w, all blocks")
-    for axis in (scores, sweep, precisions):
-        if axis.lines:
-            axis.legend()
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    final, sweep, shares = axes
+    names = list(entries[0]["final"])
+    if len(entries) == 1:
+        rows = [entries[0]["final"][name] for name in names]
+        values, errors = error_bars(rows)
+        for i, name in enumerate(names):
+            style = style_of(name)
+            final.bar(i, values[i], color=style["color"], hatch=style["hatch"], edgecolor="white")
+        final.errorbar(range(len(names)), values, errors, fmt="none", ecolor="black", capsize=4)
+        final.set_xticks(range(len(names)), names)
+        final.set(ylim=(0, None))
+    else:
+        x = [entry["kimg"] for entry in entries]
+        for name in names:
+            if name != "collapsed":
+                values, errors = error_bars([entry["final"][name] for entry in entries])
+                style = style_of(name)
+                final.errorbar(
+                    x, values, errors, color=style["color"], marker=style["marker"], label=name
+                )
+        final.set(xlabel="self-training (kimg)")
+        final.legend()
+    final.set(title="final comparison, 95% (not paired)", ylabel=summary["score"])
+
+    greys = plt.get_cmap("cividis")(np.linspace(0, 0.8, len(entries)))
+    for entry, colour in zip(entries, greys, strict=True):
+        kimg = f", {entry['kimg']:g} kimg" if len(entries) > 1 else ""
+        rows = [row for row in entry["sweep"] if math.isfinite(row["fd"])]
+        x = [row["w_global"] for row in rows]
+        values, errors = error_bars(rows)
+        sweep.errorbar(x, values, errors, color=colour, marker="o", capsize=3, label=kimg[2:])
+        if all("precision" in row for row in rows):
+            for key, line in (("precision", "-"), ("recall", "--")):
+                y = [row[key] for row in rows]
+                shares.plot(x, y, line, color=colour, marker="o", label=f"{key}{kimg}")
+    sweep.axvline(0, color="#8c8c8c", linewidth=0.8, linestyle=":")
+    sweep.set(xlabel="w, the same for all blocks", ylabel=summary["score"])
+    sweep.set(title="selection seeds, 95% (not paired)")
+    if len(entries) > 1:
+        sweep.legend()
+    if shares.lines:
+        shares.set(xlabel="w, the same for all blocks", title="selection seeds")
+        shares.legend()
+    else:
+        shares.set_visible(False)
 
 
-def plot_grid(plt, rows):
-    """Heat maps over the first and last block, one for each weight of the middle one."""
+def plot_grid(plt, data):
+    """Heat maps over the first and last block, one for each weight of the middle one: values in the
+    cells, the least framed, equal weights outlined."""
+    rows, score = data
     first, middle, last = rows[0]["w"]
     columns = {block: sorted({row["w"][block] for row in rows}) for block in (first, middle, last)}
     table = {tuple(row["w"].values()): row["fd"] for row in rows}
+    wide, high = len(columns[last]), len(columns[first])
+    size = (0.9 + max(1.6, 0.62 * wide), 1.0 + max(1.3, 0.46 * high))
+    count = len(columns[middle])
     figure, axes = plt.subplots(
-        1, len(columns[middle]), figsize=(4 * len(columns[middle]), 3.5), squeeze=False
+        1, count, figsize=(size[0] * count + 0.8, size[1]), squeeze=False, layout="constrained"
     )
     finite = [fd for fd in table.values() if math.isfinite(fd)]
+    low, high = min(finite, default=0), max(finite, default=1)
+    least = min(table, key=table.get)
     for axis, m in zip(axes[0], columns[middle], strict=True):
         cells = [[table.get((y, m, x), np.nan) for x in columns[last]] for y in columns[first]]
-        image = axis.imshow(cells, vmin=min(finite, default=0), vmax=max(finite, default=1))
+        image = axis.imshow(cells, vmin=low, vmax=high, cmap="cividis", aspect="auto")
         axis.set(xlabel=f"w_{last}", ylabel=f"w_{first}", title=f"w_{middle} = {m:g}")
-        axis.set(xticks=range(len(columns[last])), xticklabels=columns[last])
-        axis.set(yticks=range(len(columns[first])), yticklabels=columns[first])
-    figure.colorbar(image, ax=axes[0].tolist())
+        axis.set_xticks(range(len(columns[last])), [f"{value:g}" for value in columns[last]])
+        axis.set_yticks(range(len(columns[first])), [f"{value:g}" for value in columns[first]])
+        for i, y in enumerate(columns[first]):
+            for j, x in enumerate(columns[last]):
+                value = table.get((y, m, x), math.nan)
+                if not math.isfinite(value):
+                    continue
+                dark = value < (low + high) / 2
+                ink = "white" if dark else "black"
+                axis.text(j, i, f"{value:.4g}", ha="center", va="center", color=ink, fontsize=8)
+                if x == y == m:
+                    frame_cell(plt, axis, i, j, edgecolor=ink, linestyle="--", linewidth=1.2)
+                if (y, m, x) == least:
+                    frame_cell(plt, axis, i, j, edgecolor=ink, linewidth=3)
+    figure.colorbar(image, ax=axes[0].tolist(), label=score)
+    figure.suptitle("solid frame: the least; dashed: one weight for all blocks", fontsize=9)
 
 
-def plot_samples(plt, pictures):
-    """One image grid per model, all from the same noise."""
-    _, axes = plt.subplots(1, len(pictures), figsize=(3 * len(pictures), 3.2))
-    for axis, (name, images) in zip(axes, pictures.items(), strict=True):
-        rows = [torch.cat(list(row), 2) for row in images.split(6) if len(row) == 6]
-        axis.imshow(torch.cat(rows, 1).permute(1, 2, 0).squeeze(2).numpy(), cmap="gray")
-        axis.set(title=name, xticks=[], yticks=[])
+def frame_cell(plt, axis, i, j, **how):
+    inset = 0.06
+    corner = (j - 0.5 + inset, i - 0.5 + inset)
+    side = 1 - 2 * inset
+    axis.add_patch(plt.Rectangle(corner, side, side, fill=False, **how))
 
 
-def plot_report(summary, samples, out):
+def plot_judges(plt, data):
+    """Relative gains side by side, one group of points for each judge; the selection's own features
+    come first."""
+    entry, score = data
+    claims = {(claim["model"], claim["against"]): claim for claim in entry["claims"]}
+    panels = []
+    for against in ("base", "global"):
+        models = [model for model, other in claims if other == against]
+        if models:
+            panels.append((against, models))
+    own = score.removeprefix("FD (").split(",")[0]
+    names = [f"{own} (own)", *entry["judges"]]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 3.8), squeeze=False, layout="constrained"
+    )
+    for axis, (against, models) in zip(axes[0], panels, strict=True):
+        for place, model in enumerate(models):
+            claim = claims[model, against]
+            gains = [claim["own"], *claim["judges"].values()]
+            rows = []
+            for gain in gains:
+                keys = {"fd": "difference", "low": "low", "high": "high"}
+                rows.append({k: 100 * gain[f"relative_{v}"] for k, v in keys.items()})
+            values, errors = error_bars(rows)
+            x = np.arange(len(names)) + 0.14 * (place - (len(models) - 1) / 2)
+            style = style_of(model)
+            axis.errorbar(
+                x,
+                values,
+                errors,
+                fmt=style["marker"],
+                color=style["color"],
+                markeredgecolor="black",
+                ecolor="#404040",
+                capsize=3,
+                label=model,
+            )
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.axvline(0.5, color="#8c8c8c", linewidth=0.8, linestyle=":")
+        axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
+        axis.set(
+            ylabel="difference of the distance (%)", title=f"against {against}: lower is better"
+        )
+        axis.legend(fontsize=8)
+
+
+def plot_seeds(plt, summary):
+    """Relative gains of every training seed, in the selection's features and in the mean of the
+    judges that no selection saw."""
+    rows = [row for row in summary["over_seeds"] if row["model"] != "collapsed"]
+    figure, axis = plt.subplots(figsize=(7, 1 + 0.45 * len(rows)), layout="constrained")
+    sides = (("own_relative", "own features", "o", -0.12), ("relative", "other judges", "^", 0.12))
+    for key, label, marker, shift_y in sides:
+        colour = STYLES["global" if key == "own_relative" else "blockwise"]["color"]
+        for i, row in enumerate(rows):
+            x = 100 * np.array(row[key])
+            axis.plot(x, np.full(len(x), i + shift_y), marker, color=colour, alpha=0.6)
+            if len(x):
+                axis.plot(x.mean(), i + shift_y, "|", color="black", markersize=14)
+        axis.plot([], [], marker, color=colour, label=label)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(
+        range(len(rows)),
+        [f"{row['model']} against {row['against']}, {row['kimg']:g} kimg" for row in rows],
+    )
+    axis.invert_yaxis()
+    axis.set(xlabel="difference of the distance (%), one point a seed, bar: mean; lower is better")
+    axis.legend(fontsize=8)
+
+
+DPI = 150
+
+
+def sample_panel(images, most=8, gap=2, width=400):
+    """uint8 [N, C, H, W] -> uint8 [height, width, 3]: at most 8 x 8 of them, whole pixels enlarged,
+    white gaps."""
+    images = images[: most * most].expand(-1, 3, -1, -1)
+    columns = min(most, max(2, 800 // images.shape[3]), math.isqrt(len(images)))
+    zoom = max(1, width // (columns * images.shape[3]))
+    images = images[: columns * columns].repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    framed = F.pad(images, [gap, gap, gap, gap], value=255)
+    rows = [torch.cat(list(row), 2) for row in framed.split(columns)]
+    return torch.cat(rows, 1).permute(1, 2, 0).numpy()
+
+
+def plot_samples(plt, data, title_height=44, margin=12):
+    """One image grid per model, all from the same noise, drawn pixel by pixel."""
+    entry, pictures = data
+    panels = {name: sample_panel(images) for name, images in pictures.items()}
+    height = max(panel.shape[0] for panel in panels.values()) + title_height + margin
+    width = sum(panel.shape[1] + margin for panel in panels.values()) + margin
+    figure = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    x = margin
+    for name, panel in panels.items():
+        figure.figimage(panel, x, margin, origin="upper")
+        result = entry["final"][name]
+        w = weights_text(result["w"]) if len(result["w"]) <= 4 else "one a block"
+        text = f"{name}: {result['fd']:.4g}\nw = {w}"
+        figure.text(x / width, 1 - 8 / height, text, fontsize=8, va="top")
+        x += panel.shape[1] + margin
+
+
+def plot_report(figures, out):
+    """figures: {file name: (function, data)}."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figures = {"scores.png": (plot_scores, summary)}
-    for entry in summary["snapshots"]:
-        figures[f"samples_{entry['kimg']:06d}.png"] = plot_samples, samples[entry["kimg"]]
-        if len(entry["blocks"]) == 3 and entry["grid"]:
-            figures[f"grid_{entry['kimg']:06d}.png"] = plot_grid, entry["grid"]
     for name, (plot, data) in figures.items():
         plot(plt, data)
-        write_atomically(out / name, partial(plt.savefig, dpi=80, bbox_inches="tight"))
+        write_atomically(out / name, partial(plt.savefig, dpi=DPI))
         plt.close()
 
 
@@ -2196,17 +3183,17 @@ class FileModel:
         self.encodes = hasattr(self.file, "encode")
 
     @staticmethod
-    def import_file(path):
+    def import_file(path, option="--model"):
         spec = importlib.util.spec_from_file_location(f"neon_model_{path.stem}", path)
         if spec is None:
-            raise UserError(f"--model {path} is no Python file")
+            raise UserError(f"{option} {path} is no Python file")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses and pickle look their module up
         try:
             spec.loader.exec_module(module)
         except Exception as error:
             raise UserError(
-                f"--model {path} cannot be imported: {where_in(path, error)}"
+                f"{option} {path} cannot be imported: {where_in(path, error)}"
             ) from error
         return module
 
@@ -3230,7 +4217,7 @@ def fetch(source, what, sha256_start=""):
     if target.exists():
         return target
     part = target.with_name(target.name + ".part")
-    advice = f"put the file at {target}; --preset digits needs no download"
+    advice = f"put the file at {target}; --preset glyphs needs no download"
     with reading(f"cannot download {what} from {source}: {advice}"):
         cache.mkdir(parents=True, exist_ok=True)
         with open(part, "ab") as file:
@@ -3255,15 +4242,6 @@ def fetch(source, what, sha256_start=""):
         )
     os.replace(part, target)
     return target
-
-
-def digits_data():
-    """scikit-learn's 1797 digits: uint8 [N, 1, 8, 8], int64 labels."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.from_numpy(np.rint(digits.images * 255 / 16).astype(np.uint8))[:, None]
-    return images, torch.from_numpy(digits.target.astype(np.int64))
 
 
 def read_dataset(path):
@@ -3505,11 +4483,11 @@ def refuse_hours(c, seconds, blocks=("enc", "mid", "dec")):
     if c.device != "cpu" or c.yes or c.plan:
         return
     _, images, _, final_images = count_images(c, blocks)
-    hours = (images + final_images + c.synthetic) * seconds / 3600
+    hours = (images + final_images + c.synthetic) * seconds / 3600 * c.training_seeds
     if hours > MAX_HOURS:
         raise UserError(
             f"without a GPU this takes about {hours:.0f} hours of sampling alone: add --yes to run "
-            "it all the same, or try --preset digits"
+            "it all the same, or try --preset glyphs"
         )
 
 
@@ -3585,7 +4563,9 @@ def build_parser():
         else:
             kind = partial(in_range, field)
             kind.__name__ = getattr(how["kind"], "__name__", "value")
-            parser.add_argument(name, type=kind, choices=how["choices"], help=text)
+            # Judges are named one by one.
+            action = "extend" if how["kind"] is judge_name else "store"
+            parser.add_argument(name, type=kind, choices=how["choices"], help=text, action=action)
     return parser
 
 
@@ -3598,6 +4578,8 @@ def parse(argv):
         else:
             joined.append(arg)
     given = vars(build_parser().parse_args(joined))
+    if "judge" in given:
+        given["judge"] = tuple(given["judge"])
     preset = PRESETS[given.get("preset", "cifar10")]
     paper = {"select_images": 2000} if given.get("protocol") == "paper" else {}
     c = Config(**{"out": Path(f"runs/{preset.name}"), **preset.defaults, **given, **paper})
