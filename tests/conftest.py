@@ -1,11 +1,15 @@
 """Shared fixtures: the extension must be built, and CUDA cases skip visibly where there is no GPU."""
+
 import pytest
 import torch
 
 try:
     import neon_ext
 except ImportError as error:
-    pytest.exit(f"neon_ext is not built ({error}): run `pip install --no-build-isolation .` first", returncode=2)
+    pytest.exit(
+        f"neon_ext is not built ({error}): run `pip install --no-build-isolation .` first",
+        returncode=2,
+    )
 
 
 def has_cuda() -> bool:
