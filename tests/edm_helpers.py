@@ -6,13 +6,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import neon_ext
 import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
 
 import edm_neon as edm
-import neon_ext
 
 SCRIPT = Path(edm.__file__)
 torch.set_num_threads(1)  # tiny networks: a second thread only waits
@@ -148,6 +148,9 @@ class ToyModel:
     def own_features(self, base):
         return None
 
+    def start_check(self, base, c, trained):
+        self.checked = trained
+
 
 class ToyFeatures:
     """A fixed random projection: uint8-valued [N, C, H, W] -> [N, 6] float32."""
@@ -198,8 +201,8 @@ def toy_images(w=BEST, first=77_000, count=400):
     """uint8 images and labels of the toy at these weights."""
     model, (base, aux) = ToyModel(), toy_pair()
     net = blend(base, aux, w, lambda name: name[:3])
-    sampler = edm.Sampler(model, base, edm.Processes("cpu"), 1, 100)
-    images, labels = sampler.images(net, range(first, first + count))
+    sampler = edm.Sampler(model, net, edm.Processes("cpu"), 1, 100)
+    images, labels = sampler.images(range(first, first + count))
     return images, labels
 
 
@@ -316,7 +319,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def launch(*args, program=(sys.executable,), **options):
     """The script in a process of its own."""
     command = [*program, str(SCRIPT), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, **options)
 
 
 def weights(enc, mid, dec):

@@ -22,7 +22,6 @@ from torch import nn
 
 import edm_neon as edm
 
-
 # -------------------- network and preconditioning
 # Channels of pixel (3, 5) of two images. The network's arithmetic was compared with EDM's own
 # code when these were recorded; float32 sums differ in the last digits between machines.
@@ -287,8 +286,8 @@ def test_images_do_not_depend_on_the_batch(kind):
     """Float32 rounding may move a value across a grey level."""
     net = network(kind)
     sampler = edm_sampler_of(net)
-    whole, _ = sampler.images(net, range(6))
-    parts = torch.cat([sampler.images(net, part)[0] for part in ([0, 1], [2], [3, 4, 5])])
+    whole, _ = sampler.images(range(6))
+    parts = torch.cat([sampler.images(part)[0] for part in ([0, 1], [2], [3, 4, 5])])
     assert whole.dtype == torch.uint8 and whole.shape == (6, 3, 16, 16)
     assert (whole.int() - parts.int()).abs().max() <= 1
 
@@ -296,8 +295,8 @@ def test_images_do_not_depend_on_the_batch(kind):
 def test_pixels_are_truncated_as_edms():
     net = network()
     sampler = edm_sampler_of(net)
-    floats, labels = sampler.floats(net, [3, 4])
-    images, same = sampler.images(net, [3, 4])
+    floats, labels = sampler.floats([3, 4])
+    images, same = sampler.images([3, 4])
     want = np.clip(np.floor(floats.numpy() * 127.5 + 128), 0, 255)
     assert np.array_equal(images.numpy(), want) and torch.equal(labels, same)
 
@@ -306,12 +305,12 @@ def test_images_that_are_not_finite_are_refused():
     net = network()
     net.model.map_layer0.bias.data[0] = math.nan
     with pytest.raises(edm.Diverged, match="images that are not finite"):
-        edm_sampler_of(net).images(net, [0, 1])
+        edm_sampler_of(net).images([0, 1])
 
 
 def test_sampler_works_on_a_copy():
     net = network().train().requires_grad_(True)
-    placed = edm_sampler_of(net).place(net)
+    placed = edm_sampler_of(net).net
     assert not placed.training and not any(p.requires_grad for p in placed.parameters())
     assert placed is not net and net.training and next(net.parameters()).requires_grad
 

@@ -526,6 +526,18 @@ def test_base_of_a_file(tmp_path):
     assert edm.weights_hash(found) == edm.weights_hash(base)
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["given", "trained here"])
+def test_model_is_checked_before_anything_is_trained(tmp_path, given, monkeypatch):
+    ToyModel().save(toy_pair()[0], tmp_path / "base.safetensors", {})
+    options = {"base": str(tmp_path / "base.safetensors")} if given else {}
+    monkeypatch.setattr(
+        Counting, "start_check", lambda self, base, c, trained: checks.append((trained, self.steps))
+    )
+    checks = []
+    base_of(tmp_path, **options)
+    assert checks == [(given, 0)]
+
+
 def test_training_a_base_needs_images(tmp_path):
     with pytest.raises(edm.UserError, match="--train-base needs --data"):
         edm.get_base(config(tmp_path, train_base=1.0), ToyModel(), None, CPU)
@@ -534,9 +546,9 @@ def test_training_a_base_needs_images(tmp_path):
 def test_base_that_does_not_fit_the_images_is_refused():
     real = edm.RealImages(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), None, "images.zip")
     with pytest.raises(edm.UserError, match=r"\(1, 4, 4\).*images.zip are \(3, 4, 4\)"):
-        edm.check_fit(config(Path(".")), ToyModel(), ToyNet(), real)
-    edm.check_fit(config(Path(".")), ToyModel(), ToyNet(), real_toys())
-    edm.check_fit(config(Path(".")), ToyModel(), ToyNet(), None)
+        edm.check_model(config(Path(".")), ToyModel(), ToyNet(), real)
+    edm.check_model(config(Path(".")), ToyModel(), ToyNet(), real_toys())
+    edm.check_model(config(Path(".")), ToyModel(), ToyNet(), None)
 
 
 def snapshots_of(out, model=None, base=None, **options):
@@ -552,7 +564,7 @@ def test_synthetic_set_is_the_bases_at_seeds_from_zero(tmp_path):
     base, model = toy_pair()[0], ToyModel()
     sampler = edm.Sampler(model, base, CPU, 2, 32)
     images, labels = edm.get_synthetic(config(tmp_path), base, tmp_path / "s.zip", sampler)
-    want, want_labels = edm.Sampler(model, base, CPU, 2, 100).images(base, range(100))
+    want, want_labels = edm.Sampler(model, base, CPU, 2, 100).images(range(100))
     assert (images.int() - want.int()).abs().max() <= 1 and images.dtype == torch.uint8
     assert torch.equal(labels, want_labels)
 
@@ -886,8 +898,8 @@ def test_search_starts_at_the_best_global_weight(monkeypatch, name):
         asked.append((seeds.purpose, seeds.first, seeds.count, start))
         return [score_of(7.0)]
 
-    study_of(bowl, monkeypatch, search, search=name, grid=(0.5, 1.0, 1.5))
-    assert asked == [("selection", 10_000, 100, 1.0)]
+    study_of(bowl, monkeypatch, search, search=name, grid=(0.25, 1.75, 2.5))
+    assert asked == [("selection", 10_000, 100, 0.25)]
 
 
 def test_what_a_search_finds_is_never_called_blockwise(monkeypatch):
@@ -898,6 +910,19 @@ def test_what_a_search_finds_is_never_called_blockwise(monkeypatch):
     )
     assert [*entry.models] == ["base", "collapsed", "global", "searched"] and entry.grid == []
     assert [*entry.final] == [*entry.models]
+
+
+def test_every_placebo_has_blocks_of_its_own(monkeypatch):
+    """Seeds 0, 1, ...; every one goes through the same grid, and its best to the final seeds."""
+    drawn = []
+    monkeypatch.setattr(edm, "placebo_owners", lambda merger, model, k: drawn.append(k))
+    monkeypatch.setattr(Prescribed, "with_owners", lambda self, owners: self, raising=False)
+    entry, scorer = study_of(bowl, grid=(0.5, 1.5), placebo=3, final_repeats=2)
+    assert drawn == [0, 1, 2] and len(entry.placebo) == 3
+    last = [(w, seeds.first) for w, seeds in scorer.calls[-10:]]
+    best = weights(0.5, 0.5, 1.5)
+    assert last[-2:] == [(best, 50_000), (best, 50_120)]
+    assert [first for _, first in last[:8]] == [10_000] * 8
 
 
 def test_without_a_search_nothing_is_searched():
@@ -995,6 +1020,7 @@ def gain(difference, half=0.2):
         (weights(0.5, 1, 1), ["w_enc = 0.5"]),
         (weights(1, 1.5, 0.5), ["w_mid = 1.5", "w_dec = 0.5"]),
         (weights(1, 1, 2), []),
+        (weights(1, 1, 3), ["w_dec = 3"]),
     ],
     ids=str,
 )
@@ -1252,9 +1278,26 @@ def test_ranks_take_turns(monkeypatch, rank):
     assert parts == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]] and theirs.world == 2
 
 
+@pytest.mark.parametrize("error", [edm.Diverged, torch.OutOfMemoryError])
+def test_other_ranks_hear_of_an_error(monkeypatch, error):
+    told = []
+
+    def gather(gathered, results):
+        told.append(results)
+        gathered[:] = [results, [1]]
+
+    def work(part):
+        raise error("too bad")
+
+    monkeypatch.setattr(edm.dist, "all_gather_object", gather)
+    with pytest.raises(error):
+        edm.Processes("cpu", 0, 2).map_batches(work, np.arange(4), 2)
+    assert [type(outcome) for outcome in told] == [error]
+
+
 def test_divergence_on_another_rank_is_heard_of(monkeypatch):
     def gather(gathered, results):
-        gathered[:] = [results, None]
+        gathered[:] = [results, edm.Diverged("not finite")]
 
     monkeypatch.setattr(edm.dist, "all_gather_object", gather)
     with pytest.raises(edm.Diverged):
@@ -1317,7 +1360,7 @@ def test_measuring_time_changes_no_setting():
     base, model = network(), edm_model()
     sampler = edm.Sampler(model, base, CPU, 5, 32)
     threads = torch.get_num_threads()
-    assert edm.seconds_per_image(base, sampler, "fp32") > 0
+    assert edm.seconds_per_image(sampler, "fp32") > 0
     assert torch.get_num_threads() == threads and (sampler.steps, sampler.batch) == (5, 32)
 
 

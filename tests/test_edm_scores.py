@@ -6,6 +6,7 @@ import math
 import threading
 from types import SimpleNamespace
 
+import neon_ext
 import numpy as np
 import pytest
 import scipy.stats
@@ -13,7 +14,6 @@ import torch
 from edm_helpers import (
     BEST,
     ToyFeatures,
-    config,
     gaussian_score,
     score_of,
     standard_reference,
@@ -25,7 +25,6 @@ from edm_helpers import (
 )
 
 import edm_neon as edm
-import neon_ext
 
 SELECTION = edm.SeedSet("selection", 10_000, 100)
 FINAL = edm.SeedSet("final 1", 50_000, 100)
@@ -98,8 +97,9 @@ def test_weights_are_rounded_to_what_a_line_of_the_log_holds(tmp_path):
 
 
 # -------------------- a sampler that diverges
-def diverging(tmp_path, monkeypatch, bad=weights(2, 2, 2)):
-    """A scorer whose sampler diverges at these weights."""
+def diverging(tmp_path, monkeypatch):
+    """A scorer whose sampler diverges at 2, 2, 2."""
+    bad = weights(2, 2, 2)
     scorer = toy_scorer(tmp_path)
     real = scorer.merger.set
 
@@ -560,6 +560,20 @@ def test_two_writers_keep_their_lines_apart(tmp_path):
     for thread in threads:
         thread.join()
     assert len(edm.ScoreLog(tmp_path).scores) == 120
+
+
+def test_writer_waits_for_the_one_before(tmp_path):
+    path = two_lines(tmp_path)
+    before = path.read_bytes()
+    log = edm.ScoreLog(tmp_path)
+    thread = threading.Thread(target=log.add, args=(score_of(3.5), SELECTION))
+    with open(path, "rb") as file:
+        edm.fcntl.flock(file, edm.fcntl.LOCK_EX)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive() and path.read_bytes() == before
+    thread.join()
+    assert len(edm.ScoreLog(tmp_path).scores) == 3
 
 
 def test_line_of_another_key_is_not_found(tmp_path):

@@ -230,7 +230,8 @@ def test_cobyqa_goes_on_after_a_divergence(tmp_path, monkeypatch):
 
 
 def test_searches_by_name():
-    assert edm.SEARCHES == {"cobyqa": edm.search_cobyqa, "gradient": edm.search_gradient}
+    found = dict(edm.SEARCHES)
+    assert found == {"cobyqa": edm.search_cobyqa, "gradient": edm.search_gradient}
 
 
 # -------------------- search by gradient
@@ -417,7 +418,8 @@ SEEDS = edm.SeedSet("search", 10_000_000, 20)
 @torch.no_grad()
 def distance(scorer, w, seeds=SEEDS):
     """The distance without rounding, on one batch."""
-    images, _ = scorer.sampler.floats(scorer.merger.set(w), seeds.seeds)
+    scorer.merger.set(w)
+    images, _ = scorer.sampler.floats(seeds.seeds)
     features = scorer.judge.features((images * 127.5 + 128).clip(0, 255))
     return float(scorer.judge.reference.prepared.distance_from_features(features))
 
@@ -517,6 +519,30 @@ def test_activations_of_one_network_call_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(edm, "network_calls", watched)
     edm.distance_and_gradient(toy_scorer(tmp_path), BEST, SEEDS, "bf16")
     assert asked == [("bf16", False), ("bf16", True)]
+
+
+def test_gradient_pass_halves_its_batch_where_memory_ends(tmp_path, monkeypatch):
+    sizes = []
+
+    def work(batch, part):
+        sizes.append((batch, len(part)))
+        if batch > 4:
+            raise torch.OutOfMemoryError
+        return part.tolist()
+
+    monkeypatch.setattr(edm.Processes, "workers", lambda self: 1)
+    parts = edm.halving(work, np.arange(10), 16, edm.Processes("cpu"))
+    assert [seed for part in parts for seed in part] == list(range(10))
+    assert sizes[:2] == [(16, 10), (8, 5)] and all(size <= 4 for _, size in sizes[2:])
+
+
+def test_gradient_pass_that_fits_with_no_batch_ends(monkeypatch):
+    def work(batch, part):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(edm.Processes, "workers", lambda self: 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        edm.halving(work, np.arange(10), 16, edm.Processes("cpu"))
 
 
 # -------------------- seeds of the search
