@@ -332,6 +332,21 @@ def test_random_blocks_differ_and_repeat(partitioned):
     assert found[2] == edm.placebo_owners(merger, model, 2)
 
 
+@pytest.mark.parametrize("k", range(5))
+def test_random_blocks_of_a_small_network_are_not_its_own(k):
+    """Of seven layers' permutations, many draws hit the network's own blocks, which fit best."""
+    base, aux = toy_pair()
+    owners = edm.partition_owners(ToyModel(), base, "paper")
+    assert edm.placebo_owners(merger_of(base, aux, owners), ToyModel(), k) != owners
+
+
+def test_random_blocks_of_one_block_are_refused():
+    base, aux = toy_pair()
+    merger = merger_of(base, aux, {name: "one" for name, _ in base.named_parameters()})
+    with pytest.raises(edm.UserError, match="--placebo: .* no other blocks"):
+        edm.placebo_owners(merger, ToyModel(), 0)
+
+
 # -------------------- seeds
 def ledger(**options):
     sizes = {"synthetic": 6000, "select_images": 1000, "final_images": 500}
