@@ -1330,9 +1330,13 @@ def placebo_owners(merger, model, seed, draws=200):
     best, least = None, math.inf
     for _ in range(draws):
         assigned = rng.permutation(blocks)
+        if (assigned == blocks).all():  # few layers: their own blocks fit best, and are no placebo
+            continue
         mismatch = np.abs(log_sizes(assigned) - log_sizes(blocks)).max()
         if mismatch < least:
             best, least = assigned, mismatch
+    if best is None:
+        raise UserError("--placebo: the layers of this network allow no other blocks than its own")
     return {name: str(best[layers.index(layer)]) for name, layer in layer_of.items()}
 
 

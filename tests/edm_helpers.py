@@ -1,0 +1,330 @@
+"""Networks and a small study that the tests of edm_neon.py share."""
+
+import dataclasses
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import neon_ext
+import numpy as np
+import safetensors.torch
+import torch
+from torch import nn
+
+import edm_neon as edm
+
+SCRIPT = Path(edm.__file__)
+torch.set_num_threads(1)  # tiny networks: a second thread only waits
+
+# The preset that needs no download.
+PRESET = "digits"
+preset = edm.PRESETS[PRESET]
+SIZE = preset.network["img_resolution"]
+
+# Small networks with every kind of parameter that real ones have: EDM's CIFAR-10 network in small
+# (three levels, attention at one that is not the lowest, augmentation labels, dropout), NCSN++
+# (Fourier features, residual encoder) and an unconditional one.
+CIFAR = {
+    "img_resolution": 16,
+    "img_channels": 3,
+    "label_dim": 10,
+    "augment_dim": 9,
+    "model_channels": 16,
+    "channel_mult": [1, 2, 2],
+    "num_blocks": 1,
+    "attn_resolutions": [8],
+    "dropout": 0.13,
+}
+NCSNPP = {
+    "embedding_type": "fourier",
+    "channel_mult_noise": 2,
+    "encoder_type": "residual",
+    "resample_filter": [1, 3, 3, 1],
+}
+KINDS = {"cifar": CIFAR, "ncsnpp": CIFAR | NCSNPP, "uncond": CIFAR | {"label_dim": 0}}
+
+
+def network(kind="cifar", seed=0, **changes):
+    """A network whose parameters all matter: initial output layers are almost zero."""
+    torch.manual_seed(seed)
+    net = edm.EDMPrecond(**KINDS[kind] | changes)
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return net.eval().requires_grad_(False)
+
+
+def pair(kind="cifar", drift=0.1):
+    """A base and its drifted relative."""
+    base, aux = network(kind, 1), network(kind, 2)
+    for p, q in zip(aux.parameters(), base.parameters(), strict=True):
+        p.data.lerp_(q.data, 1 - drift)
+    return base, aux
+
+
+def one_hot(net, labels):
+    return torch.eye(net.label_dim)[labels] if net.label_dim else None
+
+
+def edm_model(**options):
+    return edm.EdmModel(preset, edm.Config(out=Path("."), **options))
+
+
+# -------------------- a model that is no U-Net and answers at once
+class ToyNet(nn.Module):
+    """Three blocks of two layers each, labels, a parameter that sampling does not use, a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8))
+        self.mid = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        self.dec = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16))
+        self.mid_labels = nn.Embedding(5, 8)
+        self.mid_unused = nn.Parameter(torch.ones(3))
+        self.register_buffer("offset", torch.full((1,), 0.1))
+
+    def forward(self, x, labels):
+        h = torch.tanh(self.enc(x.flatten(1)))
+        h = h + torch.tanh(self.mid(h)) + self.mid_labels(labels)
+        return torch.tanh(self.dec(h) + self.offset).view(-1, 1, 4, 4)
+
+
+class ToyModel:
+    """ToyNet behind the seam."""
+
+    identity = "toy"
+    training_identity = "toy training"
+    encodes = False
+
+    def load(self, path):
+        return self.load_like(ToyNet(), path)
+
+    def load_like(self, base, path):
+        net = ToyNet()
+        net.load_state_dict(safetensors.torch.load_file(path))
+        return net.eval()
+
+    def create(self, images, labels, c):
+        return ToyNet()
+
+    def trainable(self, base, c):
+        net = ToyNet()
+        net.load_state_dict(base.state_dict())
+        return net
+
+    def noise_shape(self, net):
+        return (1, 4, 4)
+
+    def image_shape(self, net):
+        return (1, 4, 4)
+
+    def classes(self, net):
+        return 5
+
+    def sample(self, net, noise, labels, steps):
+        return net(noise, labels)
+
+    def encode(self, images):
+        return images.float() / 127.5 - 1
+
+    def loss(self, net, x, labels):
+        noisy = x + torch.randn_like(x)
+        return (net(noisy, labels) - x).square().flatten(1).mean(1) + net.mid_unused.square().sum()
+
+    def block(self, name, net, partition):
+        return name[:3]
+
+    def layer(self, name):
+        return name.rsplit(".", 1)[0]
+
+    def save(self, net, path, recipe):
+        tensors = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        edm.write_atomically(path, partial(safetensors.torch.save_file, tensors))
+
+    def export(self, net, path, recipe):
+        self.save(net, path.with_suffix(".safetensors"), recipe)
+        self.exported = recipe
+
+    def own_features(self, base):
+        return None
+
+    def start_check(self, base, c, trained):
+        self.checked = trained
+
+
+class ToyFeatures:
+    """A fixed random projection: uint8-valued [N, C, H, W] -> [N, 6] float32."""
+
+    dim = 6
+    kind = name = "toy-6"
+    score = "FD (toy, 6-d)"
+    identity = "toy features"
+
+    def __init__(self, pixels=16):
+        generator = torch.Generator().manual_seed(5)
+        self.matrix = torch.randn(pixels, self.dim, generator=generator) * (2 / pixels**0.5)
+
+    def __call__(self, images):
+        return torch.tanh((images.float() / 127.5 - 1).flatten(1) @ self.matrix)
+
+    def to(self, device):
+        return self
+
+
+def toy_pair():
+    """A base, and its relative with another buffer."""
+    torch.manual_seed(1)
+    base = ToyNet()
+    torch.manual_seed(2)
+    aux = ToyNet()
+    for p, q in zip(aux.parameters(), base.parameters(), strict=True):
+        p.data.lerp_(q.data, 0.8)
+    aux.offset.fill_(0.7)
+    return base.eval(), aux.eval()
+
+
+def blend(base, aux, w, owner_of):
+    """theta_r - w (theta_s - theta_r), written out; buffers are the base's."""
+    net = type(base)(**base.config) if hasattr(base, "config") else type(base)()
+    net.load_state_dict(base.state_dict())
+    theirs = dict(aux.named_parameters())
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.copy_(p.double() - w[owner_of(name)] * (theirs[name].double() - p.double()))
+    return net.eval().requires_grad_(False)
+
+
+BEST = {"enc": 1.0, "mid": 0.5, "dec": 1.5}  # the "real" images are the toy's at these weights
+
+
+def toy_images(w=BEST, first=77_000, count=400):
+    """uint8 images and labels of the toy at these weights."""
+    model, (base, aux) = ToyModel(), toy_pair()
+    net = blend(base, aux, w, lambda name: name[:3])
+    sampler = edm.Sampler(model, net, edm.Processes("cpu"), 1, 100)
+    images, labels = sampler.images(range(first, first + count))
+    return images, labels
+
+
+def config(out, **options):
+    """A configuration for the toy."""
+    settings = {
+        "preset": PRESET,
+        "device": "cpu",
+        "precision": "fp32",
+        "snapshot": (1,),
+        "grid": (0.0, 1.0),
+        "synthetic": 100,
+        "sample_batch": 32,
+        "select_images": 100,
+        "final_images": 120,
+        "batch": 20,
+    }
+    return edm.Config(**{"out": Path(out), **settings, **options})
+
+
+def toy_judge(out, real=True):
+    features = ToyFeatures()
+    images, labels = toy_images()
+    judge = edm.Judge(
+        features,
+        edm.reference_from_images(edm.RealImages(images, labels, "toy"), features, out, "cpu"),
+    )
+    if real:
+        return judge
+    return edm.Judge(features, dataclasses.replace(judge.reference, real=None))
+
+
+def toy_scorer(out, real=True, **options):
+    """The scorer of a toy study in the folder `out`."""
+    c = config(out, **options)
+    out.mkdir(exist_ok=True)
+    model, (base, aux) = ToyModel(), toy_pair()
+    sampler = edm.Sampler(model, base, edm.Processes("cpu"), c.steps, c.sample_batch)
+    owners = edm.partition_owners(model, base, c.partition)
+    merger = edm.Merger(base, aux, owners, sampler)
+    parents = {"base_weights": edm.weights_hash(base), "aux_weights": merger.aux_hash}
+    return edm.Scorer(merger, toy_judge(out, real), sampler, edm.ScoreLog(out), parents, 1, c)
+
+
+def edm_scorer(out, kind="cifar", partition="paper", precision="fp32", batch=16, steps=2):
+    """A scorer of a small EDM network; its features see all pixels."""
+    base, aux = pair(kind)
+    base.sigma_max = 0.7  # images within [-1, 1] after two steps: few pixels are clipped
+    model = edm_model()
+    c = config(out, partition=partition, precision=precision, sample_batch=batch, steps=steps)
+    sampler = edm.Sampler(model, base, edm.Processes("cpu"), c.steps, c.sample_batch)
+    merger = edm.Merger(base, aux, edm.partition_owners(model, base, partition), sampler)
+    features = ToyFeatures(3 * 16 * 16)
+    generator = torch.Generator().manual_seed(9)
+    images = torch.randint(0, 256, (200, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    real = edm.RealImages(images, None, "noise")
+    judge = edm.Judge(features, edm.reference_from_images(real, features, out, "cpu"))
+    return edm.Scorer(merger, judge, sampler, edm.ScoreLog(out), {}, 1, c)
+
+
+def toy_distance(scorer, w, seeds):
+    """The score of the toy at these seeds, from first principles: one image after the other."""
+    base, aux = toy_pair()
+    net = blend(base, aux, w, lambda name: name[:3])
+    images = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(int(seed))
+        noise = torch.randn((1, 4, 4), generator=generator)
+        label = torch.randint(5, [], generator=generator)
+        images.append(net(noise[None], label[None]))
+    pixels = (torch.cat(images) * 127.5 + 128).clip(0, 255).to(torch.uint8)
+    features = ToyFeatures()(pixels)
+    return float(scorer.judge.reference.prepared.distance_from_features(features))
+
+
+def score_of(fd, folds=None, w=None, precision=None, recall=None, **changes):
+    """A score made by hand."""
+    return edm.Score(
+        **{
+            "snapshot": 1,
+            "w": w or {"enc": 0.0, "mid": 0.0, "dec": 0.0},
+            "images": 100,
+            "first_seed": 10_000,
+            "fd": fd,
+            "folds": list(folds) if folds is not None else [fd] * edm.FOLDS,
+            "precision": precision,
+            "recall": recall,
+            "arithmetic": "fp32",
+            "seconds": 0.5,
+            "key": "key",
+            **changes,
+        }
+    )
+
+
+def gaussian_score(reference, features, **changes):
+    """A score of features [N, D] against a reference."""
+    fd, folds = edm.fold_distances(reference, features)
+    return score_of(fd, folds, **changes)
+
+
+def standard_reference(dim=3):
+    return neon_ext.FrechetReference(torch.zeros(dim), torch.eye(dim))
+
+
+# -------------------- the script
+SMALL = (
+    *("--preset", PRESET, "--train-base", "2", "--snapshot", "1", "--grid", "0.5,1.0"),
+    *("--synthetic", "100", "--select-images", "80", "--final-images", "80"),
+)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def launch(*args, program=(sys.executable,), **options):
+    """The script in a process of its own."""
+    command = [*program, str(SCRIPT), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, **options)
+
+
+def weights(enc, mid, dec):
+    return {"enc": float(enc), "mid": float(mid), "dec": float(dec)}
+
+
+def numbers_of(w):
+    return np.array(list(w.values()))

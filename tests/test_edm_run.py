@@ -1,0 +1,394 @@
+"""edm_neon.py as a script: whole runs of the small preset, kills, ranks, bad input."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from edm_helpers import PRESET, SCRIPT, SIZE, SMALL, TORCHRUN, launch, network, preset
+
+import edm_neon as edm
+
+MODELS = ["base", "collapsed", "global", "blockwise", "searched"]
+SEARCHED = (
+    *(*SMALL, "--sweep", "-1:1:1", "--search", "cobyqa", "--evaluations", "5", "--export-pt"),
+    *("--final-repeats", "2", "--placebo", "1"),
+)
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("edm")
+    done = launch(*SEARCHED, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+@pytest.fixture(scope="module")
+def summary(small_run):
+    return json.loads((small_run[0] / "summary.json").read_text(), parse_constant=pytest.fail)
+
+
+@pytest.fixture
+def prepared(small_run, tmp_path):
+    """A folder that holds the trained feature network, and options that name base and aux."""
+    for path in small_run[0].glob("*.pt"):
+        if not path.name.startswith("adaptive"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    (base,) = small_run[0].glob("base-*.safetensors")
+    (aux,) = small_run[0].glob("self-*/network-snapshot-*.safetensors")
+    return tmp_path, ("--preset", PRESET, "--base", base, "--aux", aux, "--snapshot", "1")
+
+
+def lines(path, without=("seconds",)):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in without} for row in rows]
+
+
+# -------------------- a whole run
+def test_models_of_a_run(summary):
+    (entry,) = summary["snapshots"]
+    assert [*entry["final"]] == MODELS and len(entry["grid"]) == 8 and len(entry["placebo"]) == 1
+    assert all(set(entry[name]["w"]) == {"enc", "mid", "dec"} for name in MODELS)
+
+
+def test_self_trained_network_is_worse_and_blocks_have_drifted(summary):
+    (entry,) = summary["snapshots"]
+    assert entry["collapsed"]["fd"] != entry["base"]["fd"]
+    assert all(0 < row["drift"] < 1 for row in entry["blocks"].values())
+
+
+def test_searched_is_one_of_the_scores_of_the_search(small_run, summary):
+    (entry,) = summary["snapshots"]
+    assert entry["searched"]["fd"] <= entry["global"]["fd"]
+    rows = [(row["w"], row["fd"]) for row in lines(small_run[0] / "grid.jsonl")]
+    assert (entry["searched"]["w"], entry["searched"]["fd"]) in rows
+
+
+def test_every_score_is_in_the_log_once(small_run):
+    for name, firsts in (("grid.jsonl", {10_000}), ("final.jsonl", {50_000, 50_080})):
+        rows = lines(small_run[0] / name)
+        keys = [json.dumps([row["w"], row["first_seed"], row["key"]]) for row in rows]
+        assert len(keys) == len(set(keys)) and {row["first_seed"] for row in rows} == firsts
+
+
+def test_repaired_network_is_the_same_in_both_forms(small_run):
+    out = small_run[0]
+    merged = edm.load_network(out / "adaptive-neon-000001.safetensors").state_dict()
+    exported = torch.load(out / "adaptive-neon-000001.pt")
+    assert all(torch.equal(merged[name], exported[name]) for name in merged)
+
+
+@pytest.mark.parametrize("name", ["scores.png", "grid_000001.png", "samples_000001.png"])
+def test_pictures(small_run, name):
+    assert (small_run[0] / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_is_printed_with_the_presets_score(small_run, summary):
+    out, printed = small_run
+    assert (out / "table.md").read_text().strip() in printed
+    assert summary["score"] in printed and "FID" not in printed
+
+
+def test_summary_tells_how_to_repeat_the_run(small_run, summary):
+    assert summary["command"] == " ".join(
+        ["python edm_neon.py", *SEARCHED, "--out", str(small_run[0])]
+    )
+    assert summary["config"]["preset"] == PRESET and summary["threads"] == preset.threads
+
+
+# -------------------- again
+def test_run_again_skips_what_is_there(small_run):
+    out, _ = small_run
+    paths = [
+        *out.glob("base-*"),
+        *out.glob("synthetic-*"),
+        *out.glob("self-*/*"),
+        *out.glob("*.jsonl"),
+    ]
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
+    assert launch(*SEARCHED, "--out", out).returncode == 0
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in paths} == before
+    assert len(paths) >= 6
+
+
+def test_plan_of_a_finished_run(small_run):
+    before = sorted(small_run[0].rglob("*"))
+    done = launch(*SEARCHED, "--plan", "--out", small_run[0])
+    assert done.returncode == 0 and "hours" in done.stdout and "not trained" not in done.stdout
+    assert sorted(small_run[0].rglob("*")) == before
+
+
+def test_plan_of_a_new_run_trains_nothing(tmp_path):
+    done = launch("--preset", PRESET, "--plan", "--out", tmp_path)
+    assert done.returncode == 0 and "not trained yet" in done.stdout
+    assert not [*tmp_path.iterdir()]
+
+
+STAGES = [
+    (edm, "edm_loss", 20, "training the base"),
+    (edm.Sampler, "images", 0, "synthetic set"),
+    (edm, "edm_loss", 10, "self-training"),
+    (edm, "fold_distances", 3, "sweep"),
+    (edm, "fold_distances", 8, "grid"),
+    (edm.ScoreLog, "add", 8, "search"),
+    (edm, "compare", 2, "final comparison"),
+    (edm, "save_merged", 0, "repaired network"),
+    (edm, "write_report", 0, "report"),
+    (edm, "plot_report", 0, "pictures"),
+]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A run that is killed in every stage, and started again each time."""
+    out = tmp_path_factory.mktemp("killed")
+    codes = {}
+    for owner, name, calls, stage in STAGES:
+        real, left = getattr(owner, name), iter(range(calls))
+
+        def dying(*args, real=real, left=left, **options):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return real(*args, **options)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(owner, name, dying)
+            edm.main([*SEARCHED, "--out", str(out)])
+        codes[stage] = stop.value.code
+    edm.main([*SEARCHED, "--out", str(out)])
+    return out, codes
+
+
+@pytest.mark.parametrize("stage", [stage for *_, stage in STAGES])
+def test_killed_run_ends_with_code_130(killed, stage):
+    assert killed[1][stage] == 130
+
+
+def test_killed_run_ends_with_the_same_files(killed, small_run):
+    ours, theirs = (
+        {path.relative_to(out) for path in out.rglob("*.*")} for out in (killed[0], small_run[0])
+    )
+    assert ours == theirs
+
+
+def test_killed_run_ends_with_the_same_bytes(killed, small_run):
+    same = [
+        path.relative_to(small_run[0])
+        for path in small_run[0].rglob("*.*")
+        if path.suffix in (".safetensors", ".zip", ".npz", ".pt", ".md")
+    ]
+    assert len(same) >= 8
+    for path in same:
+        assert (killed[0] / path).read_bytes() == (small_run[0] / path).read_bytes(), path
+
+
+@pytest.mark.parametrize("name", ["grid.jsonl", "final.jsonl"])
+def test_killed_run_ends_with_the_same_scores(killed, small_run, name):
+    assert lines(killed[0] / name) == lines(small_run[0] / name)
+
+
+# -------------------- signals, a second run, a full disk
+def start(out, *args):
+    command = [sys.executable, str(SCRIPT), *SMALL, *args, "--out", str(out)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_for(path, process):
+    for _ in range(1200):
+        if path.exists():
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    pytest.fail(f"{path} did not appear")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
+def test_signal_ends_a_run_in_one_line(tmp_path, number):
+    process = start(tmp_path, "--train-base", "2000")
+    wait_for(tmp_path / ".lock", process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in errors
+    assert "Traceback" not in errors and not [*tmp_path.glob(".part-*")]
+
+
+def test_second_run_in_the_same_folder_is_refused(tmp_path):
+    with open(tmp_path / ".lock", "w") as file:
+        edm.fcntl.flock(file, edm.fcntl.LOCK_EX)
+        done = launch(*SMALL, "--out", tmp_path)
+    assert done.returncode == 2 and f"another run works in {tmp_path}" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_what_a_killed_run_left_is_cleared(tmp_path):
+    (tmp_path / ".part-x").mkdir()
+    with edm.Processes("cpu").alone_in(tmp_path, reads_only=False):
+        assert not (tmp_path / ".part-x").exists()
+
+
+def test_plan_needs_no_lock(tmp_path):
+    with edm.Processes("cpu").alone_in(tmp_path, reads_only=True):
+        assert not [*tmp_path.iterdir()]
+
+
+def test_full_disk(tmp_path):
+    """A limit on the size of files fails in the middle of a write, as a full disk does."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = launch(*SMALL, "--out", tmp_path, preexec_fn=limit)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "cannot be written, is the disk full?" in last
+    assert "base-" in last and "Traceback" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock"}
+
+
+# -------------------- two ranks
+def test_two_ranks_score_as_one_process(prepared, tmp_path):
+    """Grid, search by gradient and final comparison."""
+    out, options = prepared
+    sizes = ("--grid", "0.5", "--synthetic", "100", "--select-images", "80", "--final-images", "80")
+    search = ("--search", "gradient", "--evaluations", "2", "--sample-batch", "20")
+    found = []
+    for program in ((sys.executable,), TORCHRUN):
+        folder = tmp_path / str(len(found))
+        folder.mkdir()
+        for path in out.glob("*.pt"):
+            (folder / path.name).write_bytes(path.read_bytes())
+        done = launch(*options, *sizes, *search, "--out", folder, program=program)
+        assert done.returncode == 0, done.stderr[-2000:]
+        (entry,) = json.loads((folder / "summary.json").read_text())["snapshots"]
+        found.append([row["fd"] for row in entry["sweep"]])
+        found[-1] += [entry["searched"]["fd"], entry["final"]["blockwise"]["fd"]]
+        found[-1] += [*entry["searched"]["w"].values()]
+        assert len(lines(folder / "grid.jsonl")) == 3 + 2
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_two_ranks_train_a_network_with_parameters_no_loss_uses(prepared):
+    """--augment 0 with augmentation labels, and a batch of one: a rank without images."""
+    out, options = prepared
+    shape = (preset.network["img_channels"], SIZE, SIZE)
+    changes = {"img_channels": shape[0], "img_resolution": SIZE, "attn_resolutions": [SIZE // 2]}
+    edm.save_network(network(**changes), out / "base.safetensors", {})
+    done = launch(
+        *("--preset", PRESET, "--base", out / "base.safetensors", "--snapshot", "1"),
+        *("--augment", "0", "--batch", "1", "--synthetic", "40", "--grid", "0.5", "--steps", "2"),
+        *("--select-images", "40", "--final-images", "40", "--out", out, "--ema-kimg", "0.01"),
+        program=TORCHRUN,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (aux,) = out.glob("self-*/*.safetensors")
+    trained, base = edm.load_network(aux), edm.load_network(out / "base.safetensors")
+    moved = {
+        name: not torch.equal(p, base.state_dict()[name]) for name, p in trained.named_parameters()
+    }
+    assert moved["model.map_layer0.weight"] and not moved["model.map_augment.weight"]
+
+
+# -------------------- bad input is one line
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--snapshot", "x"), "--snapshot: give numbers"),
+        (("--snapshot", "0"), "out of range"),
+        (("--grid", ""), "--grid: give numbers"),
+        (("--grid", "a,b"), "not 'a,b'"),
+        (("--grid", "nan"), "not 'nan'"),
+        (("--grid", ",".join(map(str, range(30)))), "27000 points"),
+        (("--base", "/nowhere/net.pkl"), "/nowhere/net.pkl does not exist"),
+        (("--partition", "thirds"), "thirds is not"),
+        (("--sweep", "1:2"), "--sweep: give start:stop:step"),
+        (("--sweep", "2:1:0.5"), "--sweep: give start:stop:step"),
+        (("--synthetic", "20000"), "overlap"),
+        (("--preset", "imagenet"), "--preset"),
+        (("--device", "tpu"), "--device"),
+        (("--out", "/proc/no"), "--out /proc/no"),
+        (("--final-images", "3"), "out of range, it goes from 40"),
+        (("--batch", "0"), "out of range"),
+        (("--augment", "1.5"), "out of range"),
+        (("--placebo", "2", "--partition", "layers"), "--placebo"),
+        (("--bounds", "1"), "--bounds"),
+        (("--search", "newton"), "--search"),
+        (("--no-such-option",), "--no-such-option"),
+        (("--preset", "cifar10", "--device", "cpu"), "--yes"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_one_line(args, message, tmp_path, capsys):
+    out = () if "--out" in args else ("--out", str(tmp_path / "out"))
+    with pytest.raises(SystemExit) as stop:
+        edm.main(["--preset", PRESET, *args, *out])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and line.startswith("edm_neon: ") and message in line
+
+
+def test_bad_input_of_the_script_itself(tmp_path):
+    done = launch("--preset", PRESET, "--grid", "a", "--out", tmp_path)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_our_own_errors_are_traced_back(tmp_path, monkeypatch):
+    def broken(c):
+        raise NameError("a fault of ours")
+
+    monkeypatch.setattr(edm, "seed_ledger", broken)
+    with pytest.raises(NameError):
+        edm.main(["--preset", PRESET, "--out", str(tmp_path)])
+
+
+@pytest.fixture
+def misfits(tmp_path):
+    """Images and networks that do not fit."""
+    zeros, labels = torch.zeros(50, 3, 32, 32, dtype=torch.uint8), torch.arange(50) % 10
+    edm.write_dataset(tmp_path / "plain.zip", zeros, None)
+    edm.write_dataset(tmp_path / "odd.zip", zeros[:, :, :30, :30], labels)
+    edm.write_dataset(tmp_path / "small.zip", zeros[:, :, :20, :20], labels)
+    edm.save_network(network(), tmp_path / "base.safetensors", {})
+    (tmp_path / "network-snapshot-best.pkl").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--train-base", "1", "--data", "plain.zip"), "has no labels"),
+        (("--train-base", "1", "--data", "none.zip"), "none.zip cannot be read"),
+        (("--train-base", "1", "--data", "."), "cannot be read"),
+        (("--train-base", "1", "--data", "odd.zip"), "30 x 30 images"),
+        (("--train-base", "1"), "--train-base needs --data"),
+        (("--base", "base.safetensors", "--preset", PRESET), "the base makes images of shape"),
+        (("--base", "base.safetensors", "--data", "small.zip"), "(3, 16, 16)"),
+        (("--base", "base.safetensors", "--aux", "."), "has snapshots ['best'], not all of"),
+        (("--base", "base.safetensors", "--aux", "none.pkl"), "none.pkl does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_data_and_networks_that_do_not_fit(misfits, args, message, capsys, monkeypatch):
+    monkeypatch.chdir(misfits)
+    with pytest.raises(SystemExit) as stop:
+        edm.main(["--yes", "--device", "cpu", "--out", "out", *args])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and message in line
+
+
+def test_no_connection_names_the_file(tmp_path):
+    proxy = "http://127.0.0.1:9"
+    environment = os.environ | {
+        "NEON_CACHE": str(tmp_path / "cache"),
+        "https_proxy": proxy,
+        "HTTPS_PROXY": proxy,
+    }
+    done = launch("--yes", "--device", "cpu", "--out", tmp_path / "out", env=environment)
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and "edm-cifar10-32x32-cond-vp.pkl" in line
+    assert str(tmp_path / "cache") in line and f"--preset {PRESET}" in line
