@@ -26,9 +26,8 @@ def leave_quietly(number, frame):
     os._exit(128 + number)
 
 
-if (
-    __name__ == "__main__"
-):  # the imports take seconds: a Ctrl-C in them is no fault of ours to be traced
+# The imports take seconds: a Ctrl-C in them is no fault of ours to be traced.
+if __name__ == "__main__":
     signal.signal(signal.SIGINT, leave_quietly)
 
 import argparse
@@ -42,6 +41,7 @@ import fcntl
 import fnmatch
 import functools
 import hashlib
+import http.client
 import importlib.util
 import io
 import itertools
@@ -52,12 +52,14 @@ import pickletools
 import platform
 import re
 import shutil
+import socket
+import struct
 import tempfile
 import time
 import traceback
-import urllib.request
+import urllib.parse
 import zipfile
-from collections.abc import Callable
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -1210,7 +1212,7 @@ def train(model, net, images, labels, recipe, processes, state_path, snapshots, 
     parts = {"net": net, "ema": ema, "optimizer": optimizer}
     if processes.decide(state_path.exists):
         with reading(f"{state_path} is damaged, delete it to train from the start"):
-            state = torch.load(state_path, weights_only=True, map_location=device)
+            state = checked_torch_load(state_path)
             seen = state["seen"]
             for name, part in parts.items():
                 part.load_state_dict(state[name])
@@ -1535,7 +1537,7 @@ class InceptionFeatures(nn.Module):
     def __init__(self, path):
         super().__init__()
         with reading(f"{path} is not the PyTorch port of the FID Inception"):
-            weights = torch.load(path, weights_only=True, map_location="cpu")
+            weights = checked_torch_load(path)
             for key in [key for key in weights if key.endswith(".conv.weight")]:
                 name = key.removesuffix(".conv.weight").replace(".", "_")
                 bn = key.replace("conv.weight", "bn.")
@@ -1720,7 +1722,7 @@ class GlyphsClassifier(nn.Module):
                 self.fit(*draw_glyphs(images, stream), epochs)
                 write_atomically(path, partial(torch.save, self.state_dict()))
         with reading(f"{path} is damaged, delete it"):
-            self.load_state_dict(torch.load(path, weights_only=True))
+            self.load_state_dict(checked_torch_load(path))
         self.eval().requires_grad_(False)
         self.identity = weights_hash(self)
 
@@ -2496,7 +2498,7 @@ def search_gradient(c, scorer, seeds, start, lr=0.15, pull=0.02, patience=6):
 
     def stored():
         with reading(f"{path} is damaged, delete it to search from the start"):
-            return torch.load(path, weights_only=True) if path.exists() else None
+            return checked_torch_load(path) if path.exists() else None
 
     state = processes.decide(stored)
     if state is not None:
@@ -3440,8 +3442,12 @@ class FileModel:
         for name, tensor in self.tensors_of(net).items():
             # A copy: safetensors writes no tensors that share memory.
             tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        metadata = {"config": json.dumps({"recipe": recipe})}
-        write_atomically(path, partial(safetensors.torch.save_file, tensors, metadata=metadata))
+        content = safetensors.torch.save(tensors, {"config": json.dumps({"recipe": recipe})})
+
+        def write(part):
+            part.write_bytes(content)
+
+        write_atomically(path, write)
 
     def export(self, net, path, recipe):
         if not hasattr(self.file, "save"):
@@ -4326,193 +4332,679 @@ def augment(images, p):
 
 
 # ==================== 13. EDM's files: pickles are parsed, never run
-class Inert:
-    """An object of the pickle as plain data: EDM's persistent ones, torch's containers, numpy's
-    numbers."""
-
-    def __init__(self, meta=None, *_):
-        meta = meta if isinstance(meta, dict) else {}
-        name, self.state = meta.get("class_name"), meta.get("state", {})
-        self.name = name[:80] if isinstance(name, str) else None
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class Function(NamedTuple):
-    """What a name in the pickle may compute; a tuple, as the pickle must not set its attributes."""
-
-    work: Callable
-
-    def __call__(self, *args):
-        return self.work(*args)
+# A pickle is a program for Python's unpickler. None runs here: SafeUnpickler walks over its opcodes
+# and builds plain data. Safe by construction, whatever the file says:
+#   opcodes   those of EDM's and torch's own files (protocols 2 to 5); any other is refused
+#   names     those in the tables below; each stands for a function here, nothing is imported
+#   time      opcodes are counted; a step costs no more than its operands or bytes of the file
+#   memory    storages and text are hardly larger than the file, tensors not larger than it
+#   nesting   nothing follows the data's own nesting: no recursion, hash or repr of a container
+MOST_OPCODES = 500_000  # EDM's CIFAR-10 network has 72,163 (75,815 in protocol 2)
+SPARE_BYTES = 300 << 20  # beyond a file's own size
+MOST_NAMES = 20_000  # of tensors and modules; 427 tensors there
+MOST_BYTES = 8 << 30  # of a file
+MOST_HEADER = 16 << 20  # bytes of a .safetensors' names and options; 45 kB there
+MOST_DIMENSION = 1 << 40  # of a tensor, and of its strides and offset
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save's old format begins with it and its version
+TORCH_VERSION = 1001
 
 
-class SafeUnpickler(pickle.Unpickler):
-    """Admits tensors, storages and plain containers; anything else is refused by name."""
+class Refused(ValueError):
+    """What is wrong with a file, in words for its owner; reading() adds which file it is."""
 
-    def __init__(self, data):
-        super().__init__(io.BytesIO(data))
-        self.left = {"storages": len(data), "tensors": len(data)}  # bytes and elements
-        inert = [
-            ("torch_utils.persistence", "_reconstruct_persistent_obj"),
-            ("numpy", "dtype"),
-            ("numpy.core.multiarray", "scalar"),
-            ("numpy._core.multiarray", "scalar"),
-            *(
-                ("torch.nn.modules.container", n)
-                for n in ("ModuleDict", "ModuleList", "Sequential")
-            ),
-        ]
-        self.allowed = {name: Inert for name in inert} | {
-            ("collections", "OrderedDict"): Function(lambda: {}),
-            ("dnnlib.util", "EasyDict"): Function(lambda: {}),
-            **{
-                (builtins, "set"): Function(lambda *_: None)
-                for builtins in ("builtins", "__builtin__")
-            },
-            ("torch._utils", "_rebuild_parameter"): Function(lambda tensor, *_: tensor),
-            ("torch._utils", "_rebuild_tensor_v2"): Function(self.tensor),
-            ("torch.storage", "_load_from_bytes"): Function(self.storage),
-        }
 
-    def find_class(self, module, name):
-        if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"it wants to call {f'{module}.{name}'[:100]!r}")
-        return self.allowed[module, name]
+class Limits:
+    """What a file of `size` bytes may still use: opcodes, bytes of text and storages, tensors."""
+
+    def __init__(self, size):
+        self.left = {"opcodes": MOST_OPCODES, "memory": size + SPARE_BYTES, "tensors": size}
 
     def spend(self, what, amount):
         self.left[what] -= amount
         if self.left[what] < 0:
-            raise pickle.UnpicklingError(f"its {what} are larger than the file")
+            raise Refused(f"it needs more {what} than a network of its size")
+
+
+@dataclasses.dataclass(eq=False)
+class Inert:
+    """An object that a pickle names, as data: EDM's modules, torch's containers, numpy numbers."""
+
+    name: str = ""
+    state: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(eq=False)
+class Storage:
+    """The elements [count] that tensors are views of; in torch's old format they come last."""
+
+    elements: torch.Tensor
+
+    def fill(self, raw):
+        target = self.elements.view(torch.uint8).numpy()
+        if len(raw) != len(target):
+            raise Refused(
+                f"a storage of {len(target)} bytes has {len(raw)}, the file is cut off or damaged"
+            )
+        if len(target):
+            target[:] = np.frombuffer(raw, np.uint8)
+
+
+STORAGE_TYPES = {
+    ("torch", "DoubleStorage"): torch.float64,
+    ("torch", "FloatStorage"): torch.float32,
+    ("torch", "HalfStorage"): torch.float16,
+    ("torch", "BFloat16Storage"): torch.bfloat16,
+    ("torch", "LongStorage"): torch.int64,
+    ("torch", "IntStorage"): torch.int32,
+    ("torch", "ShortStorage"): torch.int16,
+    ("torch", "CharStorage"): torch.int8,
+    ("torch", "ByteStorage"): torch.uint8,
+    ("torch", "BoolStorage"): torch.bool,
+}
+
+
+# Opcodes that push something and need nothing.
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+CONTAINERS = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": Inert}
+NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
+
+
+class SafeUnpickler:
+    """One pickle after the other of a stream, as plain data; the names are those of torch.save.
+
+    stream: binary file; data: memoryview of the same bytes. Values: None, bool, int, float, str,
+    memoryview (for bytes), tuple, list, dict, torch.dtype, Tensor, Inert and Storage."""
+
+    def __init__(self, stream, data, limits):
+        self.stream, self.data, self.limits = stream, data, limits
+        self.storages = {}  # key -> Storage
+        self.names = STORAGE_TYPES | {
+            ("collections", "OrderedDict"): self.plain_dict,
+            ("torch._utils", "_rebuild_parameter"): self.parameter,
+            ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
+        }
+
+    def load(self):
+        """The next pickle; the stream then stands behind it."""
+        self.stack, self.marks, self.memo = [], [], {}
+        for opcode, arg, _ in pickletools.genops(self.stream):
+            self.limits.spend("opcodes", 1)
+            self.step(opcode.name, arg)
+        return self.stack.pop()
+
+    def step(self, opcode, arg):
+        stack = self.stack
+        if opcode in CONSTANTS:
+            stack.append(CONSTANTS[opcode])
+        elif opcode in CONTAINERS:
+            stack.append(CONTAINERS[opcode]())
+        elif opcode in NUMBERS:
+            stack.append(arg)
+        elif opcode not in ("PROTO", "FRAME", "STOP"):
+            self.work(opcode, arg)
+
+    def work(self, opcode, arg):
+        stack, memo = self.stack, self.memo
+        match opcode:
+            # Text, bytes, and what was there before
+            case "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8":
+                self.limits.spend("memory", sys.getsizeof(arg))
+                stack.append(arg)
+            case "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8":
+                end = self.stream.tell()
+                stack.append(self.data[end - len(arg) : end])
+            case "MEMOIZE" | "BINPUT" | "LONG_BINPUT":
+                memo[len(memo) if arg is None else arg] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[arg])
+
+            # Items of containers
+            case "MARK":
+                self.marks.append(len(stack))
+            case "TUPLE":
+                stack.append(tuple(self.since_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                items = [stack.pop() for _ in range(int(opcode[-1]))]
+                stack.append(tuple(reversed(items)))
+            case "APPEND" | "APPENDS":
+                items = [stack.pop()] if opcode == "APPEND" else self.since_mark()
+                self.top(list).extend(items)
+            case "SETITEM" | "SETITEMS":
+                items = [stack.pop(-2), stack.pop()] if opcode == "SETITEM" else self.since_mark()
+                self.set_items(self.top(dict), items)
+
+            # Names, and calls of the functions that they stand for
+            case "GLOBAL":
+                stack.append(self.named(*arg.split(" ", 1)))
+            case "STACK_GLOBAL":
+                name, module = stack.pop(), stack.pop()
+                stack.append(self.named(module, name))
+            case "REDUCE" | "NEWOBJ":
+                args, function = stack.pop(), stack.pop()
+                if type(args) is not tuple or not callable(function):
+                    raise Refused(f"{opcode} of something that is not a call")
+                stack.append(function(*args))
+            case "BUILD":
+                self.build(stack.pop())
+            case "BINPERSID":
+                stack.append(self.persistent(stack.pop()))
+            case _:
+                raise Refused(f"opcode {opcode}, which EDM's own files do not have")
+
+    def named(self, module, name):
+        found = self.names.get((module, name)) if type(module) is type(name) is str else None
+        if found is None:
+            name = ".".join(part for part in (module, name) if type(part) is str)
+            raise Refused(f"it wants to call {printable(name)}")
+        return found
+
+    def since_mark(self):
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def top(self, kind):
+        if type(self.stack[-1]) is not kind:
+            raise Refused(f"items for something that is not a {kind.__name__}")
+        return self.stack[-1]
+
+    def set_items(self, target, items):
+        """items: key, value, key, value, ...; a key that is long or deep could be slow to hash."""
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            text = type(key) is str and len(key) <= 200
+            number = type(key) is int and 0 <= key < 100_000
+            if not (text or number):
+                raise Refused("a dictionary's key is neither short text nor a small integer")
+            target[key] = value
+
+    def build(self, state):
+        """The state of an Inert; attributes of a dict (torch's _metadata, hooks) are not needed."""
+        target = self.stack[-1]
+        if type(target) is Inert:
+            target.state = state if type(state) is dict else {}
+        elif type(target) is not dict:
+            raise Refused("BUILD would change the attributes of something that has none")
+
+    # The functions that names in the pickle stand for; what they are given can be anything.
+    def plain_dict(self):
+        return {}
+
+    def parameter(self, tensor, requires_grad=False, hooks=None):
+        return tensor
 
     def tensor(self, storage, offset, size, stride, *_):
-        """A view of the storage: as_strided refuses what lies outside, spend repeated elements."""
-        self.spend("tensors", math.prod(size))
-        return storage.as_strided(size, stride, offset)
+        """A view of the storage; repeated elements (stride 0) count as often as they appear."""
+        for numbers in (size, stride, (offset,)):
+            if type(numbers) is not tuple or len(numbers) > 8:
+                raise Refused("the size of a tensor is not a short tuple")
+            if not all(type(n) is int and 0 <= n < MOST_DIMENSION for n in numbers):
+                raise Refused("the size of a tensor has something else than non-negative integers")
+        if type(storage) is not Storage or len(size) != len(stride):
+            raise Refused("a tensor without a storage of its shape")
 
-    def storage(self, blob):
-        """The elements of one storage [count], by torch's own restricted reader; a zip could
-        inflate."""
-        self.spend("storages", len(blob))
-        if blob[:2] == b"PK":
-            raise pickle.UnpicklingError("a compressed storage")
-        storage = torch.load(io.BytesIO(blob), weights_only=True, map_location="cpu")
-        return torch.empty(0, dtype=storage.dtype).set_(storage)
+        elements = storage.elements
+        self.limits.spend("tensors", math.prod(size) * elements.itemsize)
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if 0 in size:
+            return elements.new_empty(size)
+        if last >= len(elements):
+            raise Refused("a tensor reaches beyond its storage")
+        return elements.as_strided(size, stride, offset)
 
-
-def inert_tensors(module, prefix=""):
-    """(name, tensor) of an inert module tree, in state-dict order."""
-    if prefix.count(".") > 6:
-        raise pickle.UnpicklingError("modules nested too deeply")
-    parameters, buffers = (module.state.get(kind) or {} for kind in ("_parameters", "_buffers"))
-    for name, tensor in {**parameters, **buffers}.items():
-        if tensor is not None:
-            yield prefix + name, tensor
-    for name, child in (module.state.get("_modules") or {}).items():
-        if child is not None:
-            yield from inert_tensors(child, f"{prefix}{name}.")
-
-
-def pickled_network(path):
-    """EDM's network-snapshot: (options, weights) as inert data."""
-    data = path.read_bytes()
-    for opcode, arg, _ in pickletools.genops(data):  # refuse what allocates beyond the file's size
-        if opcode.name in ("BYTEARRAY8", "EXT1", "EXT2", "EXT4") or (
-            opcode.name.endswith("PUT") and int(arg) > len(data)
+    def persistent(self, value):
+        """("storage", type, key, device, count, ...) of torch.save -> Storage on the CPU."""
+        if (
+            type(value) is not tuple
+            or len(value) < 5
+            or type(value[0]) is not str
+            or value[0] != "storage"
         ):
-            raise pickle.UnpicklingError(f"opcode {opcode.name}")
-    ema = SafeUnpickler(data).load()["ema"]
-    kwargs, inner = dict(ema.state["_init_kwargs"]), ema.state["_modules"]["model"]
-    if ema.name != "EDMPrecond" or kwargs.pop("model_type", "DhariwalUNet") != "SongUNet":
-        raise UserError(
-            f"{path}: {ema.name} around {inner.name} is not supported, only EDMPrecond around "
+            raise Refused("a persistent object that is no storage")
+        _, dtype, key, _, count, *_ = value
+        if type(key) is not str or len(key) > 200:
+            raise Refused("a storage without a name")
+        if key not in self.storages:
+            self.storages[key] = self.new_storage(key, dtype, count)
+        elements = self.storages[key].elements
+        if elements.dtype != dtype or len(elements) != count:
+            raise Refused("a storage of two types or sizes")
+        return self.storages[key]
+
+    def new_storage(self, key, dtype, count):
+        if (
+            type(dtype) is not torch.dtype
+            or type(count) is not int
+            or not 0 <= count < MOST_DIMENSION
+        ):
+            raise Refused("a storage without type or size")
+        self.limits.spend("memory", count * dtype.itemsize)
+        return Storage(torch.empty(count, dtype=dtype))
+
+
+class EdmUnpickler(SafeUnpickler):
+    """A network snapshot: EDM's persistent objects, and storages that are pickles in the pickle."""
+
+    def __init__(self, stream, data, limits):
+        super().__init__(stream, data, limits)
+        self.names |= {
+            ("torch_utils.persistence", "_reconstruct_persistent_obj"): self.persistent_object,
+            ("torch.storage", "_load_from_bytes"): self.storage_of_bytes,
+            ("torch.nn.modules.container", "ModuleDict"): self.object,
+            ("torch.nn.modules.container", "ModuleList"): self.object,
+            ("torch.nn.modules.container", "Sequential"): self.object,
+            ("numpy", "dtype"): self.object,
+            ("numpy.core.multiarray", "scalar"): self.object,
+            ("numpy._core.multiarray", "scalar"): self.object,
+            ("builtins", "set"): self.object,
+            ("__builtin__", "set"): self.object,
+            ("dnnlib.util", "EasyDict"): self.plain_dict,
+            ("_codecs", "encode"): self.encoded,
+        }
+
+    def object(self, *_):
+        return Inert()
+
+    def persistent_object(self, meta):
+        """EDM's modules carry their source, which EDM runs; here it is text that nobody reads."""
+        name, state = (
+            (meta.get("class_name"), meta.get("state")) if type(meta) is dict else (None, None)
+        )
+        if type(name) is not str or type(state) is not dict:
+            raise Refused("a persistent object without class_name and state")
+        return Inert(name, state)
+
+    def storage_of_bytes(self, blob):
+        if type(blob) is Inert and type(blob.state.get("latin1")) is str:
+            blob = memoryview(blob.state["latin1"].encode("latin1"))
+        if type(blob) is not memoryview:
+            raise Refused("a storage that is not bytes")
+        if bytes(blob[:2]) == b"PK":
+            raise Refused("a storage in a zip archive, which could be compressed")
+        return read_legacy(io.BytesIO(blob[:4096]), blob, self.limits)
+
+    def encoded(self, text, encoding):
+        """Protocol 2 has no bytes: they are text in Latin-1."""
+        if type(text) is not str or type(encoding) is not str or encoding != "latin1":
+            raise Refused("text in an encoding other than Latin-1")
+        return Inert(state={"latin1": text})
+
+
+def read_legacy(stream, data, limits):
+    """torch.save's old format: magic number, version, system, value and keys, then the storages."""
+    reader = SafeUnpickler(stream, data, limits)
+    magic, version = reader.load(), reader.load()
+    if (type(magic), magic, type(version), version) != (int, TORCH_MAGIC, int, TORCH_VERSION):
+        raise Refused("neither a torch.save archive nor its old format")
+    system, value, keys = reader.load(), reader.load(), reader.load()
+    if type(system) is not dict or system.get("little_endian") is not True:
+        raise Refused("written on a big-endian machine")
+    if type(keys) is not list or not all(type(key) is str for key in keys):
+        raise Refused("its storages have no names")
+    if sorted(keys) != sorted(reader.storages):
+        raise Refused("its storages are not the ones that its tensors need")
+
+    # Each storage: its element count in 8 bytes, then the elements.
+    position = stream.tell()
+    for key in keys:
+        storage = reader.storages[key]
+        start, position = position + 8, position + 8 + storage.elements.nbytes
+        if int.from_bytes(data[start - 8 : start], "little") != len(storage.elements):
+            raise Refused(f"storage {printable(key)} has another size than its tensors say")
+        storage.fill(data[start:position])
+    if position != len(data):
+        raise Refused("it goes on behind its last storage")
+    return value
+
+
+class ZipUnpickler(SafeUnpickler):
+    """data.pkl of torch.save's archive; the storages are files beside it, with checksums."""
+
+    def __init__(self, archive, folder, limits):
+        self.archive, self.folder = archive, folder
+        data = self.entry("data.pkl")
+        super().__init__(io.BytesIO(data), memoryview(data), limits)
+        if f"{folder}byteorder" in archive.namelist() and self.entry("byteorder") != b"little":
+            raise Refused("written on a big-endian machine")
+
+    def entry(self, name):
+        info = self.archive.getinfo(self.folder + name)
+        if info.compress_type != zipfile.ZIP_STORED:  # it could inflate
+            raise Refused(f"{printable(name)} in it is compressed, torch.save compresses nothing")
+        return self.archive.read(info)
+
+    def new_storage(self, key, dtype, count):
+        storage = super().new_storage(key, dtype, count)
+        storage.fill(self.entry(f"data/{key}"))
+        return storage
+
+
+def checked_torch_load(path):
+    """What torch.save wrote, archive or old format, as plain data and CPU tensors; nothing is run.
+
+    For state dicts, optimizer and training states: numbers, text, tuples, lists, dicts and tensors
+    (an OrderedDict is a dict). Refused or another of FILE_ERRORS: use it inside reading()."""
+    data = file_bytes(path)
+    limits = Limits(len(data))
+    if not data.startswith(b"PK"):
+        return read_legacy(io.BytesIO(data), memoryview(data), limits)
+    if data.count(b"PK\x01\x02") > MOST_NAMES:  # entries, before each becomes an object
+        raise Refused("an archive of too many files")
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        folders = [
+            name.removesuffix("data.pkl")
+            for name in archive.namelist()
+            if name.endswith("/data.pkl")
+        ]
+        if len(folders) != 1:
+            raise Refused("an archive without data.pkl: torch.save did not write it")
+        return ZipUnpickler(archive, folders[0], limits).load()
+
+
+class Range(NamedTuple):
+    """The values of an option: numbers of one type, or a list of at most sixteen of them."""
+
+    kind: type
+    low: float
+    high: float
+    many: bool = False
+
+    def admits(self, value):
+        if self.many:
+            single = self._replace(many=False)
+            return (
+                type(value) in (list, tuple) and len(value) <= 16 and all(map(single.admits, value))
+            )
+        kinds = (int,) if self.kind is int else (int, float)
+        return type(value) in kinds and self.low <= value <= self.high  # neither bool nor NaN
+
+    def __str__(self):
+        return f"{'a list of numbers' if self.many else 'a number'} from {self.low} to {self.high}"
+
+
+class Words(NamedTuple):
+    """The words that an option may be."""
+
+    allowed: tuple
+
+    def admits(self, value):
+        return type(value) is str and value in self.allowed
+
+    def __str__(self):
+        return " or ".join(self.allowed)
+
+
+# What EDMPrecond and SongUNet take; generous, but no value can stop, fill or crash a machine.
+OPTIONS = {
+    "img_resolution": Range(int, 1, 4096),
+    "img_channels": Range(int, 1, 64),
+    "label_dim": Range(int, 0, 100_000),
+    "sigma_min": Range(float, 0, 1e6),
+    "sigma_max": Range(float, 1e-6, math.inf),
+    "sigma_data": Range(float, 1e-6, 1e6),
+    "augment_dim": Range(int, 0, 64),
+    "model_channels": Range(int, 4, 4096),
+    "channel_mult": Range(int, 1, 64, many=True),
+    "channel_mult_emb": Range(int, 1, 64),
+    "num_blocks": Range(int, 1, 64),
+    "attn_resolutions": Range(int, 0, 4096, many=True),
+    "dropout": Range(float, 0, 1),
+    "label_dropout": Range(float, 0, 1),
+    "embedding_type": Words(("positional", "fourier")),
+    "channel_mult_noise": Range(int, 1, 64),
+    "encoder_type": Words(("standard", "residual")),
+    "decoder_type": Words(("standard",)),
+    "resample_filter": Range(float, -100, 100, many=True),
+}
+SIGMAS = {"sigma_min": 0, "sigma_max": math.inf, "sigma_data": 0.5}  # EDMPrecond's defaults
+
+
+def check_options(options):
+    """Refuses what EDMPrecond does not take: names, types, ranges, and what must fit together."""
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise Refused(f"option {printable(name)} is unknown")
+        if not OPTIONS[name].admits(value):
+            shown = (
+                printable(value)
+                if type(value) in (str, int, float)
+                else f"a {type(value).__name__}"
+            )
+            raise Refused(f"option {name} is {shown}, not {OPTIONS[name]}")
+
+    # Sizes that EDM's U-Net can halve, double and split in two.
+    size = options.get("img_resolution", 0)
+    levels = len(options.get("channel_mult", (1, 2, 2, 2)))
+    noise = options.get("model_channels", 128) * options.get("channel_mult_noise", 1)
+    taps = options.get("resample_filter", (1, 1))
+    if size < 1 or "img_channels" not in options:
+        raise Refused("its options have no img_resolution or img_channels")
+    if not 1 <= levels <= 8 or size % 2 ** (levels - 1):
+        raise Refused(f"{size} x {size} images cannot be halved for {levels} channel_mult")
+    if noise % 2:
+        raise Refused(f"an odd number of noise channels, {noise}")
+    if len(taps) == 0 or len(taps) % 2 or abs(sum(taps)) < 1e-3:
+        raise Refused("resample_filter is not an even number of taps with a sum")
+
+
+def inert_tensors(module, prefix="", steps=None):
+    """(name, tensor) of an inert module tree in state-dict order; shared ones count each time."""
+    steps = steps or itertools.count()
+    for kind in ("_parameters", "_buffers", "_modules"):
+        entries = module.state.get(kind, {}) if type(module) is Inert else None
+        if type(entries) is not dict:
+            raise Refused("a module that is no module")
+        for name, value in entries.items():
+            if next(steps) > MOST_NAMES:
+                raise Refused("it has too many tensors and modules")
+            if type(name) is not str or not name or "." in name or len(prefix) > 200:
+                raise Refused("names of modules that torch does not have")
+            if kind == "_modules" and value is not None:
+                yield from inert_tensors(value, f"{prefix}{name}.", steps)
+            elif value is not None:
+                yield prefix + name, value
+
+
+def pickled_network(data):
+    """EDM's network-snapshot as bytes -> (options, {name: tensor}) as inert data."""
+    snapshot = EdmUnpickler(io.BytesIO(data), memoryview(data), Limits(len(data))).load()
+    ema = snapshot.get("ema") if type(snapshot) is dict else None
+    if type(ema) is not Inert or type(ema.state.get("_init_kwargs")) is not dict:
+        raise Refused("no network snapshot of EDM: it has no ema")
+    options = dict(ema.state["_init_kwargs"])
+    kind = options.pop("model_type", "DhariwalUNet")
+    if ema.name != "EDMPrecond" or type(kind) is not str or kind != "SongUNet":
+        shown = printable(kind) if type(kind) is str else "something"
+        raise Refused(
+            f"{printable(ema.name)} around {shown} is not supported, only EDMPrecond around "
             "SongUNet (DDPM++, NCSN++)"
         )
-    kwargs.pop("use_fp16", None)
-    return kwargs, dict(inert_tensors(ema))
+    options.pop("use_fp16", None)
+
+    # These three are attributes: EDM takes them as they are now, not as the network was built.
+    for name in ("sigma_min", "sigma_max", "sigma_data"):
+        value = ema.state.get(name, SIGMAS[name])
+        if name in options or type(value) not in (int, float) or value != SIGMAS[name]:
+            options[name] = value
+    return options, dict(inert_tensors(ema))
 
 
-def build_network(kwargs, tensors, path):
-    """EDMPrecond(**kwargs) with these weights; made without memory first: options allocate
-    nothing."""
-    if kwargs.get("num_blocks", 4) * len(kwargs.get("channel_mult", ())) > len(tensors):
-        raise UserError(
-            f"{path}: its options describe a larger network than its {len(tensors)} tensors"
-        )
-    with torch.device("meta"):
-        net = EDMPrecond(**kwargs)
+def stored_network(path):
+    """Our .safetensors -> (options, {name: tensor}); refused where its hash does not agree."""
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        if "config" not in metadata:
+            raise Refused("it has no options of an EDM network: this program did not write it")
+        names = file.keys()
+        if len(names) > MOST_NAMES:
+            raise Refused(f"{len(names)} tensors")
+        tensors = {name: file.get_tensor(name) for name in names}
+    config = json.loads(metadata["config"])
+    if type(config) is not dict:
+        raise Refused("its options are not a dictionary")
+    stored = config.pop("sha256", None)
+    if stored is not None and stored != network_hash(config, tensors):
+        raise Refused("its SHA-256 does not agree: the file is damaged, delete it or get it again")
+    config.pop("recipe", None)
+    return config, tensors
+
+
+def network_hash(config, tensors):
+    """SHA-256 of options, recipe and weights, whatever their order in the file."""
+    total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def build_network(options, tensors):
+    """EDMPrecond(**options) with these weights, popped from `tensors`: eval, float32, frozen."""
+    check_options(options)
+    blocks = len(options.get("channel_mult", (1, 2, 2, 2))) * options.get("num_blocks", 4)
+    if blocks > len(tensors):
+        raise Refused(f"its options describe a larger network than its {len(tensors)} tensors")
+    with torch.device("meta"):  # no memory: options allocate nothing
+        net = EDMPrecond(**options)
+
+    # Every tensor of the network, of its shape, and no other.
     own = net.state_dict()
     for name in [*own, *tensors]:
-        theirs, ours = (tuple(t[name].shape) if name in t else None for t in (tensors, own))
-        if ours != theirs:
-            raise UserError(f"{path}: {name[:100]} has shape {theirs}, the network expects {ours}")
-        if not tensors[name].isfinite().all():
-            raise UserError(f"{path}: {name} has weights that are not finite")
-    net.load_state_dict(
-        {name: tensor.float().clone() for name, tensor in tensors.items()}, assign=True
-    )
+        theirs = tensors.get(name)
+        if theirs is not None and (
+            type(theirs) is not torch.Tensor or not theirs.is_floating_point()
+        ):
+            raise Refused(f"{printable(name)} is no tensor of floating-point numbers")
+        wanted = tuple(own[name].shape) if name in own else "not there"
+        found = tuple(theirs.shape) if theirs is not None else "not there"
+        if wanted != found:
+            raise Refused(f"{printable(name)} is {found} in the file, the network expects {wanted}")
+
+    # Values: finite, and filters as the options say, because the network computes with the options.
+    taps = torch.tensor(options.get("resample_filter", (1, 1)), dtype=torch.float32)
+    for name in own:
+        tensor = tensors.pop(name)
+        own[name] = torch.empty(tensor.shape).copy_(tensor)
+        if not own[name].isfinite().all():
+            raise Refused(f"{name} has weights that are not finite")
+        if name.endswith(".resample_filter"):
+            expected = taps.outer(taps) / taps.sum() ** 2
+            if not torch.allclose(own[name][0, 0], expected, rtol=1e-4, atol=1e-6):
+                raise Refused(f"{name} is not the filter that the options describe")
+    net.load_state_dict(own, assign=True)
     return net.eval().requires_grad_(False)
 
 
 def load_network(path):
-    """EDM .pkl (parsed, never run) or our .safetensors -> EDMPrecond in eval mode on the CPU,
-    float32."""
+    """EDM's .pkl (parsed, never run) or our .safetensors, told apart by content -> EDMPrecond.
+
+    In eval mode on the CPU, float32, without gradients. UserError: what is wrong with the file."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"network {path} does not exist")
+        raise UserError(f"network {path} does not exist or is no file")
     with reading(f"network {path} is refused, nothing in it was run"):
-        if path.suffix != ".safetensors":
-            return build_network(*pickled_network(path), path)
-        with safetensors.safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            config = json.loads(file.metadata()["config"])
-            config.pop("recipe", None)
-            return build_network(config, tensors, path)
+        with open(path, "rb") as file:
+            head = file.read(512)
+        header = int.from_bytes(head[:8], "little")
+        if head[8:9] == b"{" and header <= min(MOST_HEADER, path.stat().st_size - 8):
+            return build_network(*stored_network(path))
+        if head[:1] == b"\x80":
+            return build_network(*pickled_network(file_bytes(path)))
+        raise Refused(f"neither a pickle of EDM nor a .safetensors, but {kind_of(head)}")
 
 
 def save_network(net, path, recipe):
-    """Weights in float32, options and recipe in one entry of the metadata: the order of several is
-    random."""
-    metadata = {"config": json.dumps({**net.config, "recipe": recipe})}
+    """.safetensors: weights in float32; options, recipe and SHA-256 as one entry of its metadata.
+
+    One, because several have no order: the same network is the same bytes."""
+    sigmas = {
+        name: getattr(net, name)
+        for name, default in SIGMAS.items()
+        if getattr(net, name) != default
+    }
     tensors = {name: tensor.float().contiguous().cpu() for name, tensor in net.state_dict().items()}
-    write_atomically(path, partial(safetensors.torch.save_file, tensors, metadata=metadata))
+    config = json.loads(
+        json.dumps({**net.config, **sigmas, "recipe": recipe})
+    )  # as it will be read
+    config["sha256"] = network_hash(config, tensors)
+
+    def write(part):
+        part.write_bytes(
+            safetensors.torch.save(tensors, {"config": json.dumps(config)})
+        )  # save_file: mode 0600
+
+    write_atomically(path, write)
 
 
 # ==================== 14. files, images, downloads
+# What libraries raise for files that are not as they should be. NameError, AttributeError and
+# AssertionError are faults of this program and stay tracebacks.
 FILE_ERRORS = (
     OSError,
     ValueError,
-    KeyError,
-    IndexError,
+    LookupError,
     TypeError,
+    ArithmeticError,
     EOFError,
-    RuntimeError,
-    pickle.UnpicklingError,
+    MemoryError,
+    RuntimeError,  # torch, nesting, encrypted zip entries
+    SyntaxError,  # PIL, for a broken PNG
+    pickle.PickleError,
+    struct.error,
     zipfile.BadZipFile,
+    zlib.error,
+    http.client.HTTPException,
     safetensors.SafetensorError,
+    PIL.Image.DecompressionBombError,
 )
+IMAGE_KINDS = {
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+}  # first bytes; nothing else is opened
+MOST_IMAGE_BYTES = 64 << 20  # of one file in a dataset
+MOST_INDEX_BYTES = 512 << 20  # of dataset.json: ten million labels
+MOST_SIDE = 4096  # pixels
+MOST_LABEL = 99_999
+SILENCE = 30  # seconds without a byte that end a download
+
+
+def printable(text, most=100):
+    """Text of a file or a server for a message: one line, cut off, control characters escaped."""
+    text = str(text)[: most + 1]
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def reason_of(error):
+    """The first line of an error: our own words as they are, those of a library with its type."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, (Refused, UserError)):
+        return printable(line, 500)
+    return f"{type(error).__name__}: {printable(line)}"
 
 
 @contextlib.contextmanager
 def reading(what):
-    """What a file can make fail ends in one line that begins with `what`."""
+    """Whatever is wrong with a file ends in one line that begins with `what`; the cause is kept."""
     try:
         yield
     except FILE_ERRORS as error:
-        raise UserError(f"{what} ({type(error).__name__}: {printable(error)})") from error
+        raise UserError(f"{what} ({reason_of(error)})") from error
 
 
-def printable(text):
-    """Foreign text on one line of at most 100 characters, control characters escaped."""
-    text = str(text)[:400]
-    text = "".join(ch if ch.isprintable() else repr(ch)[1:-1] for ch in text)
-    return text if len(text) <= 100 else text[:97] + "..."
+def file_bytes(path):
+    """The content of a regular file that can be a network's: a pipe would never end."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is no file")
+    if path.stat().st_size > MOST_BYTES:
+        raise Refused(f"it is larger than {MOST_BYTES >> 30} GB")
+    return path.read_bytes()
 
 
 def write_atomically(path, write):
-    """Text, or what write(temporary path) leaves, then rename: the old file or the new one, never
-    half."""
+    """Text, or what write(temporary path) leaves, then rename: either the old or the new."""
     with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
         part = Path(folder) / path.name  # torch.save writes the name into the file
         try:
@@ -4520,10 +5012,320 @@ def write_atomically(path, write):
                 part.write_text(write, "utf-8")
             else:
                 write(part)
-        except (RuntimeError, safetensors.SafetensorError) as error:  # theirs for a full disk
+        except RuntimeError as error:  # torch's and safetensors' for a full disk
             reason = str(error).splitlines()[0]
             raise OSError(f"{path} cannot be written, is the disk full? ({reason})") from error
         os.replace(part, path)
+
+
+def remove_orphans(folder):
+    """Temporary folders that a killed run has left."""
+    for part in folder.glob(".part-*"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def file_hash(path):
+    """The first 16 hexadecimal digits of the file's SHA-256."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()[:16]
+
+
+def kind_of(head):
+    """What a file is that is not what it should be, from its first bytes, in words."""
+    start = head[:512].lstrip(b"\xef\xbb\xbf\0 \t\r\n").lower()
+    if not head:
+        return "an empty file"
+    if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")) or b"<html" in start:
+        return "an HTML page (a login or error page?)"
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS (run `git lfs pull`)"
+    kinds = {
+        b"PK\x03\x04": "a zip archive (torch.save?)",
+        b"\x1f\x8b": "a gzip file",
+        b"{": "JSON",
+        b"\x80": "a pickle",
+    }
+    for first, kind in kinds.items():
+        if head.startswith(first):
+            return kind
+    if not start:
+        return "zeros or blanks"
+    return f"a file that begins with {printable(repr(head[:16]))}"
+
+
+@contextlib.contextmanager
+def one_at_a_time(path):
+    """Other processes wait here until this one is done; False: the file system has no locks."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except BlockingIOError:
+            print(f"waiting for the download of another process ({path})", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            locked = True
+        except OSError:
+            locked = False  # the rename is atomic: at worst both processes download
+        yield locked
+
+
+def cache_path(url):
+    """Where the file of a URL is kept: its name, after a hash of the whole address."""
+    name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
+    name = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)[-80:] or "file"
+    cache = Path(os.environ.get("NEON_CACHE") or Path.home() / ".cache/adaptive-neon")
+    return cache / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
+
+
+def download(url, sha256_start, check, part):
+    """The file at the URL into `part`, if it is what was asked for."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE)
+    try:
+        torch.hub.download_url_to_file(url, str(part))
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+    # A login page answers 200 as the file does.
+    with open(part, "rb") as file:
+        came = kind_of(file.read(512))
+    problem = None
+    if came.startswith(("an HTML", "an empty", "a pointer")):
+        problem = "it was not kept"
+    elif not file_hash(part).startswith(sha256_start[:16]):
+        problem = f"its SHA-256 does not begin with {sha256_start}"
+    elif check is not None:
+        try:
+            check(part)
+        except (UserError, *FILE_ERRORS) as error:
+            problem = reason_of(error.__cause__ or error)
+    if problem is not None:
+        size = part.stat().st_size
+        raise Refused(f"what came is {came}, {size} bytes: {problem}")
+
+
+def fetch(
+    source,
+    what,
+    sha256_start="",
+    check=None,
+    advice="check the address, or put the file at {target}; --preset glyphs needs no download",
+):
+    """A path as it is; a URL's file from the cache (NEON_CACHE), one download at a time.
+
+    sha256_start: first hexadecimal digits of the file's SHA-256. check(path) raises if the file is
+    not what was asked for; then it is not kept. UserError: what came instead, and the advice."""
+    if not re.match("https?://", source, re.IGNORECASE):
+        with reading(f"{what} {source} cannot be read"):
+            if not Path(source).exists():
+                raise UserError(f"{what} {source} does not exist")
+        return Path(source)
+
+    target = cache_path(source)
+    shown = printable(source, 300)
+    with reading(f"cannot download {what} from {shown}: {advice.format(target=target)}"):
+        if not target.exists():  # a cache that is complete may be read-only
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with one_at_a_time(target.parent / "lock") as locked:
+                if locked:
+                    remove_orphans(target.parent)
+                if not target.exists():  # no other process was faster
+                    write_atomically(target, partial(download, source, sha256_start, check))
+    with reading(f"{what} {target} cannot be read"):
+        if not file_hash(target).startswith(sha256_start[:16]):
+            raise UserError(
+                f"{what} {target} is damaged (SHA-256 is not {sha256_start}...): delete it"
+            )
+    return target
+
+
+class DatasetFiles:
+    """The files of a dataset, a zip or a folder: .sizes {name: bytes}, read(name) up to a limit."""
+
+    def __init__(self, path):
+        self.folder = path if path.is_dir() else None
+        self.sizes = {}
+        if self.folder:
+            self.list_folder()
+        elif path.is_file():
+            self.archive = zipfile.ZipFile(path)
+            self.list_archive()
+        else:
+            raise Refused("it does not exist or is neither a file nor a folder")
+
+    def list_folder(self):
+        def refuse(error):
+            raise error
+
+        for folder, _, names in os.walk(self.folder, onerror=refuse):
+            for name in names:
+                file = Path(folder) / name
+                inside = file.relative_to(self.folder).as_posix()
+                if not file.is_file():
+                    raise Refused(f"{printable(inside)} is no file (a pipe or a broken link?)")
+                self.sizes[inside] = file.stat().st_size
+
+    def list_archive(self):
+        for info in self.archive.infolist():
+            if info.is_dir():
+                continue
+            if info.filename in self.sizes:
+                raise Refused(f"{printable(info.filename)} is in it twice")
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise Refused(f"{printable(info.filename)} is neither stored nor deflated")
+            self.sizes[info.filename] = info.file_size
+
+    def read(self, name, most):
+        """The content; what says that it is small and is not, is not read to its end."""
+        if self.sizes[name] > most:
+            raise Refused(f"{printable(name)} has {self.sizes[name]} bytes, more than {most}")
+        with open(self.folder / name, "rb") if self.folder else self.archive.open(name) as file:
+            return file.read(most + 1)
+
+
+def read_image(raw):
+    """PNG or JPEG by its first bytes -> uint8 [H, W, C], C 1 or 3; another kind of file -> None."""
+    kind = next((kind for first, kind in IMAGE_KINDS.items() if raw.startswith(first)), None)
+    if kind is None:
+        return None
+    picture = PIL.Image.open(io.BytesIO(raw), formats=[kind])
+    if max(picture.size) > MOST_SIDE:
+        raise Refused(f"{picture.width} x {picture.height} pixels, the most is {MOST_SIDE}")
+    if (
+        kind == "PNG" and raw[24] == 16
+    ):  # the depth in the header; PIL would round 16-bit colours in silence
+        raise Refused("16 bits a channel; convert it to 8")
+    if picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info:
+        raise Refused(f"transparency (mode {picture.mode}); convert it to RGB or grey")
+    if getattr(picture, "is_animated", False) and picture.format == "PNG":
+        raise Refused("an animation")
+    if picture.mode in ("1", "P"):
+        picture = picture.convert({"1": "L", "P": "RGB"}[picture.mode])
+    if picture.mode not in ("L", "RGB"):
+        raise Refused(f"mode {picture.mode}; convert it to RGB or grey, 8 bits a channel")
+    return np.atleast_3d(np.array(picture))
+
+
+def read_labels(raw):
+    """dataset.json -> {image: label} or None: {"labels": [[image, label], ...] or null}."""
+    index = json.loads(raw)
+    rows = index.get("labels", "none") if type(index) is dict else "none"
+    if rows is None:
+        return None
+    if type(rows) is not list:
+        raise Refused('dataset.json has no list "labels"')
+    labels = {}
+    for row in rows:
+        if type(row) is not list or len(row) != 2 or type(row[0]) is not str:
+            raise Refused('"labels" in dataset.json is not a list of [image, label]')
+        name, label = row[0].replace("\\", "/"), row[1]
+        if type(label) is float and label.is_integer():
+            label = int(label)
+        if type(label) is not int or not 0 <= label <= MOST_LABEL:
+            shown = (
+                printable(label)
+                if type(label) in (int, float, bool, str)
+                else f"a {type(label).__name__}"
+            )
+            raise Refused(
+                f"the label of {printable(name)} is {shown}, not an integer from 0 to {MOST_LABEL}"
+            )
+        if name in labels:
+            raise Refused(f"{printable(name)} has two labels")
+        labels[name] = label
+    return labels
+
+
+def read_dataset(path):
+    """EDM dataset (zip or folder with dataset.json) -> uint8 [N, C, H, W], int64 [N] or None.
+
+    PNG or JPEG, 8 bits, grey or RGB, of one size, in the order of their names. An image of another
+    kind is refused; files of other kinds are counted on stderr."""
+    path = Path(path)
+    with reading(f"dataset {path} cannot be read"):
+        files = DatasetFiles(path)
+        names = sorted(name for name in files.sizes if not is_clutter(name))
+        labels = None
+        if "dataset.json" in names:
+            names.remove("dataset.json")
+            labels = read_labels(files.read("dataset.json", MOST_INDEX_BYTES))
+        misplaced = [name for name in names if name.endswith("/dataset.json")]
+        if misplaced:
+            raise Refused(f"dataset.json must be at the top, not at {printable(misplaced[0])}")
+
+        # Image by image into one array, made when the size is known.
+        images, found, others = None, [], []
+        for name in tqdm(names, desc=f"reading {path.name}", leave=False, disable=None):
+            with reading(f"dataset {path} cannot be read: {printable(name)}"):
+                image = read_image(files.read(name, MOST_IMAGE_BYTES))
+                if image is None:
+                    if Path(name).suffix.lower() in PIL.Image.registered_extensions():
+                        raise Refused("neither PNG nor JPEG")
+                    others.append(name)
+                    continue
+                if images is None:
+                    images = torch.empty(
+                        len(names), image.shape[2], *image.shape[:2], dtype=torch.uint8
+                    )
+                image = torch.from_numpy(image).permute(2, 0, 1)  # [C, H, W]
+                if image.shape != images.shape[1:]:
+                    first, this = tuple(images.shape[1:]), tuple(image.shape)
+                    raise Refused(f"[C, H, W] is {this}, that of {printable(found[0])} is {first}")
+                images[len(found)] = image
+                found.append(name)
+        if not found:
+            raise Refused("it holds no PNG or JPEG images")
+        warn_of_others(path, others, labels, found)
+        if labels is None:
+            return images[: len(found)], None
+        missing = [name for name in found if name not in labels]
+        if missing:
+            raise Refused(
+                f"{len(missing)} images have no label in dataset.json, the first is "
+                f"{printable(missing[0])}"
+            )
+        return images[: len(found)], torch.tensor([labels[name] for name in found])
+
+
+def is_clutter(name):
+    """What operating systems put beside files."""
+    last = name.rpartition("/")[2]
+    return (
+        "__MACOSX" in name.split("/")
+        or last.startswith("._")
+        or last in (".DS_Store", "Thumbs.db", "desktop.ini")
+    )
+
+
+def warn_of_others(path, others, labels, found):
+    """What lies in the dataset and is not used, by number and first name, on stderr."""
+    absent = sorted(labels.keys() - set(found)) if labels is not None else []
+    for names, kind in ((others, "files that are no images"), (absent, "labels without an image")):
+        if names:
+            first = printable(names[0])
+            print(
+                f"{path}: {len(names)} {kind} are left out, the first is {first}", file=sys.stderr
+            )
+
+
+def write_dataset(path, images, labels):
+    """uint8 [N, C, H, W] and labels [N] (or None) -> EDM dataset zip, stored uncompressed."""
+    names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(len(images))]
+    index = None if labels is None else list(zip(names, labels.tolist(), strict=True))
+
+    def write(part):
+        with zipfile.ZipFile(part, "w") as archive:
+            for name, image in zip(names, images.permute(0, 2, 3, 1).numpy(), strict=True):
+                png = io.BytesIO()
+                picture = PIL.Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
+                picture.save(png, format="png", compress_level=0)
+                archive.writestr(zipfile.ZipInfo(name), png.getvalue())
+            archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": index}))
+
+    write_atomically(path, write)
 
 
 def lock(file, wait=True):
@@ -4538,97 +5340,11 @@ def lock(file, wait=True):
             raise
 
 
-def remove_orphans(folder):
-    """Temporary folders that a killed run has left."""
-    for part in folder.glob(".part-*"):
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def is_safetensors(path):
     """Whether the file begins as .safetensors do: the length of its header, then JSON."""
     with open(path, "rb") as file:
         start = file.read(9)
     return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < 10**8
-
-
-def fetch(source, what, sha256_start=""):
-    """A path as it is; a URL through the cache (NEON_CACHE), resumed where it stopped and
-    checked."""
-    if not source.startswith(("http://", "https://")):
-        if not Path(source).exists():
-            raise UserError(f"{what} {source} does not exist")
-        return Path(source)
-    cache = Path(os.environ.get("NEON_CACHE", Path.home() / ".cache/adaptive-neon"))
-    target = cache / source.rsplit("/", 1)[1]
-    if target.exists():
-        return target
-    part = target.with_name(target.name + ".part")
-    advice = f"put the file at {target}; --preset glyphs needs no download"
-    with reading(f"cannot download {what} from {source}: {advice}"):
-        cache.mkdir(parents=True, exist_ok=True)
-        with open(part, "ab") as file:
-            file.truncate(
-                have := max(file.tell() - 1, 0)
-            )  # one byte again: servers refuse an empty rest
-            request = urllib.request.Request(
-                source, headers={"Range": f"bytes={have}-"} if have else {}
-            )
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                file.truncate(have if answer.status == 206 else 0)
-                size = int(answer.headers.get("Content-Length", 0))
-                with tqdm(total=size, unit="B", unit_scale=True, desc=target.name) as bar:
-                    while chunk := answer.read(1 << 20):
-                        bar.update(file.write(chunk))
-        if bar.n < size:
-            raise OSError(f"the connection broke after {bar.n} of {size} bytes, run again to go on")
-    if not file_hash(part).startswith(sha256_start):
-        part.unlink()
-        raise UserError(
-            f"{what} from {source} is damaged (SHA-256 is not {sha256_start}...): run again"
-        )
-    os.replace(part, target)
-    return target
-
-
-def read_dataset(path):
-    """EDM dataset (zip or folder with dataset.json) -> uint8 [N, C, H, W], int64 labels [N] or
-    None."""
-    path = Path(path)
-    with reading(f"dataset {path} cannot be read"):
-        archive = None if path.is_dir() else zipfile.ZipFile(path)
-        names = (
-            archive.namelist()
-            if archive
-            else [p.relative_to(path).as_posix() for p in path.rglob("*.*")]
-        )
-        read = archive.read if archive else lambda name: (path / name).read_bytes()
-        table = (
-            dict(json.loads(read("dataset.json"))["labels"] or ())
-            if "dataset.json" in names
-            else {}
-        )
-        names = sorted(n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg")))
-        arrays = [np.asarray(PIL.Image.open(io.BytesIO(read(name)))) for name in names]
-        images = torch.from_numpy(np.stack([np.atleast_3d(a) for a in arrays]))
-        labels = torch.tensor([table[name] for name in names]) if table else None
-        return images.permute(0, 3, 1, 2).contiguous(), labels
-
-
-def write_dataset(path, images, labels):
-    """uint8 [N, C, H, W] and labels (or None) -> EDM dataset zip, stored uncompressed."""
-    names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(len(images))]
-    index = None if labels is None else list(zip(names, labels.tolist()))
-
-    def write(file):
-        with zipfile.ZipFile(file, "w") as archive:
-            for name, image in zip(names, images.permute(0, 2, 3, 1).numpy()):
-                png = io.BytesIO()
-                picture = PIL.Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
-                picture.save(png, format="png", compress_level=0)
-                archive.writestr(zipfile.ZipInfo(name), png.getvalue())
-            archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": index}))
-
-    write_atomically(path, write)
 
 
 # -------------------- keys: hashes of the content that decides a result
@@ -4642,14 +5358,6 @@ TRAINING_VERSION, SAMPLING_VERSION, SCORING_VERSION, SEARCH_VERSION = (
 
 def key_of(*parts):
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def file_hash(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]
 
 
 def tensor_hash(tensor):
@@ -4936,12 +5644,12 @@ def parse(argv):
     c = Config(**{"out": Path(f"runs/{preset.name}"), **preset.defaults, **given, **paper})
     if c.device == "cpu" and c.precision == "tf32":
         c = dataclasses.replace(c, precision="fp32")
-    check_options(c)
+    check_combinations(c)
     check_machine(c)
     return c
 
 
-def check_options(c):
+def check_combinations(c):
     """Options that contradict each other."""
     if len(c.bounds) != 2:
         raise UserError("--bounds: give two numbers, low,high")
