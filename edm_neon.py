@@ -84,6 +84,7 @@ try:
 except ImportError:  # reported by check_machine(), in one line
     neon_ext = None
 
+NETWORKS = (".pkl", ".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # files, not names on a hub
 FOLDS = 20  # of the seeds of every score: jackknife intervals need no new samples
 MAX_POINTS = 10_000  # of a grid, without --yes
 MAX_POINTS_BESIDE_SEARCH = 100  # of a grid that runs in addition to a search
@@ -208,6 +209,7 @@ class Config:
 
     # Sampling
     steps: int = option(18, "sampler steps", low=1, high=10_000)
+    guidance: float = option(1.0, "classifier-free, of diffusers' DiT; 1: none", low=1, high=1e3)
     sample_batch: int = option(256, "images sampled at once", low=1, high=1e6)
     precision: str = option("tf32" if GPU else "fp32", "of sampling", choices=PRECISIONS)
     confirm_precision: str = option(
@@ -391,6 +393,9 @@ class Model(Protocol):
     identity: str  # hash of all but the weights that decides an image; part of every key
     training_identity: str  # the same of what decides a training
     encodes: bool  # whether encode() is worth doing once for all images, as through a VAE
+
+    def fetch(self, source: str, what: str) -> Path:
+        """A local file or folder of load()'s kind from a path or an address."""
 
     def load(self, path: Path) -> nn.Module:
         """The network that is moved: eval mode, float32, on the CPU."""
@@ -582,9 +587,11 @@ def split_by_content(images, labels, source):
 
 
 def get_model(c, processes):
-    """--model FILE.py, or EDM's networks."""
+    """--model FILE.py, a pipeline of diffusers as --base, or EDM's networks."""
     if c.model:
         return processes.one_by_one(partial(FileModel, c.model))
+    if is_pipeline(c.base):
+        return processes.one_by_one(partial(DiffusersModel, c))
     return EdmModel(PRESETS[c.preset], c)
 
 
@@ -598,7 +605,7 @@ def get_base(c, model, real, processes):
             )
         if source in BASES.values():
             refuse_download(c, model, processes)
-        path = processes.one_by_one(partial(fetch, source, "the base network"))
+        path = processes.one_by_one(partial(model.fetch, source, "the base network"))
         base = model.load(path)
         check_model(c, model, base, real)
         return base
@@ -673,7 +680,7 @@ def get_snapshots(c, model, base, sampler):
     """{kimg: path} of self-trained networks: existing (--aux) or trained here; a plan trains
     nothing."""
     if c.aux:
-        return given_snapshots(c, sampler.processes)
+        return given_snapshots(c, model, sampler.processes)
     processes = sampler.processes
     recipe = Recipe(
         name="self-training",
@@ -731,11 +738,11 @@ def get_snapshots(c, model, base, sampler):
     return paths
 
 
-def given_snapshots(c, processes):
+def given_snapshots(c, model, processes):
     """{kimg: path} from --aux: one network, or a folder of network-snapshot-*."""
     folder = Path(c.aux)
     if not folder.is_dir() or not any(folder.glob("network-snapshot-*")):
-        path = processes.one_by_one(partial(fetch, c.aux, "the self-trained network"))
+        path = processes.one_by_one(partial(model.fetch, c.aux, "the self-trained network"))
         return {c.snapshot[0]: path}
     files = {}
     for path in sorted(folder.glob("network-snapshot-*.*")):
@@ -3282,6 +3289,9 @@ class FileModel:
         refuse_changed_settings(before, f"{self.path}: {name}()")
         return result
 
+    def fetch(self, source, what):
+        return fetch(source, what)
+
     def load(self, path):
         self.base_content = content_hash(Path(path))
         return self.read(path)
@@ -3468,6 +3478,57 @@ class FileModel:
         for name, value in vars(self.file).items():
             if isinstance(value, nn.Module):
                 self.held = {**self.held, name: weights_hash(value)}
+
+
+class DiffusersModel(FileModel):
+    """A pipeline of Hugging Face diffusers as --base, through adapters/diffusers_pipeline.py."""
+
+    def __init__(self, c):
+        adapter = Path(__file__).resolve().parent / "adapters/diffusers_pipeline.py"
+        if not adapter.is_file():
+            raise UserError(f"--base {c.base} is a pipeline of diffusers, which needs {adapter}")
+        self.adapter = self.import_file(adapter, "the adapter")
+        try:
+            self.path = Path(self.adapter.resolve(c.base))
+            self.file = self.adapter.DiffusersPipeline(self.path, c.guidance)
+            self.file.to(c.device)
+            self.content = key_of(file_hash(adapter), self.file.identity())
+        except (ValueError, OSError) as error:
+            raise UserError(f"--base {printable(c.base)}: {printable(error, 400)}") from error
+        self.encodes = self.file.vae is not None
+
+    def fetch(self, source, what):
+        if source != str(self.path) and not Path(source).exists():
+            try:
+                return Path(self.adapter.resolve(source))
+            except (ValueError, OSError) as error:
+                raise UserError(f"{what} {source}: {printable(error, 400)}") from error
+        return Path(source)
+
+    def call(self, name, *args):
+        """The adapter says in words of its own what is wrong with a folder."""
+        try:
+            return getattr(self.file, name)(*args)
+        except (ValueError, OSError) as error:
+            raise UserError(f"{self.path}: {printable(error, 400)}") from error
+
+    def load(self, path):
+        return self.read(path)
+
+    def read(self, path):
+        return self.checked_network(self.call("load", path), "load")
+
+    def export(self, net, path, recipe):
+        plain = copy.deepcopy(net).cpu()
+        vars(plain).pop("forward", None)  # the compiled one
+        self.call("save", plain, path, recipe)
+
+
+def is_pipeline(source):
+    """A folder of diffusers, or a name on its hub."""
+    if Path(source).exists():
+        return (Path(source) / "model_index.json").is_file()
+    return re.fullmatch(r"[\w-]+/[\w.-]+", source) is not None and not source.endswith(NETWORKS)
 
 
 class StartCheck:
@@ -3793,6 +3854,10 @@ class EdmModel:
     def __init__(self, preset, c):
         self.preset, self.augment_p = preset, c.augment
         self.training_identity = f"edm, augment {c.augment}, dropout {c.dropout}, 1"
+
+    def fetch(self, source, what):
+        """What an address answers with is read before it is kept."""
+        return fetch(source, what, check=load_network)
 
     def load(self, path):
         return load_network(path)

@@ -18,7 +18,7 @@ SCRIPT = Path(edm.__file__)
 torch.set_num_threads(1)  # tiny networks: a second thread only waits
 
 # The preset that needs no download.
-PRESET = "digits"
+PRESET = "glyphs"
 preset = edm.PRESETS[PRESET]
 SIZE = preset.network["img_resolution"]
 

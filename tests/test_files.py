@@ -1332,7 +1332,7 @@ def test_no_connection_names_the_place_of_the_file(tmp_path, monkeypatch):
     with pytest.raises(edm.UserError) as error:
         edm.fetch("http://127.0.0.1:9/net.pkl", "a network")
     place = edm.cache_path("http://127.0.0.1:9/net.pkl")
-    assert f"put the file at {place}" in str(error.value) and "--preset digits" in str(error.value)
+    assert f"put the file at {place}" in str(error.value) and "--preset glyphs" in str(error.value)
 
 
 def test_a_file_put_into_the_cache_is_used(tmp_path, monkeypatch):
