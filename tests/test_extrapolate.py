@@ -338,12 +338,13 @@ def test_other_kernels_of_this_cpu_agree(tmp_path, capability, kernels):
         env = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"}
         if name:
             env["ATEN_CPU_CAPABILITY"] = name
-        file = tmp_path / f"{name}.pt"
+        file = tmp_path / f"of_{name}.pt"
         subprocess.run([sys.executable, "-c", SCRIPT, str(file)], check=True, env=env, timeout=300)
         results[name] = torch.load(file)
     assert results[capability][0] in kernels
-    for got, want in zip(results[capability][1], results[""][1]):
-        ulp = torch.finfo(got.dtype).eps
+    for i, (got, want) in enumerate(zip(results[capability][1], results[""][1])):
+        computed = torch.float64 if i // 4 == 1 else torch.float32
+        ulp = max(torch.finfo(got.dtype).eps, torch.finfo(computed).eps)
         torch.testing.assert_close(got, want, rtol=2 * ulp, atol=4 * ulp, equal_nan=True)
         assert torch.equal(got.isnan(), want.isnan())
 
