@@ -1,5 +1,6 @@
 """Block-wise extrapolation: exact properties, every dtype, layouts, shared memory, bad input."""
 
+import math
 import os
 import subprocess
 import sys
@@ -141,6 +142,21 @@ def test_output_may_be_an_input(device):
         out = a if target == "r" else b
         neon_ext.extrapolate([a], [b], [0], [1.5], out=[out])
         assert_rounds_like_reference(out, want, torch.float32)
+
+
+@pytest.mark.parametrize("out_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("in_dtype", FLOATS, ids=str)
+def test_every_nan_stays_nan(device, in_dtype, out_dtype):
+    """Rounding its bits up could turn one whose payload is all ones into -0."""
+    size, mantissa = torch.finfo(in_dtype).bits, -int(math.log2(torch.finfo(in_dtype).eps))
+    integer = {16: torch.int16, 32: torch.int32, 64: torch.int64}[size]
+    infinity = (1 << (size - 1)) - (1 << mantissa)
+    payloads = [infinity + 1, infinity + (1 << (mantissa - 1)), (1 << (size - 1)) - 1, -1]
+    r = torch.tensor(payloads * 5, dtype=integer).view(in_dtype).to(device)
+    assert r.isnan().all()
+    s = torch.ones_like(r)
+    assert neon_ext.extrapolate([r], [s], [0], [0.7], dtype=out_dtype)[0].isnan().all()
+    assert neon_ext.extrapolate([s], [r], [0], [0.7], dtype=out_dtype)[0].isnan().all()
 
 
 # ---------------------------------------------------------------- shared memory
