@@ -70,9 +70,9 @@ void parallel(int64_t n, int64_t grain, c10::function_ref<void(int64_t, int64_t)
   const auto numbers = at::empty({parts}, at::TensorOptions().dtype(at::kByte).device(at::kCPU));
   const char* first = static_cast<const char*>(numbers.const_data_ptr());
   auto iterator = at::TensorIterator::borrowing_nullary_op(numbers);
-  const auto part = [&](char** data, const int64_t* strides, int64_t count) {
-    for (int64_t k = 0; k < count; ++k) {
-      const int64_t i = data[0] + k * strides[0] - first;
+  const auto part = [&](char** data, const int64_t* strides, int64_t inner, int64_t outer) {
+    for (int64_t k = 0; k < inner * outer; ++k) {
+      const int64_t i = data[0] + k / inner * strides[1] + k % inner * strides[0] - first;
       body(n * i / parts, n * (i + 1) / parts);
     }
   };

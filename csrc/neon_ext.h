@@ -30,6 +30,11 @@ constexpr bool kRegisters = true;  // registers cannot be indexed at run time
 constexpr bool kRegisters = false;
 #endif
 
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+// Arrays of registers are filled by unrolled loops, which GCC's check does not follow.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 namespace neon {
 
 using at::Tensor;
