@@ -2905,7 +2905,8 @@ def summarise_seeds(c, argv, summaries, begin):
 
 
 def answer(over, kimg, seeds):
-    """The question of the paper in one sentence."""
+    """The question of the paper in one sentence: is block-wise better than global, than random
+    blocks, and what was searched (layers, say) better than both?"""
     parts = []
     for model, against in QUESTIONS:
         for row in over:
@@ -3146,7 +3147,8 @@ def plot_seeds(plt, summary):
         [f"{row['model']} against {row['against']}, {row['kimg']:g} kimg" for row in rows],
     )
     axis.invert_yaxis()
-    axis.set(xlabel="difference of the distance (%), one point a seed, bar: mean; lower is better")
+    axis.set(xlabel="difference of the distance (%)")
+    axis.set(title="one point a training seed, bar: their mean; lower is better")
     axis.legend(fontsize=8)
 
 
@@ -3165,7 +3167,7 @@ def sample_panel(images, most=8, gap=2, width=400):
     return torch.cat(rows, 1).permute(1, 2, 0).numpy()
 
 
-def plot_samples(plt, data, title_height=44, margin=12):
+def plot_samples(plt, data, title_height=56, margin=12):
     """One image grid per model, all from the same noise, drawn pixel by pixel."""
     entry, pictures = data
     panels = {name: sample_panel(images) for name, images in pictures.items()}
