@@ -320,18 +320,18 @@ class Glyphs(Cifar10):
     name = "glyphs"
     threads = 1  # 12 x 12 images: two batches at once are faster than two threads
     defaults = {
-        "snapshot": (10,),
+        "snapshot": (3,),
         "grid": (0.5, 1.0, 1.5),
-        "train_base": 40.0,
+        "train_base": 60.0,
         "base_lr": 3e-3,
         "synthetic": 2000,
-        "lr": 2e-4,
+        "steps": 10,
         "ramp_kimg": 0.0,
         "ema_kimg": 0.5,
         "dropout": 0.0,
         "augment": 0.0,
         "select_images": 1000,
-        "final_images": 2000,
+        "final_images": 3000,
         "sample_batch": 250,
         "judge": ("classifier-2", "mlp", "random-conv", "pixels"),
     }
