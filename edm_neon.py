@@ -302,7 +302,10 @@ class Cifar10:
         """RealData of --data; None without it."""
         if not c.data:
             return None
-        return split_by_content(*read_dataset(c.data), c.data)
+        origin = "a part of --data that nothing else has used"
+        if c.base or not c.train_base:
+            origin += " here; whether the base was trained on it is unknown"
+        return split_by_content(*read_dataset(c.data), c.data, origin)
 
     def judges(self, c):
         """{name: function that gives the features} of the judges that only this preset has."""
@@ -568,7 +571,7 @@ SHARES = {"training": (0, 1), "selection": (2,), "final": (3,)}  # quarters, by 
 LEAST_IMAGES = 2 * FOLDS  # of a part
 
 
-def split_by_content(images, labels, source):
+def split_by_content(images, labels, source, origin=""):
     """RealData: half to train on, a quarter to select with, a quarter for the final comparison. An
     image's part follows from its content alone: it never moves, and copies stay together."""
     digests = [hashlib.sha256(image.tobytes()).digest() for image in images.numpy()]
@@ -583,7 +586,7 @@ def split_by_content(images, labels, source):
             )
         part_labels = None if labels is None else labels[chosen]
         parts[purpose] = RealImages(images[chosen], part_labels, f"{source}, {purpose} part")
-    return RealData(**parts, origin="a part of --data that is not used for anything else")
+    return RealData(**parts, origin=origin)
 
 
 def get_model(c, processes):
@@ -1805,8 +1808,10 @@ class JudgeFile:
     def __init__(self, path):
         self.path = Path(path)
         if not self.path.is_file():
-            known = ", ".join(["random-conv", "pixels"])
-            raise UserError(f"--judge {path} is no file, and none of {known} (glyphs: more)")
+            raise UserError(
+                f"--judge {path} is no file, and no built-in judge: random-conv, pixels; with "
+                "--preset glyphs also classifier-2 and mlp"
+            )
         self.file = FileModel.import_file(self.path, "--judge")
         self.identity = file_hash(self.path)
         if not hasattr(self.file, "features"):
