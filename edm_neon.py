@@ -302,7 +302,10 @@ class Cifar10:
         """RealData of --data; None without it."""
         if not c.data:
             return None
-        return split_by_content(*read_dataset(c.data), c.data)
+        origin = "a part of --data that nothing else has used"
+        if c.base or not c.train_base:
+            origin += " here; whether the base was trained on it is unknown"
+        return split_by_content(*read_dataset(c.data), c.data, origin)
 
     def judges(self, c):
         """{name: function that gives the features} of the judges that only this preset has."""
@@ -320,18 +323,18 @@ class Glyphs(Cifar10):
     name = "glyphs"
     threads = 1  # 12 x 12 images: two batches at once are faster than two threads
     defaults = {
-        "snapshot": (10,),
+        "snapshot": (3,),
         "grid": (0.5, 1.0, 1.5),
-        "train_base": 40.0,
+        "train_base": 60.0,
         "base_lr": 3e-3,
         "synthetic": 2000,
-        "lr": 2e-4,
+        "steps": 10,
         "ramp_kimg": 0.0,
         "ema_kimg": 0.5,
         "dropout": 0.0,
         "augment": 0.0,
         "select_images": 1000,
-        "final_images": 2000,
+        "final_images": 3000,
         "sample_batch": 250,
         "judge": ("classifier-2", "mlp", "random-conv", "pixels"),
     }
@@ -568,7 +571,7 @@ SHARES = {"training": (0, 1), "selection": (2,), "final": (3,)}  # quarters, by 
 LEAST_IMAGES = 2 * FOLDS  # of a part
 
 
-def split_by_content(images, labels, source):
+def split_by_content(images, labels, source, origin=""):
     """RealData: half to train on, a quarter to select with, a quarter for the final comparison. An
     image's part follows from its content alone: it never moves, and copies stay together."""
     digests = [hashlib.sha256(image.tobytes()).digest() for image in images.numpy()]
@@ -583,7 +586,7 @@ def split_by_content(images, labels, source):
             )
         part_labels = None if labels is None else labels[chosen]
         parts[purpose] = RealImages(images[chosen], part_labels, f"{source}, {purpose} part")
-    return RealData(**parts, origin="a part of --data that is not used for anything else")
+    return RealData(**parts, origin=origin)
 
 
 def get_model(c, processes):
@@ -1805,8 +1808,10 @@ class JudgeFile:
     def __init__(self, path):
         self.path = Path(path)
         if not self.path.is_file():
-            known = ", ".join(["random-conv", "pixels"])
-            raise UserError(f"--judge {path} is no file, and none of {known} (glyphs: more)")
+            raise UserError(
+                f"--judge {path} is no file, and no built-in judge: random-conv, pixels; with "
+                "--preset glyphs also classifier-2 and mlp"
+            )
         self.file = FileModel.import_file(self.path, "--judge")
         self.identity = file_hash(self.path)
         if not hasattr(self.file, "features"):
@@ -2905,7 +2910,8 @@ def summarise_seeds(c, argv, summaries, begin):
 
 
 def answer(over, kimg, seeds):
-    """The question of the paper in one sentence."""
+    """The question of the paper in one sentence: is block-wise better than global, than random
+    blocks, and what was searched (layers, say) better than both?"""
     parts = []
     for model, against in QUESTIONS:
         for row in over:
@@ -3146,7 +3152,8 @@ def plot_seeds(plt, summary):
         [f"{row['model']} against {row['against']}, {row['kimg']:g} kimg" for row in rows],
     )
     axis.invert_yaxis()
-    axis.set(xlabel="difference of the distance (%), one point a seed, bar: mean; lower is better")
+    axis.set(xlabel="difference of the distance (%)")
+    axis.set(title="one point a training seed, bar: their mean; lower is better")
     axis.legend(fontsize=8)
 
 
@@ -3165,7 +3172,7 @@ def sample_panel(images, most=8, gap=2, width=400):
     return torch.cat(rows, 1).permute(1, 2, 0).numpy()
 
 
-def plot_samples(plt, data, title_height=44, margin=12):
+def plot_samples(plt, data, title_height=56, margin=12):
     """One image grid per model, all from the same noise, drawn pixel by pixel."""
     entry, pictures = data
     panels = {name: sample_panel(images) for name, images in pictures.items()}

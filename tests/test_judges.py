@@ -158,6 +158,13 @@ def test_too_few_images_are_refused():
         edm.split_by_content(random_images(100), None, "x.zip")
 
 
+@pytest.mark.parametrize("base, unknown", [("", False), ("x.pkl", True)])
+def test_origin_says_whether_the_base_may_have_seen_the_images(tmp_path, base, unknown):
+    edm.write_dataset(tmp_path / "x.zip", random_images(800), None)
+    config = edm.Config(data=str(tmp_path / "x.zip"), base=base, train_base=1.0)
+    assert ("unknown" in edm.Cifar10().real_images(config).origin) == unknown
+
+
 # ---------------------------------------------------------------- references
 class Flat:
     """Features: the first pixels themselves."""
