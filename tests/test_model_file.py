@@ -1,0 +1,879 @@
+"""--model FILE.py: what is wrong with a file is one line; what is right goes through all stages."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import edm_neon as edm
+
+SCRIPT = Path(edm.__file__)
+ADAPTER = SCRIPT.parent / "adapters" / "flow_digits.py"
+PRESET = next(name for name in edm.PRESETS if name != "cifar10")
+SIZE = edm.PRESETS[PRESET].network["img_resolution"]
+torch.set_num_threads(1)
+
+GOOD = f"""
+import copy
+import numpy as np
+import torch
+from torch import nn
+
+SHAPE = (4,)
+CLASSES = 10
+
+class Net(nn.Module):
+    '''A one-step generator with an unused parameter, a frozen one, a tied one and BatchNorm.'''
+    def __init__(self):
+        super().__init__()
+        self.label = nn.Embedding(CLASSES, 4)
+        self.body = nn.Linear(4, 16)
+        self.norm = nn.BatchNorm1d(16)
+        self.again = nn.Linear(16, 16)
+        self.tied = nn.Linear(16, 16)
+        self.tied.weight = self.again.weight
+        self.head = nn.Linear(16, {SIZE * SIZE})
+        self.gain = nn.Parameter(torch.ones(()))
+        self.unused = nn.Parameter(torch.ones(3))
+        self.frozen = nn.Parameter(torch.ones(16), requires_grad=False)
+    def forward(self, z, labels):
+        h = torch.relu(self.norm(self.body(z + self.label(labels)))) * self.frozen
+        h = self.tied(torch.relu(self.again(h)))
+        return torch.tanh(self.gain * self.head(h)).view(-1, 1, {SIZE}, {SIZE})
+
+def create():
+    return Net()
+def load(path):
+    net = Net()
+    net.load_state_dict(torch.load(path, weights_only=True))
+    return net
+def sample(net, noise, labels, steps):
+    return net(noise, labels)
+def loss(net, x, labels):
+    z = torch.randn(len(x), 4)
+    return (net(z, labels) - x).square().mean((1, 2, 3))
+def block(name):
+    return "in" if name.split(".")[0] in ("label", "body", "norm") else "out"
+"""
+SHORT = [
+    *("--preset", PRESET, "--snapshot", "1", "--grid", "0.5,1.0", "--steps", "2"),
+    *("--synthetic", "64", "--select-images", "40", "--final-images", "40"),
+    *("--sample-batch", "20", "--precision", "fp32", "--device", "cpu"),
+]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder with the base of the good file and the preset's classifier, which takes seconds."""
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "mine.py").write_text(GOOD)
+    torch.manual_seed(0)
+    net = edm.FileModel(folder / "mine.py").file.create()
+    torch.save(net.state_dict(), folder / "base.pt")
+    edm.PRESETS[PRESET].features(edm.Config(out=folder))
+    return folder
+
+
+@pytest.fixture
+def out(shared, tmp_path):
+    """A run's folder that has the classifier already."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for path in shared.glob("*-cnn.pt"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def write(tmp_path, changes="", name="mine.py"):
+    path = tmp_path / name
+    path.write_text(GOOD + changes)
+    return path
+
+
+def model_and_base(path, seed=0, **options):
+    """A model file and a network of it with BatchNorm statistics of its own."""
+    model = edm.FileModel(path)
+    c = edm.Config(**{"out": path.parent, "device": "cpu", "precision": "fp32", **options})
+    torch.manual_seed(seed)
+    net = model.file.create()
+    for buffer in net.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(torch.rand_like(buffer) + 0.5)
+    return model, net.eval(), c
+
+
+def refused(capsys, *argv):
+    """The one line of a run that ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        edm.main([str(arg) for arg in argv])
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line]
+    lines = [line for line in lines if line.strip()]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("edm_neon: ")
+    return lines[0]
+
+
+# ---------------------------------------------------------------- wrong files
+def sample_is(body):
+    return f"\ndef sample(net, noise, labels, steps):\n    {body}\n"
+
+
+def loss_is(body):
+    return f"\ndef loss(net, x, labels):\n    {body}\n"
+
+
+LOSS = "l = (net(torch.randn(len(x), 4), labels) - x).square().mean((1, 2, 3))\n    return "
+GRADIENT = ("--search", "gradient")
+WRONG = {
+    "no sample": ("\ndel sample\n", (), "lacks sample$"),
+    "no shape, no load": ("\ndel SHAPE, load\n", (), "lacks SHAPE, load$"),
+    "import fails": ("\n1 / 0\n", (), r"cannot be imported: line \d+: ZeroDivisionError"),
+    "syntax": ("\ndef (:\n", (), r"cannot be imported: line \d+: SyntaxError"),
+    "exits": ("\nraise SystemExit(0)\n", (), "cannot be imported: line .*SystemExit"),
+    "shape is a float": ("\nSHAPE = (4.0,)\n", (), "SHAPE must be a tuple of positive integers"),
+    "shape is a number": ("\nSHAPE = 4\n", (), "SHAPE must be"),
+    "shape has zero": ("\nSHAPE = (0, 4)\n", (), "SHAPE must be"),
+    "shape is empty": ("\nSHAPE = ()\n", (), "SHAPE must be"),
+    "classes is text": ("\nCLASSES = '10'\n", (), "CLASSES must be an integer"),
+    "classes is negative": ("\nCLASSES = -1\n", (), "CLASSES must be an integer"),
+    "sample is no function": ("\nsample = 3\n", (), "sample must be a function"),
+    "block is no function": ("\nblock = 'enc'\n", (), "block must be a function"),
+    "load gives a dict": ("\ndef load(path):\n    return {}\n", (), r"load\(\) must give a torch"),
+    "load fails": (
+        "\ndef load(path):\n    open('x/y')\n",
+        (),
+        r"load\(\) failed: line \d+: FileNo",
+    ),
+    "load is random": (
+        "\ndef load(path):\n    return Net()\n",
+        (),
+        r"load\(\) gives other weights",
+    ),
+    "no parameters": ("\ndef load(path):\n    return nn.Identity()\n", (), r"load\(\).*parameters"),
+    "half": ("\nread = load\ndef load(path):\n    return read(path).half()\n", (), "float32 param"),
+    "complex": (
+        "\nread = load\ndef load(path):\n    net = read(path)\n"
+        "    net.z = nn.Parameter(torch.ones(2, dtype=torch.cfloat))\n    return net\n",
+        (),
+        r"load\(\) must give float32 parameters, z is complex64",
+    ),
+    "lazy": (
+        "\ndef load(path):\n    return nn.Sequential(nn.LazyLinear(3))\n",
+        (),
+        r"load\(\) must give a complete network, 0.weight is lazy",
+    ),
+    "meta": (
+        "\ndef load(path):\n    return Net().to('meta')\n",
+        (),
+        r"load\(\) must give weights, \S+ is on the meta device",
+    ),
+    "script": (
+        "\ndef load(path):\n    return torch.jit.trace(nn.Linear(4, 4), torch.ones(1, 4))\n",
+        (),
+        r"load\(\) must give .* not a TorchScript",
+    ),
+    "not finite weights": (
+        "\nread = load\ndef load(path):\n    net = read(path)\n"
+        "    net.head.bias.data[0] = float('nan')\n    return net\n",
+        (),
+        r"load\(\) must give finite weights, head.bias is not",
+    ),
+    "no copy": (
+        "\nread = load\ndef load(path):\n    net = read(path)\n"
+        "    net.cached = net.head.weight * 2\n    return net\n",
+        (),
+        r"load\(\) must give a network that can be copied",
+    ),
+    "images flat": (sample_is("return net(noise, labels).flatten(1)"), (), r"images \[4, 1 or 3"),
+    "images short": (
+        sample_is("return net(noise, labels)[:1]"),
+        (),
+        r"sample\(\) must give images",
+    ),
+    "four channels": (
+        sample_is("return net(noise, labels).repeat(1, 4, 1, 1)"),
+        (),
+        r"sample\(\) must give images \[4, 1 or 3, H, W\], not \[4, 4",
+    ),
+    "images are bytes": (sample_is("return net(noise, labels).byte()"), (), "not torch.uint8"),
+    "images are a list": (sample_is("return [net(noise, labels)]"), (), r"sample\(\).*not list"),
+    "images not finite": (
+        sample_is("return net(noise, labels) / 0"),
+        (),
+        r"sample\(\).*not finite",
+    ),
+    "images out of range": (
+        sample_is("return net(noise, labels) * 90"),
+        (),
+        r"sample\(\).*\[-1, 1\]",
+    ),
+    "images are pixels": (sample_is("return net(noise, labels) * 2 + 3"), (), r"\[-1, 1\]"),
+    "other size": (
+        sample_is("return net(noise, labels).repeat(1, 3, 1, 1)"),
+        (),
+        "the base makes images of shape",
+    ),
+    "depends on the batch": (
+        sample_is("x = net(noise, labels)\n    return x - 0.1 * x.mean(0)"),
+        (),
+        r"sample\(\) gave other images for the same noise in another batch",
+    ),
+    "training mode": (sample_is("net.train()\n    return net(noise, labels)"), (), r"sample\(\)"),
+    "torch's random state": (
+        sample_is("return net(noise + 0.1 * torch.randn_like(noise), labels)"),
+        (),
+        r"sample\(\) gave other images for the same noise: hidden",
+    ),
+    "numpy's random state": (
+        sample_is("return net(noise + 0.1 * float(np.random.randn()), labels)"),
+        (),
+        r"sample\(\) gave other images for the same noise: hidden",
+    ),
+    "ignores the noise": (
+        sample_is("return net(torch.ones_like(noise), labels)"),
+        (),
+        r"sample\(\) gave the same images for other noise",
+    ),
+    "another network": (
+        "\nOTHER = Net().eval()\n" + sample_is("return OTHER(noise, labels).detach()"),
+        (),
+        r"sample\(\) does not depend on the weights that loss\(\) trains",
+    ),
+    "a cached weight": (
+        sample_is(
+            "if not hasattr(net, 'w'):\n        net.w = net.gain.detach().clone() * 2\n"
+            "    return net(noise * net.w, labels)"
+        ),
+        (),
+        r"sample\(\) keeps something of earlier weights",
+    ),
+    "changes the weights": (
+        sample_is("net.gain.data.mul_(1.00001)\n    return net(noise, labels)"),
+        (),
+        r"sample\(\) changes the network, first gain",
+    ),
+    "casts the network": (
+        sample_is("net.double()\n    return net(noise.double(), labels).float()"),
+        (),
+        r"sample\(\) changes the network, first",
+    ),
+    "shared between threads": (
+        "\nimport time\n"
+        + sample_is(
+            "net.z = noise\n    time.sleep(0.02)\n    return net(net.z[:len(noise)], labels)"
+        ),
+        (),
+        r"sample\(\) mixes batches",
+    ),
+    "sample raises": (
+        sample_is("raise ValueError('my own words')"),
+        (),
+        r"sample\(\) failed: line \d+: ValueError: my own words",
+    ),
+    "sample has no steps": (
+        "\ndef sample(net, noise, labels):\n    return net(noise, labels)\n",
+        (),
+        r"sample\(\) failed: TypeError",
+    ),
+    "block gives none": ("\ndef block(name):\n    pass\n", (), r"block\('gain'\) must give"),
+    "block gives a number": ("\ndef block(name):\n    return 1\n", (), r"block\(.*\) must give"),
+    "block gives two lines": ("\ndef block(name):\n    return 'a\\nb'\n", (), r"block\("),
+    "layer gives none": (
+        "\ndef layer(name):\n    pass\n",
+        ("--partition", "layers"),
+        r"layer\('gain'\) must give a string",
+    ),
+    "no block": ("\ndel block\n", (), r"--partition paper needs block\(\) in .*: write one"),
+    "structural": ("", ("--partition", "structural"), "--partition structural needs block"),
+    "loss is a mean": (loss_is(LOSS + "l.mean()"), (), r"loss\(\) must give one number a sample"),
+    "loss has pixels": (
+        loss_is("return (net(torch.randn(len(x), 4), labels) - x).square()"),
+        (),
+        r"loss\(\) must give one number a sample, \[4\], not \[4, 1",
+    ),
+    "loss is a number": (loss_is("return 3.0"), (), r"loss\(\) must give one number a sample"),
+    "loss not finite": (loss_is(LOSS + "l / 0"), (), r"loss\(\) gave numbers that are not finite"),
+    "loss's gradient not finite": (
+        loss_is(LOSS + "l + (net.unused - 1).sum().abs().sqrt() * 0"),
+        (),
+        r"loss\(\) has a gradient that is not finite, first in unused",
+    ),
+    "loss of numpy": (
+        loss_is("return (net(torch.randn(len(x), 4), labels) * np.random.rand()).mean((1, 2, 3))"),
+        (),
+        r"loss\(\) gave other numbers for the same torch.manual_seed",
+    ),
+    "loss without gradient": (
+        loss_is("with torch.no_grad():\n        " + LOSS.replace("\n    ", "\n        ") + "l"),
+        (),
+        r"no gradient comes through loss\(\)",
+    ),
+    "loss of another network": (
+        "\nOTHER = Net()\n" + loss_is(LOSS.replace("net(", "OTHER(") + "l"),
+        (),
+        r"loss\(\) does not depend on the network's weights",
+    ),
+    "loss trains what sample leaves": (
+        loss_is("return net.unused.sum() * x.mean((1, 2, 3))"),
+        (),
+        r"sample\(\) does not depend on the weights that loss\(\) trains",
+    ),
+    "loss raises": (loss_is("return x.nonsense"), (), r"loss\(\) failed: line \d+: AttributeError"),
+    "loss changes the threads": (
+        loss_is("torch.set_num_threads(2)\n    " + LOSS + "l"),
+        (),
+        r"loss\(\) changes torch's number of threads from 1 to 2",
+    ),
+    "no loss": (
+        "\ndel loss\n",
+        (),
+        r"self-training needs a function loss\(\) in .*, or give --aux",
+    ),
+    "encode is short": ("\ndef encode(x):\n    return x[:1] / 127.5 - 1\n", (), r"encode\(\) must"),
+    "encode raises": ("\ndef encode(x):\n    return x.no\n", (), r"encode\(\) failed: line \d+"),
+    "no_grad in sample": (
+        sample_is("with torch.no_grad():\n        return net(noise, labels)"),
+        GRADIENT,
+        r"no gradient comes through sample\(\)",
+    ),
+    "detach in sample": (
+        sample_is("x = net(noise, labels)\n    return (x + net(noise * 0.5, labels).detach()) / 2"),
+        GRADIENT,
+        r"the gradient through sample\(\) is not its derivative",
+    ),
+    "not differentiable": (
+        sample_is("x = net(noise, labels)\n    return (x * 4).round() / 4"),
+        GRADIENT,
+        r"the gradient through sample\(\) is not its derivative",
+    ),
+    "written over": (
+        sample_is("x = net(noise, labels).exp()\n    x.mul_(x).log_()\n    return x / 2"),
+        GRADIENT,
+        r"the gradient through sample\(\) fails",
+    ),
+    "no_grad in features": (
+        "\n@torch.no_grad()\ndef features(images):\n    return images.float().flatten(1)[:, ::9]\n",
+        GRADIENT,
+        r"no gradient comes through features\(\)",
+    ),
+    "features of four": (
+        "\ndef features(images):\n    return images\n",
+        ("--train-base", "0.1"),
+        r"features\(\) must give a tensor \[4, D\]",
+    ),
+    "save writes nothing": (
+        "\ndef save(net, path):\n    pass\n",
+        (),
+        r"save\(net, path\) wrote noth",
+    ),
+    "save raises": ("\ndef save(net, path):\n    net.no\n", (), r"save\(\) failed: line \d+"),
+    "dtype at import": (
+        "\ntorch.set_default_dtype(torch.float64)\n",
+        (),
+        "mine.py, when it is imported, changes torch's default dtype",
+    ),
+    "grad mode at import": (
+        "\ntorch.set_grad_enabled(False)\n",
+        (),
+        "mine.py, when it is imported, changes torch's gradient mode from True to False",
+    ),
+    "parts in half precision": (
+        sample_is("return Net.forward(net, noise, labels)"),
+        ("--confirm-precision", "bf16"),
+        "--precision bf16 wraps",
+    ),
+    "create is missing": (
+        "\ndel create\n",
+        ("--train-base", "1"),
+        r"--train-base needs a function create\(\) in",
+    ),
+    "create without loss": ("\ndel loss\n", ("--train-base", "1"), r"needs a function loss\(\) in"),
+    "create is random": (
+        "\ndef create():\n    net = Net()\n    net.gain.data *= np.random.rand()\n    return net\n",
+        ("--train-base", "1"),
+        r"create\(\) gives other weights for the same torch.manual_seed",
+    ),
+    "create gives a class": (
+        "\ndef create():\n    return Net\n",
+        ("--train-base", "1"),
+        r"create\(\) must give a torch.nn.Module",
+    ),
+    "too few classes": ("\nCLASSES = 4\n", ("--train-base", "1"), "CLASSES is 4, but the data has"),
+}
+
+
+@pytest.fixture
+def settings_restored():
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("case", WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_file_is_one_line(case, shared, out, tmp_path, capsys, settings_restored):
+    changes, options, message = case
+    base = () if "--train-base" in options else ("--base", shared / "base.pt")
+    path = write(tmp_path, changes)
+    line = refused(capsys, *SHORT, "--model", path, *base, *options, "--out", out)
+    assert edm.re.search(message, line), line
+
+
+def test_a_missing_file_and_a_missing_base(tmp_path, capsys):
+    line = refused(capsys, *SHORT, "--model", tmp_path / "none.py", "--out", tmp_path)
+    assert "none.py does not exist" in line
+    path = write(tmp_path)
+    line = refused(capsys, "--model", path, "--out", tmp_path, "--device", "cpu")
+    assert "needs --base FILE for its load(), or --train-base KIMG" in line
+
+
+def test_a_relative_path_has_line_numbers_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "\n1 / 0\n")
+    number = GOOD.count("\n") + 2
+    assert f"line {number}: Zero" in refused(
+        capsys, *SHORT, "--model", "mine.py", "--out", tmp_path
+    )
+
+
+def test_memory_errors_stay_what_they_are(tmp_path):
+    """The gradient search halves its batch on them."""
+    model = edm.FileModel(write(tmp_path, sample_is("raise torch.OutOfMemoryError('full')")))
+    with pytest.raises(torch.OutOfMemoryError):
+        model.sample(None, None, None, 1)
+
+
+# ---------------------------------------------------------------- networks of other kinds
+OTHERS = {
+    "a base whose parameters need no gradient": (
+        "\nmake = create\ndef create():\n    return make().requires_grad_(False)\n"
+    ),
+    "three channels": sample_is("return net(noise, labels).repeat(1, 3, 1, 1)")
+    + loss_is(LOSS.replace("- x)", "- x.mean(1, True))") + "l"),
+    "keyword arguments": sample_is("return net(z=noise, labels=labels)"),
+    "float64": "\nmake = create\ndef create():\n    return make().double()\n"
+    + sample_is("return net(noise.double(), labels)")
+    + loss_is(LOSS.replace("4)", "4).double()") + "l"),
+    "weight_norm": (
+        "\nmake = create\nfrom torch.nn.utils.parametrizations import weight_norm\n"
+        "def create():\n    net = make()\n    weight_norm(net.head)\n    return net\n"
+    ),
+    "no labels": "\nCLASSES = 0\n"
+    + "class Net(Net):\n    def __init__(self):\n        super().__init__()\n"
+    "        self.label = nn.Embedding(1, 4)\n" + "    def forward(self, z, labels):\n"
+    "        assert labels is None\n        return super().forward(z, torch.zeros(len(z)).long())"
+    "\n",
+    "latents and a decoder beside the network": (
+        "\ntorch.manual_seed(5)\nDECODER = nn.Tanh()\n"
+        + sample_is("return DECODER(2 * net(noise, labels))")
+        + "\ndef encode(images):\n    return torch.atanh((images / 127.5 - 1) * 0.9) / 2\n"
+    ),
+    "many steps": sample_is(
+        "x = 0\n    for i in range(steps):\n        x = x + net(noise + i, labels) / steps\n"
+        "    return x"
+    ),
+    "noise written over": sample_is("noise.mul_(0.5)\n    return net(noise, labels)"),
+    "a compiled network": "\nmake = create\ndef create():\n    return torch.compile(make())\n",
+    "a state that is no tensor": (
+        "\nclass Net(Net):\n    def get_extra_state(self):\n        return {'version': 3}\n"
+        "    def set_extra_state(self, state):\n        pass\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS.keys())
+def test_other_networks_pass_the_start_check_and_come_back(changes, tmp_path):
+    model, base, c = model_and_base(write(tmp_path, changes), search="gradient")
+    base = model.checked_network(base, "create")
+    model.start_check(base, c, trained=True)
+    assert model.example.dtype == torch.uint8
+    model.save(base, tmp_path / "network.safetensors", {"kimg": 1})
+    again = model.load_like(base, tmp_path / "network.safetensors")
+    assert edm.weights_hash(again) == edm.weights_hash(base)
+    assert not again.training
+    owners = edm.partition_owners(model, base, "layers")
+    assert len(owners) == len(edm.movable_parameters(base))
+
+
+def merged(path, w, **options):
+    """The sampler's network of two networks of a file, merged with the weights w."""
+    model, base, c = model_and_base(path, **options)
+    _, aux, _ = model_and_base(path, seed=1)
+    sampler = edm.Sampler(model, base, edm.Processes("cpu"), 2, 20)
+    merger = edm.Merger(base, aux, edm.partition_owners(model, base, "paper"), sampler)
+    return base, aux, merger.set(w), merger
+
+
+def test_buffers_and_frozen_parameters_are_the_bases(tmp_path):
+    base, aux, net, merger = merged(write(tmp_path), {"in": 30.0, "out": -1.0})
+    assert not torch.equal(aux.norm.running_var, base.norm.running_var)
+    assert torch.equal(net.norm.running_var, base.norm.running_var)
+    assert float(net.norm.running_var.min()) > 0
+    assert torch.equal(net.frozen, base.frozen)
+    assert "frozen" not in merger.owners
+    assert torch.equal(net.head.weight, aux.head.weight)
+    expected = base.body.weight - 30 * (aux.body.weight - base.body.weight)
+    torch.testing.assert_close(net.body.weight, expected)
+
+
+def test_tied_parameters_have_one_owner(tmp_path):
+    base, aux, net, merger = merged(write(tmp_path), {"in": 0.0, "out": -1.0})
+    assert "again.weight" in merger.owners and "tied.weight" not in merger.owners
+    assert net.tied.weight is net.again.weight
+    assert torch.equal(net.tied.weight, aux.again.weight)
+
+
+def test_layers_are_modules_and_weight_norm_stays_together(tmp_path):
+    model = edm.FileModel(write(tmp_path))
+    assert model.layer("a.b.c.d.weight") == "a.b.c"
+    assert model.layer("gain") == "gain"
+    assert model.layer("head.parametrizations.weight.original0") == "head"
+    assert model.layer("head.bias") == "head"
+    assert edm.FileModel(write(tmp_path, "\ndef layer(name):\n    return 'x'\n")).layer("a") == "x"
+
+
+def test_block_is_asked(tmp_path):
+    model, base, _ = model_and_base(write(tmp_path))
+    owners = edm.partition_owners(model, base, "paper")
+    assert set(owners.values()) == {"in", "out"}
+    assert owners["body.weight"] == "in" and owners["gain"] == "out"
+
+
+def test_half_precision_of_containers():
+    pair = edm.FileModel  # any class: only containers are opened
+    half = torch.ones(2, dtype=torch.bfloat16)
+    named = edm.NamedTuple("Out", [("x", torch.Tensor), ("n", int)])
+    out = edm.as_float32({"a": half, "b": [half, (half,)], "c": named(half, 3), "d": pair})
+    assert out["a"].dtype == out["b"][0].dtype == out["b"][1][0].dtype == torch.float32
+    assert out["c"].x.dtype == torch.float32 and out["c"].n == 3 and out["d"] is pair
+
+
+def test_autocast_and_checkpointing_wrap_several_inputs(tmp_path):
+    model, base, _ = model_and_base(
+        write(tmp_path, sample_is("return net(z=noise, labels=labels)"))
+    )
+    noise, labels = edm.draw_noise((4,), 10, range(3), "cpu")
+    exact = base(noise, labels).detach()
+    with edm.network_calls(base, "bf16", checkpointed=True):
+        images = model.sample(base, noise, labels, 1)
+        images.sum().backward()
+    assert images.dtype == torch.float32
+    assert 0 < float((images.detach() - exact).abs().max()) < 0.05
+    assert base.gain.grad is not None and "forward" not in vars(base)
+
+
+# ---------------------------------------------------------------- gradients of the search
+def scorer_of(path, out, partition="layers", batch=12):
+    model, base, c = model_and_base(path)
+    c = edm.dataclasses.replace(c, out=out, partition=partition)
+    model.start_check(base, c, trained=True)
+    torch.manual_seed(7)
+    aux = edm.copy.deepcopy(base)
+    for parameter in edm.movable_parameters(aux).values():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    sampler = edm.Sampler(model, base, edm.Processes("cpu"), 2, batch)
+    merger = edm.Merger(base, aux, edm.partition_owners(model, base, partition), sampler)
+    features = lambda x: x.double().flatten(1)[:, 5:60:9] / 128 - 1  # noqa: E731
+    features.dim, features.identity = 7, "pixels"
+    torch.manual_seed(3)
+    real = torch.randn(200, 7).double() * 0.4
+    prepared = edm.neon_ext.FrechetReference(*edm.neon_ext.feature_moments(real), 200)
+    judge = edm.Judge(features, edm.Reference(prepared, None, {}, "r"))
+    return edm.Scorer(merger, judge, sampler, edm.ScoreLog(out), {}, 1, c)
+
+
+@pytest.mark.parametrize("file", ["own", "adapter"])
+def test_the_gradient_over_layers_is_that_of_central_differences(file, tmp_path):
+    path = write(tmp_path) if file == "own" else ADAPTER
+    scorer = scorer_of(path, tmp_path)
+    seeds = edm.SeedSet("search", 500, 24)
+    w = {block: 0.3 * i - 0.5 for i, block in enumerate(scorer.merger.blocks)}
+    _, gradient = edm.distance_and_gradient(scorer, w, seeds, "fp32", rounding=False)
+
+    def distance(w):
+        return edm.distance_and_gradient(scorer, w, seeds, "fp32", rounding=False)[0]
+
+    scale = max(abs(value) for value in gradient.values())
+    for block in w:
+        ends = [distance({**w, block: w[block] + step}) for step in (0.02, -0.02)]
+        assert gradient[block] == pytest.approx((ends[0] - ends[1]) / 0.04, abs=0.02 * scale)
+    if file == "own":
+        assert gradient["unused"] == 0.0 and scale > 0
+
+
+# ---------------------------------------------------------------- keys
+def test_the_identity_is_the_content(tmp_path):
+    first = edm.FileModel(write(tmp_path)).identity
+    assert edm.FileModel(write(tmp_path, name="renamed.py")).identity == first
+    assert edm.FileModel(write(tmp_path, "# a comment\n")).identity != first
+
+
+def test_the_identity_has_modules_beside_the_file(tmp_path):
+    found = []
+    for i, text in enumerate(("A = 1", "A = 2")):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (folder / "beside_it.py").write_text(text)
+        found.append(edm.FileModel(write(folder, "\nimport beside_it\n")).identity)
+        sys.modules.pop("beside_it")
+        sys.path.remove(str(folder))
+    assert found[0] != found[1]
+
+
+def test_the_identity_has_the_base_and_networks_that_the_file_holds(shared, tmp_path):
+    decoder = "\nDECODER = nn.Linear(1, 1)\n"
+    model, base, c = model_and_base(write(tmp_path, decoder))
+    plain = model.identity
+    model.load(shared / "base.pt")
+    with_base = model.identity
+    model.start_check(base, c, trained=True)
+    with_decoder = model.identity
+    model.file.DECODER.bias.data += 1
+    model.start_check(base, c, trained=True)
+    assert len({plain, with_base, with_decoder, model.identity}) == 4
+    assert model.training_identity == model.identity
+
+
+def test_a_folder_is_hashed_by_content(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("1")
+    first = edm.content_hash(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert edm.content_hash(tmp_path / "b") == first
+    (tmp_path / "b" / "x").write_text("2")
+    assert edm.content_hash(tmp_path / "b") != first
+
+
+# ---------------------------------------------------------------- training
+def test_a_trained_base_has_the_statistics_of_batchnorm(tmp_path):
+    model, net, _ = model_and_base(write(tmp_path))
+    images, labels = (
+        torch.randint(0, 255, (64, 1, SIZE, SIZE), dtype=torch.uint8),
+        torch.arange(64) % 10,
+    )
+    recipe = edm.Recipe("base", batch=16, lr=1e-3, ramp_kimg=0, ema_kimg=0.01, seed=0)
+    saved = []
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    edm.train(
+        model, net, images, labels, recipe, edm.Processes("cpu"), tmp_path / "s.pt", [0.1],
+        lambda ema, kimg: saved.append(edm.copy.deepcopy(ema)),
+    )  # fmt: skip
+    ema = saved[0]
+    assert torch.equal(ema.norm.running_var, net.norm.running_var)
+    assert not torch.equal(ema.norm.running_var, before["norm.running_var"])
+    assert torch.equal(ema.frozen, before["frozen"]) and torch.equal(ema.unused, before["unused"])
+    assert not torch.equal(ema.head.weight, before["head.weight"])
+
+
+def test_encode_is_repeatable_and_keeps_no_graph(tmp_path):
+    path = write(
+        tmp_path,
+        "\nW = nn.Parameter(torch.ones(1))\n"
+        "def encode(images):\n"
+        "    return W * images / 127.5 - 1 + torch.randn(len(images), 1, 1, 1)\n",
+    )
+    model = edm.FileModel(path)
+    images = torch.zeros(300, 1, SIZE, SIZE, dtype=torch.uint8)
+    first, second = (edm.encode_once(model, images, "cpu", 3) for _ in range(2))
+    assert torch.equal(first, second) and not first.requires_grad and len(first) == 300
+    assert not torch.equal(first, edm.encode_once(model, images, "cpu", 4))
+
+
+# ---------------------------------------------------------------- whole runs
+def run(*argv):
+    edm.main([str(arg) for arg in argv])
+
+
+def results(folder):
+    """What a run found, without times."""
+    entry = json.loads((folder / "summary.json").read_text())["snapshots"]
+    text = edm.re.sub(r'"seconds": [^,}]*', "", json.dumps(entry))
+    return json.loads(edm.re.sub(r", }", "}", edm.re.sub(r", ,", ",", text)))
+
+
+RUN = ("--train-base", "1", "--base-lr", "0.01", "--lr", "0.003")
+
+
+def test_a_run_from_base_to_report(out, tmp_path):
+    path = write(tmp_path, "\ndef save(net, path):\n    torch.save(net.state_dict(), path)\n")
+    options = [*SHORT, *RUN, "--model", path, "--out", out, "--race", "--placebo", "1"]
+    options += ["--sweep", "0:1:0.5", "--final-repeats", "2"]
+    options += ["--search", "gradient", "--evaluations", "2"]
+    run(*options)
+    (entry,) = results(out)
+    assert set(entry["blocks"]) == {"in", "out"}
+    assert {"base", "collapsed", "global", "searched", "blockwise"} <= set(entry["final"])
+    assert len(entry["final"]["base"]["all"]) == 2 and len(entry["placebo"]) == 1
+
+    # What is saved is the best network by the selection seeds, and load() reads it.
+    best = min((entry[name]["fd"], name) for name in entry["final"])[1]
+    model = edm.FileModel(path)
+    repaired = model.read(out / "adaptive-neon-000001")
+    (base_path,) = out.glob("base-*.safetensors")
+    (aux_path,) = out.glob("self-*/network-snapshot-000001.safetensors")
+    base = model.load_like(repaired, base_path)
+    aux = model.load_like(repaired, aux_path)
+    w = entry[best]["w"]["out"]
+    expected = base.head.weight - w * (aux.head.weight - base.head.weight)
+    torch.testing.assert_close(repaired.head.weight, expected)
+
+    # The same command again computes nothing.
+    lines = (out / "grid.jsonl").read_text()
+    trained = os.stat(aux_path).st_mtime_ns
+    run(*options)
+    assert (out / "grid.jsonl").read_text() == lines
+    assert os.stat(aux_path).st_mtime_ns == trained
+
+
+def test_aux_of_ours_and_aux_that_load_reads_are_the_same(shared, out, tmp_path):
+    model = edm.FileModel(shared / "mine.py")
+    base = model.load(shared / "base.pt")
+    aux = edm.copy.deepcopy(base)
+    for parameter in edm.movable_parameters(aux).values():
+        parameter.data += 0.05
+    torch.save(aux.state_dict(), tmp_path / "aux.pt")
+    model.save(aux, tmp_path / "aux.safetensors", {})
+    found = []
+    for name in ("aux.pt", "aux.safetensors"):
+        run(
+            *SHORT, "--model", shared / "mine.py", "--base", shared / "base.pt", "--out", out,
+            "--aux", tmp_path / name,
+        )  # fmt: skip
+        found.append(results(out))
+    assert found[0] == found[1]
+    assert (out / "grid.jsonl").read_text().count("\n") == len({-1, 0, 0.5, 1}) + 4 - 2
+
+
+def test_safetensors_of_others_go_to_load(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"theirs": torch.ones(2)}, tmp_path / "x.safetensors")
+    assert edm.own_snapshot(tmp_path / "x.safetensors") is None
+    path = write(tmp_path, "\ndef load(path):\n    raise ValueError('mine to read')\n")
+    with pytest.raises(edm.UserError, match="mine to read"):
+        edm.FileModel(path).load_like(None, tmp_path / "x.safetensors")
+
+
+def test_a_snapshot_of_another_network_is_refused(tmp_path):
+    model, base, _ = model_and_base(write(tmp_path))
+    base.head = torch.nn.Linear(16, 3)
+    model.save(base, tmp_path / "x.safetensors", {})
+    _, other, _ = model_and_base(write(tmp_path))
+    with pytest.raises(edm.UserError, match=r"head.weight has shape \(3, 16\)"):
+        model.load_like(other, tmp_path / "x.safetensors")
+
+
+def test_features_of_ones_own(shared, out, tmp_path):
+    """With parameters that need a gradient, as a network has them."""
+    path = write(
+        tmp_path,
+        "\ntorch.manual_seed(9)\nF = nn.Linear(7, 5)\n"
+        "def features(images):\n    return F(images.flatten(1)[:, 5:60:9] / 128 - 1)\n",
+    )
+    run(*SHORT, *RUN, "--model", path, "--out", out, "--search", "gradient", "--evaluations", "1")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["score"] == "FD (features of mine.py, 5-d)"
+
+
+def test_a_kill_after_any_write_changes_nothing(shared, tmp_path, monkeypatch):
+    """Every file that a run leaves is the last one once; the run that goes on ends the same."""
+    options = (*SHORT, *RUN, "--model", shared / "mine.py", "--search", "gradient")
+    options = (*options, "--evaluations", "2", "--grid", "1.0")
+
+    def folder(name):
+        path = tmp_path / name
+        path.mkdir()
+        for classifier in shared.glob("*-cnn.pt"):
+            shutil.copy(classifier, path)
+        return path
+
+    straight = folder("straight")
+    run(*options, "--out", straight)
+    killed = folder("killed")
+    real = edm.write_atomically
+    kills = 0
+
+    def write_and_die(path, content):
+        known = path.exists() and path.name != "training-state.pt"
+        real(path, content)
+        if not known and path.suffix != ".png":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(edm, "write_atomically", write_and_die)
+    for _ in range(40):
+        try:
+            run(*options, "--out", killed)
+            break
+        except SystemExit as stop:
+            assert stop.code == 130
+            kills += 1
+    assert kills >= 6
+    assert results(killed) == results(straight)
+
+
+def test_plan_trains_nothing(tmp_path, out, capsys):
+    run(*SHORT, *RUN, "--model", write(tmp_path), "--out", out, "--plan")
+    text = capsys.readouterr().out
+    assert "not trained yet" in text and "final ones of" in text
+    assert not list(out.glob("base-*"))
+
+
+def test_two_ranks_find_what_one_finds(shared, out, tmp_path):
+    options = (*SHORT, "--model", shared / "mine.py", "--base", shared / "base.pt", "--grid", "1.0")
+    options = (*options, "--search", "gradient", "--evaluations", "2", "--lr", "0.003")
+    run(*options, "--out", out)
+    other = tmp_path / "two"
+    shutil.copytree(out, other)
+    for name in ("grid.jsonl", "final.jsonl", "summary.json"):
+        (other / name).unlink()
+    for path in other.glob("search-*"):
+        path.unlink()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [SCRIPT, *options, "--out", other]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True)
+    (one,), (two,) = results(out), results(other)
+    for name in one["final"]:
+        np.testing.assert_allclose(one["final"][name]["fd"], two["final"][name]["fd"], rtol=1e-5)
+
+
+# ---------------------------------------------------------------- the example
+def test_the_example_names_every_layer(tmp_path):
+    model, base, _ = model_and_base(ADAPTER)
+    blocks = edm.partition_owners(model, base, "paper")
+    layers = edm.partition_owners(model, base, "layers")
+    assert set(blocks.values()) == {"enc", "mid", "dec"}
+    assert set(layers.values()) == {"embeddings", *(f"block {i}" for i in range(4)), "output"}
+    assert len(edm.block_order(layers)) == 6
+
+
+def test_the_example_keeps_the_seams_promises(tmp_path):
+    model, base, c = model_and_base(ADAPTER, search="gradient", steps=3)
+    model.start_check(base, c, trained=False)
+    assert tuple(model.image_shape(base)) == model.file.SHAPE
+    model.save(base, tmp_path / "x.safetensors", {})
+    assert edm.weights_hash(model.load(tmp_path / "x.safetensors")) == edm.weights_hash(base)
+
+
+def test_the_example_flows_along_its_velocity(tmp_path):
+    """Euler steps of a constant velocity end in noise + velocity; the loss is zero for a network
+    that knows the velocity."""
+    model = edm.FileModel(ADAPTER)
+    noise = torch.randn(3, *model.file.SHAPE)
+    images = model.file.sample(lambda x, t, labels: torch.ones_like(x), noise, None, 5)
+    torch.testing.assert_close(images, noise + 1)
+    x = torch.randn(3, *model.file.SHAPE)
+
+    def velocity(x_t, t, labels):
+        # x_t = noise + t (x - noise), so x - noise = (x - x_t) / (1 - t).
+        return (x - x_t) / (1 - t)[:, None, None, None]
+
+    assert float(model.file.loss(velocity, x, None).max()) < 1e-6
