@@ -21,6 +21,16 @@ SEARCHED = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def signals():
+    """edm.main() in this process takes the signals over."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("edm")
