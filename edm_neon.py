@@ -628,8 +628,6 @@ def get_base(c, model, real, processes):
     torch.manual_seed(c.seed)
     net = model.create(real.training.images, real.training.labels, c)
     check_model(c, model, net, real, trained=False)
-    if c.plan:
-        return net
 
     initial = weights_hash(net)
     inputs = {
@@ -641,6 +639,8 @@ def get_base(c, model, real, processes):
     key = key_of(TRAINING_VERSION, inputs, dataclasses.asdict(recipe))
     path = c.out / f"base-{key}.safetensors"
     state_path = c.out / f"base-{key}.pt"
+    if c.plan and not path.exists():
+        return net
     if not processes.decide(path.exists):
 
         def save(ema, kimg):

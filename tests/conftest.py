@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import signal
+
 import pytest
 import torch
 
@@ -33,3 +35,13 @@ def device(request):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def signals():
+    """edm_neon.main() in this process takes the signals over."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """Networks and a small study that the tests of edm_neon.py share."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from functools import partial
@@ -320,6 +321,12 @@ def launch(*args, program=(sys.executable,), **options):
     """The script in a process of its own."""
     command = [*program, str(SCRIPT), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=900, **options)
+
+
+def lines(path, without=("seconds",)):
+    """Rows of a log, without their times."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in without} for row in rows]
 
 
 def weights(enc, mid, dec):

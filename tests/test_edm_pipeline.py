@@ -534,6 +534,12 @@ def test_plan_trains_no_base(tmp_path):
     assert base_of(tmp_path, plan=True)[1].steps == 0 and not [*tmp_path.iterdir()]
 
 
+def test_plan_of_a_trained_base_uses_it(tmp_path):
+    trained, _ = base_of(tmp_path)
+    planned, model = base_of(tmp_path, plan=True)
+    assert edm.weights_hash(planned) == edm.weights_hash(trained) and model.steps == 0
+
+
 def test_base_of_a_file(tmp_path):
     base, _ = toy_pair()
     ToyModel().save(base, tmp_path / "base.safetensors", {})

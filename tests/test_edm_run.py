@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from edm_helpers import PRESET, SCRIPT, SIZE, SMALL, TORCHRUN, launch, network, preset
+from edm_helpers import PRESET, SCRIPT, SIZE, SMALL, TORCHRUN, launch, lines, network, preset
 
 import edm_neon as edm
 
@@ -43,11 +43,6 @@ def prepared(small_run, tmp_path):
     (base,) = small_run[0].glob("base-*.safetensors")
     (aux,) = small_run[0].glob("self-*/network-snapshot-*.safetensors")
     return tmp_path, ("--preset", PRESET, "--base", base, "--aux", aux, "--snapshot", "1")
-
-
-def lines(path, without=("seconds",)):
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in without} for row in rows]
 
 
 # -------------------- a whole run
@@ -128,69 +123,6 @@ def test_plan_of_a_new_run_trains_nothing(tmp_path):
     done = launch("--preset", PRESET, "--plan", "--out", tmp_path)
     assert done.returncode == 0 and "not trained yet" in done.stdout
     assert not [*tmp_path.iterdir()]
-
-
-STAGES = [
-    (edm, "edm_loss", 20, "training the base"),
-    (edm.Sampler, "images", 0, "synthetic set"),
-    (edm, "edm_loss", 10, "self-training"),
-    (edm, "fold_distances", 3, "sweep"),
-    (edm, "fold_distances", 8, "grid"),
-    (edm.ScoreLog, "add", 8, "search"),
-    (edm, "compare", 2, "final comparison"),
-    (edm, "save_merged", 0, "repaired network"),
-    (edm, "write_report", 0, "report"),
-    (edm, "plot_report", 0, "pictures"),
-]
-
-
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """A run that is killed in every stage, and started again each time."""
-    out = tmp_path_factory.mktemp("killed")
-    codes = {}
-    for owner, name, calls, stage in STAGES:
-        real, left = getattr(owner, name), iter(range(calls))
-
-        def dying(*args, real=real, left=left, **options):
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            return real(*args, **options)
-
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-            patch.setattr(owner, name, dying)
-            edm.main([*SEARCHED, "--out", str(out)])
-        codes[stage] = stop.value.code
-    edm.main([*SEARCHED, "--out", str(out)])
-    return out, codes
-
-
-@pytest.mark.parametrize("stage", [stage for *_, stage in STAGES])
-def test_killed_run_ends_with_code_130(killed, stage):
-    assert killed[1][stage] == 130
-
-
-def test_killed_run_ends_with_the_same_files(killed, small_run):
-    ours, theirs = (
-        {path.relative_to(out) for path in out.rglob("*.*")} for out in (killed[0], small_run[0])
-    )
-    assert ours == theirs
-
-
-def test_killed_run_ends_with_the_same_bytes(killed, small_run):
-    same = [
-        path.relative_to(small_run[0])
-        for path in small_run[0].rglob("*.*")
-        if path.suffix in (".safetensors", ".zip", ".npz", ".pt", ".md")
-    ]
-    assert len(same) >= 8
-    for path in same:
-        assert (killed[0] / path).read_bytes() == (small_run[0] / path).read_bytes(), path
-
-
-@pytest.mark.parametrize("name", ["grid.jsonl", "final.jsonl"])
-def test_killed_run_ends_with_the_same_scores(killed, small_run, name):
-    assert lines(killed[0] / name) == lines(small_run[0] / name)
 
 
 # -------------------- signals, a second run, a full disk

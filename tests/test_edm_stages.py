@@ -1,0 +1,203 @@
+"""edm_neon.py: whole runs of a model that answers at once, in this process; kills at every stage."""
+
+import json
+
+import pytest
+import torch
+from edm_helpers import PRESET, ToyFeatures, ToyModel, blend, lines, preset, toy_images
+
+import edm_neon as edm
+
+TOY = (
+    *("--preset", PRESET, "--train-base", "0.4", "--batch", "20", "--snapshot", "2,1"),
+    *("--grid", "0.5,1.0", "--sweep", "-1:2:1", "--synthetic", "100", "--select-images", "100"),
+    *("--final-images", "100", "--final-repeats", "2", "--placebo", "1", "--search", "gradient"),
+    *("--evaluations", "3", "--export-pt", "--lr", "0.01", "--augment", "0"),
+)
+
+
+@pytest.fixture(scope="module")
+def toys():
+    """The preset's images and features, and the model, are the toy's."""
+    images, labels = toy_images()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(edm, "get_model", lambda c, processes: ToyModel())
+        patch.setattr(preset, "real_images", lambda c: edm.RealImages(images, labels, "toy"))
+        patch.setattr(preset, "features", lambda c: ToyFeatures())
+        yield
+
+
+@pytest.fixture(scope="module")
+def toy_run(toys, tmp_path_factory):
+    out = tmp_path_factory.mktemp("toy")
+    edm.main([*TOY, "--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def toy_entries(toy_run):
+    return json.loads((toy_run / "summary.json").read_text())["snapshots"]
+
+
+def test_snapshots_are_studied_in_increasing_order(toy_entries):
+    assert [entry["kimg"] for entry in toy_entries] == [1, 2]
+
+
+def test_every_snapshot_has_its_own_networks(toy_entries):
+    first, second = toy_entries
+    assert first["base"] == second["base"] and first["collapsed"]["fd"] != second["collapsed"]["fd"]
+    for block in ("enc", "mid", "dec"):
+        assert first["blocks"][block]["drift"] < second["blocks"][block]["drift"]
+
+
+def test_scores_of_a_snapshot_are_its_own(toy_run):
+    rows = lines(toy_run / "grid.jsonl")
+    for kimg in (1, 2):
+        collapsed = [
+            row for row in rows if row["snapshot"] == kimg and set(row["w"].values()) == {-1}
+        ]
+        assert len(collapsed) == 1
+    assert {row["snapshot"] for row in lines(toy_run / "final.jsonl")} == {1, 2}
+
+
+@pytest.mark.parametrize("kimg", [1, 2])
+def test_repaired_network_of_a_snapshot(toy_run, toy_entries, kimg):
+    """The best on the selection seeds, from the base and this snapshot."""
+    entry = toy_entries[kimg - 1]
+    best = min(entry["final"], key=lambda name: entry[name]["fd"])
+    (base,) = toy_run.glob("base-*.safetensors")
+    (aux,) = toy_run.glob(f"self-*/network-snapshot-{kimg:06d}.safetensors")
+    nets = [ToyModel().load(path) for path in (base, aux)]
+    want = blend(*nets, entry[best]["w"], lambda name: name[:3]).state_dict()
+    found = ToyModel().load(toy_run / f"adaptive-neon-{kimg:06d}.safetensors").state_dict()
+    for name, tensor in want.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_base_of_a_run_is_its_sweeps_zero(toy_run, toy_entries):
+    """Whatever the snapshot before has left in the network."""
+    for entry in toy_entries:
+        (zero,) = [row["fd"] for row in entry["sweep"] if row["w_global"] == 0]
+        assert entry["base"]["fd"] == zero == toy_entries[0]["base"]["fd"]
+
+
+def test_synthetic_set_is_trained_on_not_the_real_one(toy_run):
+    (path,) = toy_run.glob("synthetic-*.zip")
+    (base,) = toy_run.glob("base-*.safetensors")
+    images, labels = edm.read_dataset(path)
+    net = ToyModel().load(base)
+    sampler = edm.Sampler(ToyModel(), net, edm.Processes("cpu"), 1, 100)
+    want, want_labels = sampler.images(range(100))
+    assert (images.int() - want.int()).abs().max() <= 1 and torch.equal(labels, want_labels)
+
+
+def test_pictures_of_every_snapshot(toy_run):
+    names = {path.name for path in toy_run.glob("*.png")}
+    assert names == {
+        "scores.png",
+        *(f"{kind}_{kimg:06d}.png" for kind in ("grid", "samples") for kimg in (1, 2)),
+    }
+
+
+def test_pictures_of_all_models_are_from_the_same_seeds(toys, tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(edm, "plot_report", lambda summary, samples, out: taken.append(samples))
+    edm.main([*TOY, "--snapshot", "1", "--out", str(tmp_path)])
+    (samples,) = taken
+    entry = json.loads((tmp_path / "summary.json").read_text())["snapshots"][0]
+    (base,) = tmp_path.glob("base-*.safetensors")
+    (aux,) = tmp_path.glob("self-*/network-snapshot-*.safetensors")
+    nets = [ToyModel().load(path) for path in (base, aux)]
+    assert [*samples[1]] == [*entry["final"]]
+    for name, images in samples[1].items():
+        net = blend(*nets, entry[name]["w"], lambda name: name[:3])
+        sampler = edm.Sampler(ToyModel(), net, edm.Processes("cpu"), 1, 36)
+        want, _ = sampler.images(range(50_000, 50_036))
+        assert (images.int() - want.int()).abs().max() <= 1
+
+
+def test_toy_run_again_takes_no_score(toy_run, monkeypatch):
+    monkeypatch.setattr(edm.Scorer, "features", pytest.fail)
+    monkeypatch.setattr(edm, "distance_and_gradient", pytest.fail)
+    monkeypatch.setattr(edm, "train", pytest.fail)
+    edm.main([*TOY, "--out", str(toy_run)])
+
+
+STAGES = [
+    (ToyModel, "loss", 10, "training the base"),
+    (edm, "get_synthetic", 0, "before the synthetic set"),
+    (edm, "write_dataset", 0, "synthetic set"),
+    (ToyModel, "loss", 60, "self-training"),
+    (edm, "fold_distances", 3, "sweep"),
+    (edm, "fold_distances", 8, "grid"),
+    (edm, "distance_and_gradient", 1, "search, gradient"),
+    (edm.ScoreLog, "add", 2, "search, score"),
+    (edm.ScoreLog, "add", 5, "final scores"),
+    (edm, "compare", 2, "final comparison"),
+    (edm, "save_merged", 1, "repaired network"),
+    (edm, "write_report", 0, "report"),
+    (edm, "plot_report", 0, "pictures"),
+]
+
+
+@pytest.fixture(scope="module")
+def killed(toys, tmp_path_factory):
+    """A run that is killed in every stage, and started again each time."""
+    out = tmp_path_factory.mktemp("killed")
+    codes = {}
+    for owner, name, calls, stage in STAGES:
+        real, left = getattr(owner, name), iter(range(calls))
+
+        def dying(*args, real=real, left=left, **options):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return real(*args, **options)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(owner, name, dying)
+            edm.main([*TOY, "--out", str(out)])
+        codes[stage] = stop.value.code
+    edm.main([*TOY, "--out", str(out)])
+    return out, codes
+
+
+@pytest.mark.parametrize("stage", [stage for *_, stage in STAGES])
+def test_killed_run_ends_with_code_130(killed, stage):
+    assert killed[1][stage] == 130
+
+
+def test_killed_run_ends_with_the_same_files(killed, toy_run):
+    ours, theirs = (
+        {path.relative_to(out) for path in out.rglob("*.*")} for out in (killed[0], toy_run)
+    )
+    assert ours == theirs
+
+
+def test_killed_run_ends_with_the_same_bytes(killed, toy_run):
+    same = [
+        path.relative_to(toy_run)
+        for path in toy_run.rglob("*.*")
+        if path.suffix in (".safetensors", ".zip", ".npz", ".pt", ".md")
+        and not path.name.startswith("search-")  # the same content, pickled in another order
+    ]
+    assert len(same) >= 9
+    for path in same:
+        assert (killed[0] / path).read_bytes() == (toy_run / path).read_bytes(), path
+
+
+def test_killed_search_ends_in_the_same_state(killed, toy_run):
+    paths = [path.relative_to(toy_run) for path in toy_run.glob("search-*.pt")]
+    assert len(paths) == 2
+    for path in paths:
+        ours, theirs = (torch.load(out / path, weights_only=True) for out in (killed[0], toy_run))
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+        assert ours[2] == theirs[2] and str(ours[3]) == str(theirs[3])
+
+
+@pytest.mark.parametrize("name", ["grid.jsonl", "final.jsonl"])
+def test_killed_run_ends_with_the_same_scores(killed, toy_run, name):
+    def row_name(row):
+        return json.dumps(row, sort_keys=True)
+
+    ours, theirs = (lines(out / name) for out in (killed[0], toy_run))
+    assert sorted(ours, key=row_name) == sorted(theirs, key=row_name)
