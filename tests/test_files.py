@@ -457,7 +457,8 @@ REASONS = {  # of those whose name is no reason; the others are the ones that fo
     "30 MB": "more opcodes",
     "share children": "too many tensors and modules",
     "wide characters": "MemoryError|more memory",
-    "not there": "expected 1099511627776 bytes",
+    "bytes that are not there": "expected 1099511627776 bytes",
+    "a buffer": "opcode BYTEARRAY8",
     "beyond its storage": "reaches beyond its storage",
     "expanded": "more tensors",
     "huge storage": "more memory",
@@ -467,7 +468,7 @@ REASONS = {  # of those whose name is no reason; the others are the ones that fo
     "never comes": "its storages are not the ones that its tensors need",
     "cut off": "a storage of 16 bytes has 15",
     "dictionary class": "BUILD would change the attributes",
-    "header": "exhausted before seeing STOP",
+    "header": "ends in the middle",
     "long size": "not a short tuple",
     "list as size": "not a short tuple",
     "size": "something else than non-negative integers",
@@ -818,8 +819,8 @@ STATE_REASONS = [
     "without data.pkl",
     "too many files",
     "wants to call torch_utils",
-    "opcode b'n' unknown",
-    "exhausted",
+    "opcode 'n'",
+    "ends in the middle",
 ]
 
 
