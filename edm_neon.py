@@ -2048,18 +2048,6 @@ def reference_source(c, model):
     return CIFAR10_STATISTICS
 
 
-def fold_distances(prepared, features):
-    """Distance of features [N, D] to the reference, and without each of FOLDS contiguous folds."""
-    moments = neon_ext.Moments(features.shape[1], FOLDS, features.device)
-    for k, fold in enumerate(features.tensor_split(FOLDS)):
-        moments.update(fold, k)
-    distances = []
-    for k in range(FOLDS):
-        others = [j for j in range(FOLDS) if j != k]
-        distances.append(float(prepared.distance(moments.mean(others), moments.cov(others))))
-    return float(prepared.distance(moments.mean(None), moments.cov(None))), distances
-
-
 def neighbour_radii(points, k=5, most=10_000):
     """Distance of each of the first `most` points [N, D] to its k-th neighbour: float64 [N]."""
     points = points[:most].double()
@@ -2319,7 +2307,7 @@ class Scorer:
         precision = recall = kernel = kernel_folds = None
         reference = judge.reference(seeds)
         if features is not None:
-            fd, folds = fold_distances(reference.prepared, features)
+            fd, folds = reference.prepared.fold_distances(features, FOLDS)
         if features is not None and reference.real is not None:
             precision, recall = precision_recall(
                 reference.real, features, real_radii=reference.radii

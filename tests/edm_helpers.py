@@ -301,7 +301,7 @@ def score_of(fd, folds=None, w=None, precision=None, recall=None, **changes):
 
 def gaussian_score(reference, features, **changes):
     """A score of features [N, D] against a reference."""
-    fd, folds = edm.fold_distances(reference, features)
+    fd, folds = reference.fold_distances(features, edm.FOLDS)
     return score_of(fd, folds, **changes)
 
 
