@@ -1,4 +1,4 @@
-"""Shared fixtures: neon_ext must be built, and CUDA cases skip visibly where there is no GPU."""
+"""Shared fixtures: the extension must be built; CUDA cases skip visibly where there is no GPU."""
 
 from pathlib import Path
 

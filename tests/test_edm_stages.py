@@ -1,4 +1,4 @@
-"""edm_neon.py: whole runs of a model that answers at once, in this process; kills at every stage."""
+"""edm_neon.py: whole runs in this process, of a model that answers at once; kills anywhere."""
 
 import json
 
