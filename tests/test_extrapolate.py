@@ -177,9 +177,9 @@ def shared(name):
     r, s, t, u = (torch.randn(64, generator=torch.Generator().manual_seed(i)) for i in range(4))
     wide = torch.randn(8, 16)
     cases = {
-        "out is another theta_r": ([r, s], [t, u], [0, 0], [1.0], [s, torch.empty(64)]),
-        "out is another theta_s": ([r, s], [t, u], [0, 0], [1.0], [u, torch.empty(64)]),
-        "copied though w is 0": ([r, s], [t, u], [0, 1], [0.0, 1.0], [s, torch.empty(64)]),
+        "out is another theta_r": ([r, s], [t, u], [0, 0], [1.0], [s, torch.zeros(64)]),
+        "out is another theta_s": ([r, s], [t, u], [0, 0], [1.0], [u, torch.zeros(64)]),
+        "copied though w is 0": ([r, s], [t, u], [0, 1], [0.0, 1.0], [s, torch.zeros(64)]),
         "one out twice": ([r, s], [t, u], [0, 0], [1.0], [t.clone()] * 2),
         "tied, but different w": ([r, r], [s, s], [0, 1], [1.0, 0.5], [r, r]),
         "tied, but different theta_s": ([r, r], [s, t], [0, 0], [1.0], [r, r]),
@@ -199,7 +199,7 @@ def shared(name):
             [torch.randn(8, 4), torch.randn(4), torch.randn(4)],
             [0, 0, 0],
             [1.0],
-            [wide[:, :4], wide[1, 8:12], torch.empty(4)],
+            [wide[:, :4], wide[1, 8:12], torch.zeros(4)],
         ),
         "expanded out": ([r], [s], [0], [1.0], [torch.zeros(1).expand(64)]),
         "another dtype of the same memory": (
@@ -437,7 +437,7 @@ def test_empty_list():
         (dict(block=lambda b: [0, 0, 0, 2]), r"block\[3\] = 2, but w has 2 entries"),
         (dict(block=lambda b: [0, -1, 0, 0]), r"block\[1\] = -1"),
         (dict(w=lambda w: [1.0, float("nan")]), r"w\[1\] = nan is not finite"),
-        (dict(out=lambda o: [torch.empty(5)] * 3 + [torch.empty(4)]), r"out\[3\] is .*Float \[4\]"),
+        (dict(out=lambda o: [torch.empty(5)] * 3 + [torch.zeros(4)]), r"out\[3\] is .*Float \[4\]"),
         (dict(out=lambda o: [torch.empty(5, dtype=torch.int64)] * 4), r"out\[0\] is .*Long"),
     ],
     ids=lambda p: p if isinstance(p, str) else "",
