@@ -60,14 +60,14 @@ def test_output_dtypes(device, in_dtype, out_dtype):
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounds_to_nearest_even(device, out_dtype):
-    # Every exponent, ties and non-finite values, with the same rounding as torch's own conversion.
+    # Every exponent, ties and non-finite values, as torch's own conversion rounds them; r - (0 - r)
+    # is 2 r, computed and exact.
     bits = torch.arange(-(2**31), 2**31, 65521 // 3, dtype=torch.int64).to(torch.int32)
-    values = torch.cat(
-        [bits.view(torch.float32), torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 65520.0])]
-    )
-    values = values.to(device)
-    (got,) = neon_ext.extrapolate([values], [values + 1], [0], [0.0], dtype=out_dtype)
-    torch.testing.assert_close(got, values.to(out_dtype), rtol=0, atol=0, equal_nan=True)
+    ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 65520.0, 32760.0])
+    values = torch.cat([bits.view(torch.float32), ties]).to(device)
+    zero = torch.zeros_like(values)
+    (got,) = neon_ext.extrapolate([values], [zero], [0], [1.0], dtype=out_dtype)
+    torch.testing.assert_close(got, (2 * values).to(out_dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -177,9 +177,9 @@ def shared(name):
     r, s, t, u = (torch.randn(64, generator=torch.Generator().manual_seed(i)) for i in range(4))
     wide = torch.randn(8, 16)
     cases = {
-        "out is another theta_r": ([r, s], [t, u], [0, 0], [1.0], [s, torch.empty(64)]),
-        "out is another theta_s": ([r, s], [t, u], [0, 0], [1.0], [u, torch.empty(64)]),
-        "copied though w is 0": ([r, s], [t, u], [0, 1], [0.0, 1.0], [s, torch.empty(64)]),
+        "out is another theta_r": ([r, s], [t, u], [0, 0], [1.0], [s, torch.zeros(64)]),
+        "out is another theta_s": ([r, s], [t, u], [0, 0], [1.0], [u, torch.zeros(64)]),
+        "copied though w is 0": ([r, s], [t, u], [0, 1], [0.0, 1.0], [s, torch.zeros(64)]),
         "one out twice": ([r, s], [t, u], [0, 0], [1.0], [t.clone()] * 2),
         "tied, but different w": ([r, r], [s, s], [0, 1], [1.0, 0.5], [r, r]),
         "tied, but different theta_s": ([r, r], [s, t], [0, 0], [1.0], [r, r]),
@@ -194,6 +194,13 @@ def shared(name):
         "out overlaps its own theta_s": ([r[:-1]], [s[:-1]], [0], [1.0], [s[1:]]),
         "out in another order": ([wide[:, :8]], [wide[:, 8:]], [0], [1.0], [wide[:, :8].T]),
         "columns that overlap": ([wide[:, :6]], [wide[:, 6:12]], [0], [1.0], [wide[:, 2:8]]),
+        "beyond a neighbour": (
+            [torch.randn(8, 4), torch.randn(4), wide[2, :4]],
+            [torch.randn(8, 4), torch.randn(4), torch.randn(4)],
+            [0, 0, 0],
+            [1.0],
+            [wide[:, :4], wide[1, 8:12], torch.zeros(4)],
+        ),
         "expanded out": ([r], [s], [0], [1.0], [torch.zeros(1).expand(64)]),
         "another dtype of the same memory": (
             [r],
@@ -220,6 +227,7 @@ def shared(name):
         "out overlaps its own theta_s",
         "out in another order",
         "columns that overlap",
+        "beyond a neighbour",
         "expanded out",
         "another dtype of the same memory",
     ],
@@ -429,7 +437,7 @@ def test_empty_list():
         (dict(block=lambda b: [0, 0, 0, 2]), r"block\[3\] = 2, but w has 2 entries"),
         (dict(block=lambda b: [0, -1, 0, 0]), r"block\[1\] = -1"),
         (dict(w=lambda w: [1.0, float("nan")]), r"w\[1\] = nan is not finite"),
-        (dict(out=lambda o: [torch.empty(5)] * 3 + [torch.empty(4)]), r"out\[3\] is .*Float \[4\]"),
+        (dict(out=lambda o: [torch.empty(5)] * 3 + [torch.zeros(4)]), r"out\[3\] is .*Float \[4\]"),
         (dict(out=lambda o: [torch.empty(5, dtype=torch.int64)] * 4), r"out\[0\] is .*Long"),
     ],
     ids=lambda p: p if isinstance(p, str) else "",

@@ -438,6 +438,15 @@ def test_fold_distances_from_few_ill_conditioned_features(device, apart, conditi
         assert got == pytest.approx(want, rel=1e-9)
 
 
+def test_fold_distances_at_any_magnitude(device, generator):
+    f = torch.randn(150, 160, generator=generator, dtype=torch.float64).to(device)
+    mu, cov = statistics(160, seed=1, device=device)
+    whole, without = neon_ext.FrechetReference(mu, cov).fold_distances(f, 3)
+    large = neon_ext.FrechetReference(1e75 * mu, 1e150 * cov).fold_distances(1e75 * f, 3)
+    for got, want in zip([large[0], *large[1]], [whole, *without]):
+        assert got == pytest.approx(1e150 * want, rel=1e-10)
+
+
 def test_fold_distances_bad_input():
     prepared = neon_ext.FrechetReference(torch.zeros(8), torch.eye(8))
     f = torch.randn(6, 8)
@@ -873,19 +882,16 @@ def test_a_far_first_fold_does_no_harm(device, generator):
 
 
 def test_threads_may_share_moments(generator):
-    f = torch.randn(64, 50, 8, generator=generator)
-    moments = neon_ext.Moments(8, folds=2)
-    other = neon_ext.Moments(8, folds=2)
+    f = torch.randn(1000, 20, 128, generator=generator)
+    moments, other = (neon_ext.Moments(128, folds=2) for _ in range(2))
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: moments.update(f[i], i % 2), range(64)))
-        list(pool.map(lambda i: (other.merge(moments), moments.cov(), moments.count()), range(3)))
+        list(pool.map(lambda i: moments.update(f[i], i % 2), range(1000)))
+        list(pool.map(lambda i: (other.merge(moments), moments.cov()), range(3)))
     mean, cov = reference.feature_moments(f.flatten(0, 1))
-    assert moments.count() == 3200 and other.count() == 9600
+    assert moments.count() == 20_000 and other.count() == 60_000
     torch.testing.assert_close(moments.mean(), mean, rtol=0, atol=1e-13)
     torch.testing.assert_close(moments.cov(), cov, rtol=0, atol=1e-12)
-    torch.testing.assert_close(
-        other.cov() * 9599 / 9600, moments.cov() * 3199 / 3200, rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(other.cov() * 59_999 / 3, cov * 19_999, rtol=0, atol=1e-8)
 
 
 def test_merging_with_itself_counts_twice(generator):
