@@ -421,7 +421,7 @@ def distance(scorer, w, seeds=SEEDS):
     scorer.merger.set(w)
     images, _ = scorer.sampler.floats(seeds.seeds)
     features = scorer.judge.features((images * 127.5 + 128).clip(0, 255))
-    return float(scorer.judge.reference.prepared.distance_from_features(features))
+    return float(scorer.judge.reference(seeds).prepared.distance_from_features(features))
 
 
 def check_gradient(scorer, blocks, h=0.02, seeds=SEEDS):
