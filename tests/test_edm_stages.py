@@ -95,7 +95,7 @@ def test_pictures_of_every_snapshot(toy_run):
     names = {path.name for path in toy_run.glob("*.png")}
     assert names == {
         "scores.png",
-        *(f"{kind}_{kimg:06d}.png" for kind in ("grid", "samples") for kimg in (1, 2)),
+        *(f"{kind}_{kimg:06d}.png" for kind in ("grid", "samples", "judges") for kimg in (1, 2)),
     }
 
 
