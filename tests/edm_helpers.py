@@ -146,6 +146,9 @@ class ToyModel:
         self.save(net, path.with_suffix(".safetensors"), recipe)
         self.exported = recipe
 
+    def fetch(self, source, what):
+        return edm.fetch(source, what)
+
     def own_features(self, base):
         return None
 
@@ -224,16 +227,19 @@ def config(out, **options):
     return edm.Config(**{"out": Path(out), **settings, **options})
 
 
+def real_toys(first=77_000):
+    """Real images in three parts, the final one after the others."""
+    parts = [toy_images(first=first + 1000 * k, count=400) for k in range(3)]
+    return edm.RealData(*(edm.RealImages(*part, "toy") for part in parts), "of the toy")
+
+
 def toy_judge(out, real=True):
-    features = ToyFeatures()
-    images, labels = toy_images()
-    judge = edm.Judge(
-        features,
-        edm.reference_from_images(edm.RealImages(images, labels, "toy"), features, out, "cpu"),
-    )
+    """Other real images for the selection than for the final comparison."""
+    judge = edm.judge_of_images(ToyFeatures(), real_toys(), "cpu", out)
     if real:
         return judge
-    return edm.Judge(features, dataclasses.replace(judge.reference, real=None))
+    parts = (dataclasses.replace(part, real=None) for part in (judge.selection, judge.final))
+    return edm.Judge(judge.features, *parts)
 
 
 def toy_scorer(out, real=True, **options):
@@ -245,7 +251,7 @@ def toy_scorer(out, real=True, **options):
     owners = edm.partition_owners(model, base, c.partition)
     merger = edm.Merger(base, aux, owners, sampler)
     parents = {"base_weights": edm.weights_hash(base), "aux_weights": merger.aux_hash}
-    return edm.Scorer(merger, toy_judge(out, real), sampler, edm.ScoreLog(out), parents, 1, c)
+    return edm.Scorer(merger, [toy_judge(out, real)], sampler, edm.ScoreLog(out), parents, 1, c)
 
 
 def edm_scorer(out, kind="cifar", partition="paper", precision="fp32", batch=16, steps=2):
@@ -259,9 +265,9 @@ def edm_scorer(out, kind="cifar", partition="paper", precision="fp32", batch=16,
     features = ToyFeatures(3 * 16 * 16)
     generator = torch.Generator().manual_seed(9)
     images = torch.randint(0, 256, (200, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    real = edm.RealImages(images, None, "noise")
-    judge = edm.Judge(features, edm.reference_from_images(real, features, out, "cpu"))
-    return edm.Scorer(merger, judge, sampler, edm.ScoreLog(out), {}, 1, c)
+    real = edm.RealData(*[edm.RealImages(images, None, "noise")] * 3, "noise")
+    judge = edm.judge_of_images(features, real, "cpu")
+    return edm.Scorer(merger, [judge], sampler, edm.ScoreLog(out), {}, 1, c)
 
 
 def toy_distance(scorer, w, seeds):
@@ -276,7 +282,9 @@ def toy_distance(scorer, w, seeds):
         images.append(net(noise[None], label[None]))
     pixels = (torch.cat(images) * 127.5 + 128).clip(0, 255).to(torch.uint8)
     features = ToyFeatures()(pixels)
-    return float(scorer.judge.reference.prepared.distance_from_features(features))
+    judge = scorer.judge
+    reference = judge.final if 50_000 <= seeds[0] < 10_000_000 else judge.selection
+    return float(reference.prepared.distance_from_features(features))
 
 
 def score_of(fd, folds=None, w=None, precision=None, recall=None, **changes):

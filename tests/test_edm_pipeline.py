@@ -22,9 +22,9 @@ from edm_helpers import (
     edm_model,
     network,
     pair,
+    real_toys,
     score_of,
     toy_distance,
-    toy_images,
     toy_pair,
     toy_scorer,
     weights,
@@ -363,7 +363,8 @@ def test_sets_of_seeds():
         (51_000, 500),
     ]
     assert all(seeds.is_final for seeds in finals)
-    assert found.as_json() == {"selection": 10_000, "final": [50_000, 50_500, 51_000]}
+    assert found.as_json()["selection"] == 10_000
+    assert found.as_json()["final"] == [50_000, 50_500, 51_000]
 
 
 @pytest.mark.parametrize(
@@ -447,11 +448,6 @@ class Counting(ToyModel):
         return super().sample(*args)
 
 
-def real_toys(first=77_000):
-    images, labels = toy_images(first=first, count=100)
-    return edm.RealImages(images, labels, "toy")
-
-
 def base_of(out, model=None, real=None, **options):
     model = model or Counting()
     out.mkdir(exist_ok=True)
@@ -476,7 +472,8 @@ def test_recipe_of_a_base(tmp_path, monkeypatch):
     (args,) = seen
     want = edm.Recipe("base", 10, 0.02, 0.02, 0.02, 7, ramp_ratio=0.05, precision="bf16")
     assert args[4] == want and args[7] == [0.4]
-    assert torch.equal(args[2], real_toys().images) and torch.equal(args[3], real_toys().labels)
+    assert torch.equal(args[2], real_toys().training.images)
+    assert torch.equal(args[3], real_toys().training.labels)
 
 
 @pytest.mark.parametrize(
@@ -502,7 +499,7 @@ def test_other_images_train_another_base(tmp_path):
 
 @pytest.mark.parametrize("pick", ["labels", "images"])
 def test_real_images_are_their_content(pick):
-    real = real_toys()
+    real = real_toys().training
     changed = dataclasses.replace(real, **{pick: getattr(real, pick).flip(0)})
     assert changed.identity != real.identity
     assert dataclasses.replace(real, source="elsewhere").identity == real.identity
@@ -556,7 +553,7 @@ def test_model_is_checked_before_anything_is_trained(tmp_path, given, monkeypatc
     )
     checks = []
     base_of(tmp_path, **options)
-    assert checks == [(given, 0)]
+    assert checks[0] == (given, 0)
 
 
 def test_training_a_base_needs_images(tmp_path):
@@ -565,7 +562,8 @@ def test_training_a_base_needs_images(tmp_path):
 
 
 def test_base_that_does_not_fit_the_images_is_refused():
-    real = edm.RealImages(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), None, "images.zip")
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    real = edm.RealData(*[edm.RealImages(images, None, "images.zip")] * 3, "")
     with pytest.raises(edm.UserError, match=r"\(1, 4, 4\).*images.zip are \(3, 4, 4\)"):
         edm.check_model(config(Path(".")), ToyModel(), ToyNet(), real)
     edm.check_model(config(Path(".")), ToyModel(), ToyNet(), real_toys())
@@ -630,7 +628,10 @@ def test_recipe_of_the_self_training(tmp_path, monkeypatch):
     (args,) = seen
     assert args[4] == edm.Recipe("self-training", 10, 1e-3, 2.0, 0.1, 8, precision="bf16")
     assert edm.weights_hash(args[1]) == edm.weights_hash(toy_pair()[0])
-    assert args[7] == (1,) and len(args[2]) == len(args[3]) == 100
+    assert args[7] == (1,)
+    (path,) = tmp_path.glob("synthetic-*.zip")
+    images, labels = edm.read_dataset(path)
+    assert torch.equal(args[2], images) and torch.equal(args[3], labels)
 
 
 @pytest.mark.parametrize(
@@ -719,13 +720,13 @@ def test_given_snapshots(tmp_path, snapshots):
 def test_given_network(tmp_path):
     (tmp_path / "aux.pkl").touch()
     c = config(tmp_path, aux=str(tmp_path / "aux.pkl"), snapshot=(7,))
-    assert edm.given_snapshots(c, CPU) == {7: tmp_path / "aux.pkl"}
+    assert edm.given_snapshots(c, ToyModel(), CPU) == {7: tmp_path / "aux.pkl"}
 
 
 def test_given_snapshots_that_are_not_there(tmp_path):
     (tmp_path / "network-snapshot-best.pkl").touch()
     with pytest.raises(edm.UserError, match=r"has snapshots \['best'\], not all of"):
-        edm.given_snapshots(config(tmp_path, aux=str(tmp_path)), CPU)
+        edm.given_snapshots(config(tmp_path, aux=str(tmp_path)), ToyModel(), CPU)
 
 
 # -------------------- the study of one snapshot, on real scores
@@ -738,7 +739,7 @@ def studied(tmp_path_factory):
     options = {**STUDY, "search": "cobyqa", "evaluations": 12}
     scorer = toy_scorer(out, **options)
     c = config(out, **options)
-    return edm.study(c, scorer, ToyModel(), edm.seed_ledger(c)), scorer, out
+    return edm.study(c, scorer, scorer, ToyModel(), edm.seed_ledger(c)), scorer, out
 
 
 def test_sweep_holds_grid_base_and_collapsed(studied):
@@ -833,11 +834,17 @@ class Prescribed:
     def __init__(self, fd, blocks=BLOCKS, dim=6):
         self.fd, self.kimg, self.calls = fd, 1, []
         self.merger = SimpleNamespace(blocks=list(blocks), table=dict)
-        self.judge = SimpleNamespace(features=SimpleNamespace(dim=dim))
+        facts = SimpleNamespace(facts={"images": 10_000})
+        features = SimpleNamespace(dim=dim)
+        self.judge = SimpleNamespace(name="own", features=features, selection=facts, final=facts)
+        self.judges = [self.judge]
 
     def score(self, w, seeds, desc=None):
         self.calls.append((w, seeds))
         return score_of(self.fd(w, seeds), w=w, images=seeds.count, first_seed=seeds.first)
+
+    def scores(self, w, seeds, judges, desc=None):
+        return [self.score(w, seeds) for _ in judges]
 
     def score_all(self, candidates, seeds, desc):
         return [self.score(w, seeds) for w in candidates]
@@ -849,7 +856,7 @@ def study_of(fd, monkeypatch=None, found=None, blocks=BLOCKS, **options):
     scorer = Prescribed(fd, blocks)
     if found is not None:
         monkeypatch.setitem(edm.SEARCHES, c.search, found)
-    return edm.study(c, scorer, None, edm.seed_ledger(c)), scorer
+    return edm.study(c, scorer, scorer, None, edm.seed_ledger(c)), scorer
 
 
 def bowl(w, seeds=None):
@@ -876,8 +883,11 @@ def test_base_may_be_the_best_global_weight():
 
 
 def test_sweep_may_hold_the_best_global_weight():
-    entry, _ = study_of(lambda w, seeds: 1.0 + abs(w["enc"] - 3), grid=(0.5, 1.0), sweep=(2.0, 3.0))
-    assert entry.models["global"] == edm.Candidate(weights(3, 3, 3), 1.0, 3.0)
+    def fd(w, seeds):
+        return 1.0 + abs(w["enc"] - 3)
+
+    entry, scorer = study_of(fd, grid=(0.5, 1.0), sweep=(2.0, 3.0))
+    assert entry.models["global"] == edm.Candidate(weights(3, 3, 3), 1.0, scorer.merger, 3.0)
 
 
 def test_winners_are_chosen_on_the_selection_seeds():
@@ -906,8 +916,10 @@ def test_every_model_is_scored_on_every_final_set():
 def test_searched_is_the_best_the_search_evaluated(monkeypatch):
     """Even if the grid knows a better one."""
     rows = [score_of(8.0, w=weights(5, 5, 5)), score_of(7.0, w=weights(6, 6, 6))]
-    entry, _ = study_of(bowl, monkeypatch, lambda *args: rows, search="cobyqa", grid=(0.5, 1.0))
-    assert entry.models["searched"] == edm.Candidate(weights(6, 6, 6), 7.0)
+    entry, scorer = study_of(
+        bowl, monkeypatch, lambda *args: rows, search="cobyqa", grid=(0.5, 1.0)
+    )
+    assert entry.models["searched"] == edm.Candidate(weights(6, 6, 6), 7.0, scorer.merger)
     assert entry.models["blockwise"].fd < 7
 
 
@@ -934,16 +946,22 @@ def test_what_a_search_finds_is_never_called_blockwise(monkeypatch):
 
 
 def test_every_placebo_has_blocks_of_its_own(monkeypatch):
-    """Seeds 0, 1, ...; every one goes through the same grid, and its best to the final seeds."""
-    drawn = []
+    """Seeds 0, 1, ...; each goes through the same grid, and its best to the final seeds."""
+    drawn, random = [], []
+
+    def with_owners(self, owners):
+        random.append(Prescribed(self.fd))
+        return random[-1]
+
     monkeypatch.setattr(edm, "placebo_owners", lambda merger, model, k: drawn.append(k))
-    monkeypatch.setattr(Prescribed, "with_owners", lambda self, owners: self, raising=False)
-    entry, scorer = study_of(bowl, grid=(0.5, 1.5), placebo=3, final_repeats=2)
+    monkeypatch.setattr(Prescribed, "with_owners", with_owners, raising=False)
+    entry, scorer = study_of(bowl, grid=(0.5, 1.75), placebo=3, final_repeats=2)
     assert drawn == [0, 1, 2] and len(entry.placebo) == 3
-    last = [(w, seeds.first) for w, seeds in scorer.calls[-10:]]
-    best = weights(0.5, 0.5, 1.5)
-    assert last[-2:] == [(best, 50_000), (best, 50_120)]
-    assert [first for _, first in last[:8]] == [10_000] * 8
+    best = weights(0.5, 0.5, 1.75)
+    for cut in random:
+        assert [seeds.first for _, seeds in cut.calls] == [10_000] * 8 + [50_000, 50_120]
+        assert [w for w, _ in cut.calls[8:]] == [best] * 2
+    assert {placebo["fd"] for placebo in entry.placebo} == {bowl(best)}
 
 
 def test_without_a_search_nothing_is_searched():
@@ -1019,15 +1037,19 @@ def test_final_pairs():
 
 
 # -------------------- warnings
-def warnings(models=None, final=None, had_grid=False, dim=6, **options):
+def warnings(models=None, final=None, had_grid=False, dim=6, real=10_000, **options):
     models = {"base": 4.0, "global": 2.0} | (models or {})
     candidates = {
-        name: value if isinstance(value, edm.Candidate) else edm.Candidate(weights(1, 1, 1), value)
+        name: value
+        if isinstance(value, edm.Candidate)
+        else edm.Candidate(weights(1, 1, 1), value, None)
         for name, value in models.items()
     }
     rows = {name: {"fd": c.fd, "against_base": gain(-1.9)} for name, c in candidates.items()}
     rows |= final or {}
-    return edm.warnings_of(config(Path("."), **options), candidates, rows, had_grid, dim)
+    facts = SimpleNamespace(facts={"images": real})
+    judge = SimpleNamespace(features=SimpleNamespace(dim=dim), selection=facts, final=facts)
+    return edm.warnings_of(config(Path("."), **options), candidates, rows, had_grid, judge)
 
 
 def gain(difference, half=0.2):
@@ -1048,12 +1070,12 @@ def gain(difference, half=0.2):
 def test_weight_on_the_edge_of_its_grid(w, edges):
     """The decoder's own grid reaches further."""
     options = {"grid": (0.5, 1.0, 1.5), "grid_dec": (0.5, 1.0, 2.0, 3.0)}
-    notes = warnings({"blockwise": edm.Candidate(w, 2.1)}, had_grid=True, **options)
+    notes = warnings({"blockwise": edm.Candidate(w, 2.1, None)}, had_grid=True, **options)
     assert notes == [f"{edge} lies on the edge of the grid" for edge in edges]
 
 
 def test_grid_of_one_value_has_no_edge():
-    models = {"blockwise": edm.Candidate(weights(1, 1, 1), 2.1)}
+    models = {"blockwise": edm.Candidate(weights(1, 1, 1), 2.1, None)}
     assert warnings(models, had_grid=True, grid=(1.0,)) == []
 
 
@@ -1100,6 +1122,8 @@ def written(tmp_path, capsys, **changes):
         "score": "FD",
         "snapshots": [entry.as_json()],
         "floors": [{"images": 50, "fd": 0.125}],
+        "judges": ["own"],
+        "reference": {"images": 10_000, "origin": "nowhere"},
         "config": {"out": Path("x")},
     }
     edm.write_report(summary, tmp_path)
@@ -1117,7 +1141,7 @@ def test_table_has_a_row_for_every_model(tmp_path, capsys):
     entry, text, _ = written(tmp_path, capsys)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(entry.models)
-    assert rows[0].count("|") == rows[1].count("|") == rows[-1].count("|") == 10
+    assert rows[0].count("|") == rows[1].count("|") == rows[-1].count("|") == 11
 
 
 def test_row_of_a_model(tmp_path, capsys):
@@ -1132,9 +1156,20 @@ def test_row_shows_selection_and_final_distances(tmp_path, capsys):
     final = {
         "base": {"w": weights(0, 0, 0), "fd": 7.5, "std": None, "precision": 0.25, "recall": 1}
     }
-    models = {"base": edm.Candidate(weights(0, 0, 0), 6.5)}
+    models = {"base": edm.Candidate(weights(0, 0, 0), 6.5, None)}
     _, text, _ = written(tmp_path, capsys, final=final, models=models)
-    assert cells(text, "base") == ["1", "base", "0", "6.5000", "7.5000", "", "", "0.250", "1.000"]
+    assert cells(text, "base") == [
+        "1",
+        "base",
+        "0",
+        "6.5000",
+        "7.5000",
+        "",
+        "",
+        "0.250",
+        "1.000",
+        "",
+    ]
 
 
 def test_notes_of_the_report(tmp_path, capsys):
@@ -1144,7 +1179,8 @@ def test_notes_of_the_report(tmp_path, capsys):
         "Snapshot 1: blockwise against global -0.5000 [-0.5000, -0.5000]: better.",
         "Snapshot 1: random blocks 1 against global -0.5000 [-0.7000, -0.3000]: better.",
         "Warning, snapshot 1: all is well.",
-        "Floor at 50 images: two disjoint samples of the real data are 0.1250 apart.",
+        "Floor: 50 real images, of the selection part, score 0.1250 against the final one.",
+        "Reference: nowhere, the same for selection and final comparison (10000 images).",
     ):
         assert note in text.split("\n\n") or note + "\n" in text
 
@@ -1167,7 +1203,7 @@ def test_keys_of_a_snapshot_in_the_summary(tmp_path, capsys):
     (found,) = summary["snapshots"]
     assert set(found) == {
         *("kimg", "blocks", "grid", "sweep", "base", "collapsed", "global", "blockwise"),
-        *("final", "placebo", "warnings"),
+        *("final", "placebo", "warnings", "judges", "claims"),
     }
     assert found["global"] == {"w": weights(1, 1, 1), "fd": 1.5, "w_global": 1.0}
     assert found["blockwise"] == {"w": BEST, "fd": 1.0}
@@ -1175,6 +1211,8 @@ def test_keys_of_a_snapshot_in_the_summary(tmp_path, capsys):
         "w": weights(0.5, 0.5, 0.5),
         "fd": 2.25,
         "seconds": 0.5,
+        "low": 2.25,
+        "high": 2.25,
     }
     assert [row["w_global"] for row in found["sweep"]] == [-1, 0, 0.5, 1, 1.5]
     assert summary["config"] == {"out": "x"}
@@ -1182,9 +1220,12 @@ def test_keys_of_a_snapshot_in_the_summary(tmp_path, capsys):
 
 def test_rows_of_the_summary_hold_precision_and_recall():
     row = score_of(2.0, precision=0.25, recall=0.5, w=BEST)
-    entry = edm.Entry(1, {}, [], [row], {}, {}, [], [])
+    entry = edm.Entry(1, {}, [], [row], {}, {}, [], [], {}, [])
     assert entry.as_json()["grid"] == [
-        {"w": BEST, "fd": 2.0, "seconds": 0.5, "precision": 0.25, "recall": 0.5}
+        {
+            **{"w": BEST, "fd": 2.0, "seconds": 0.5, "low": 2.0, "high": 2.0},
+            **{"precision": 0.25, "recall": 0.5},
+        }
     ]
 
 
@@ -1193,7 +1234,16 @@ def test_summary_is_strict_json(tmp_path, capsys):
         return math.inf if w["enc"] == -1 else bowl(w)
 
     entry, _ = study_of(fd, final_repeats=2)
-    edm.write_report({"score": "FD", "snapshots": [entry.as_json()], "floors": []}, tmp_path)
+    edm.write_report(
+        {
+            "score": "FD",
+            "snapshots": [entry.as_json()],
+            "floors": [],
+            "judges": ["own"],
+            "reference": {},
+        },
+        tmp_path,
+    )
     text = (tmp_path / "summary.json").read_text()
     found = json.loads(text, parse_constant=pytest.fail)["snapshots"][0]
     assert found["collapsed"]["fd"] is None and found["final"]["collapsed"]["all"] == [None, None]
@@ -1215,9 +1265,10 @@ def test_strict_values(value, want):
 def test_summary_of_a_run(tmp_path, capsys):
     scorer = toy_scorer(tmp_path)
     c = config(tmp_path, final_repeats=2)
-    found = edm.summarise(c, ["--seed", "1"], [], scorer.judge, edm.seed_ledger(c), 0.5, CPU, 0.0)
+    found = edm.summarise(c, ["--seed", "1"], [], scorer.judges, edm.seed_ledger(c), 0.5, CPU, 0.0)
     assert found["command"] == "python edm_neon.py --seed 1"
-    assert found["first_seeds"] == {"selection": 10_000, "final": [50_000, 50_120]}
+    assert found["first_seeds"]["selection"] == 10_000
+    assert found["first_seeds"]["final"] == [50_000, 50_120]
     assert [floor["images"] for floor in found["floors"]] == [100, 120]
     assert found["reference"]["images"] == 400 and found["world"] == 1
     assert found["config"]["final_repeats"] == 2 and found["seconds_per_image"] == 0.5
@@ -1227,7 +1278,7 @@ def test_summary_of_a_run(tmp_path, capsys):
 def test_summary_without_real_images_has_no_floor(tmp_path):
     scorer = toy_scorer(tmp_path, real=False)
     c = config(tmp_path)
-    found = edm.summarise(c, [], [], scorer.judge, edm.seed_ledger(c), 0.5, CPU, 0.0)
+    found = edm.summarise(c, [], [], scorer.judges, edm.seed_ledger(c), 0.5, CPU, 0.0)
     assert found["floors"] == []
 
 
@@ -1235,14 +1286,14 @@ def test_summary_without_real_images_has_no_floor(tmp_path):
 @pytest.mark.parametrize("best", ["base", "global", "blockwise", "searched"])
 def test_network_that_is_saved_is_the_best_on_the_selection_seeds(tmp_path, best):
     names = ("base", "global", "blockwise", "searched")
+    scorer, model = toy_scorer(tmp_path), ToyModel()
     models = {
-        name: edm.Candidate(weights(i, i + 1, i), 1.0 if name == best else 2.0)
+        name: edm.Candidate(weights(i, i + 1, i), 1.0 if name == best else 2.0, scorer.merger)
         for i, name in enumerate(names)
     }
     entry = SimpleNamespace(kimg=7, models=models)
-    scorer, model = toy_scorer(tmp_path), ToyModel()
     c = config(tmp_path, export_pt=True)
-    edm.save_merged(c, model, scorer.merger, entry, scorer.parents)
+    edm.save_merged(c, model, entry, scorer.parents)
 
     w = models[best].w
     want = blend(*toy_pair(), w, lambda name: name[:3]).state_dict()
@@ -1256,16 +1307,16 @@ def test_network_that_is_saved_is_the_best_on_the_selection_seeds(tmp_path, best
 
 
 def test_plain_weights_are_written_on_request_alone(tmp_path):
-    entry = SimpleNamespace(kimg=7, models={"base": edm.Candidate(weights(0, 0, 0), 1.0)})
     scorer = toy_scorer(tmp_path)
-    edm.save_merged(config(tmp_path), ToyModel(), scorer.merger, entry, {})
+    models = {"base": edm.Candidate(weights(0, 0, 0), 1.0, scorer.merger)}
+    edm.save_merged(config(tmp_path), ToyModel(), SimpleNamespace(kimg=7, models=models), {})
     assert not [*tmp_path.glob("*.pt")] and len([*tmp_path.glob("*.safetensors")]) == 1
 
 
 def test_saved_network_of_edm_is_read_back_with_its_recipe(tmp_path):
     base, aux, owners, merger = edm_merger("ncsnpp")
-    entry = SimpleNamespace(kimg=7, models={"blockwise": edm.Candidate(BEST, 1.0)})
-    edm.save_merged(config(tmp_path), edm_model(), merger, entry, {"aux_weights": "abc"})
+    entry = SimpleNamespace(kimg=7, models={"blockwise": edm.Candidate(BEST, 1.0, merger)})
+    edm.save_merged(config(tmp_path), edm_model(), entry, {"aux_weights": "abc"})
     path = tmp_path / "adaptive-neon-000007.safetensors"
     want = blend(base, aux, BEST, owners.get).state_dict()
     for name, tensor in edm.load_network(path).state_dict().items():
@@ -1381,7 +1432,7 @@ def test_measuring_time_changes_no_setting():
     base, model = network(), edm_model()
     sampler = edm.Sampler(model, base, CPU, 5, 32)
     threads = torch.get_num_threads()
-    assert edm.seconds_per_image(sampler, "fp32") > 0
+    assert edm.time_sampling(sampler, "fp32")[0] > 0
     assert torch.get_num_threads() == threads and (sampler.steps, sampler.batch) == (5, 32)
 
 

@@ -63,8 +63,8 @@ def test_score_says_what_it_is_of(tmp_path):
 def test_precision_and_recall_of_a_score(tmp_path):
     scorer = toy_scorer(tmp_path)
     score = scorer.score(BEST, SELECTION)
-    found = scorer.features(BEST, SELECTION)
-    want = edm.precision_recall(scorer.judge.reference.real, found)
+    (found,) = scorer.features(BEST, SELECTION, [scorer.judge])
+    want = edm.precision_recall(scorer.judge.selection.real, found)
     assert (score.precision, score.recall) == want
 
 
@@ -178,8 +178,8 @@ def with_feature_weights(scorer):
 
 
 def with_reference(scorer):
-    reference = dataclasses.replace(scorer.judge.reference, identity="other")
-    scorer.judge = edm.Judge(scorer.judge.features, reference)
+    reference = dataclasses.replace(scorer.judge.selection, identity="other")
+    scorer.judge = edm.Judge(scorer.judge.features, reference, scorer.judge.final)
 
 
 def with_device(scorer):
@@ -266,7 +266,7 @@ def test_hash_of_a_tensor(other):
 # -------------------- reference
 def reference(tmp_path, images, labels=None):
     real = edm.RealImages(images, labels, "images.zip")
-    return edm.reference_from_images(real, ToyFeatures(), tmp_path, "cpu")
+    return edm.reference_from_images(real, ToyFeatures(), tmp_path / "reference.npz", "cpu")
 
 
 def test_reference_of_images(tmp_path):
@@ -293,9 +293,11 @@ def test_judge_is_its_features_and_its_reference(tmp_path):
     judge = toy_judge(tmp_path)
     other = ToyFeatures()
     other.identity = "other"
-    assert edm.Judge(other, judge.reference).identity != judge.identity
-    changed = dataclasses.replace(judge.reference, identity="other")
-    assert edm.Judge(judge.features, changed).identity != judge.identity
+    features = edm.Judge(other, judge.selection, judge.final)
+    selection = dataclasses.replace(judge, selection=judge.final)
+    for seeds, changed in ((SELECTION, True), (FINAL, False)):
+        assert features.identity(seeds) != judge.identity(seeds)
+        assert (selection.identity(seeds) != judge.identity(seeds)) == changed
 
 
 def npz(tmp_path, **changes):
@@ -343,19 +345,10 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path, change, message):
         npz(tmp_path, **change)
 
 
-def test_floor_is_the_distance_of_two_halves(tmp_path):
-    real = reference(tmp_path, toy_images(count=300)[0])
-    floor = real.floor(1000)
-    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
-    first, second = real.real[order[:150]], real.real[order[150:]]
-    want = neon_ext.FrechetReference(*neon_ext.feature_moments(first), 150)
-    assert floor["images"] == 150
-    assert floor["fd"] == pytest.approx(float(want.distance_from_features(second)), rel=1e-6)
-
-
-def test_floor_of_fewer_images_is_higher(tmp_path):
-    real = reference(tmp_path, toy_images(count=400)[0])
-    assert real.floor(25)["images"] == 25 and real.floor(25)["fd"] > real.floor(200)["fd"]
+def test_floor_is_the_final_score_of_the_selections_images(tmp_path):
+    judge = toy_judge(tmp_path)
+    want = float(judge.final.prepared.distance_from_features(judge.selection.real[:150]))
+    assert judge.floor(150) == {"images": 150, "fd": pytest.approx(want, rel=1e-6)}
 
 
 @pytest.mark.parametrize(
@@ -470,9 +463,8 @@ def test_another_judge_scores_again(tmp_path):
     images, labels = toy_images(BASE)
     again = toy_scorer(tmp_path)
     real = edm.RealImages(images, labels, "toy")  # the same source, other images
-    again.judge = edm.Judge(
-        ToyFeatures(), edm.reference_from_images(real, ToyFeatures(), tmp_path, "cpu")
-    )
+    reference = edm.reference_from_images(real, ToyFeatures(), None, "cpu")
+    again.judge = edm.Judge(ToyFeatures(), reference, reference)
     after = again.score(BEST, SELECTION)
     assert after.fd > 2 * before.fd
 
@@ -634,6 +626,7 @@ def test_equal_scores():
         "low": 0,
         "high": 0,
         "verdict": "no significant difference",
+        "p": 1,
     }
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from edm_helpers import PRESET, ToyFeatures, ToyModel, blend, lines, preset, toy_images
+from edm_helpers import PRESET, ToyFeatures, ToyModel, blend, lines, preset, real_toys
 
 import edm_neon as edm
 
@@ -12,17 +12,17 @@ TOY = (
     *("--preset", PRESET, "--train-base", "0.4", "--batch", "20", "--snapshot", "2,1"),
     *("--grid", "0.5,1.0", "--sweep", "-1:2:1", "--synthetic", "100", "--select-images", "100"),
     *("--final-images", "100", "--final-repeats", "2", "--placebo", "1", "--search", "gradient"),
-    *("--evaluations", "3", "--export-pt", "--lr", "0.01", "--augment", "0"),
+    *("--evaluations", "3", "--judge", "pixels", "--export-pt", "--lr", "0.01", "--augment", "0"),
 )
 
 
 @pytest.fixture(scope="module")
 def toys():
     """The preset's images and features, and the model, are the toy's."""
-    images, labels = toy_images()
+    real = real_toys()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(edm, "get_model", lambda c, processes: ToyModel())
-        patch.setattr(preset, "real_images", lambda c: edm.RealImages(images, labels, "toy"))
+        patch.setattr(preset, "real_images", lambda c: real)
         patch.setattr(preset, "features", lambda c: ToyFeatures())
         yield
 
@@ -95,13 +95,14 @@ def test_pictures_of_every_snapshot(toy_run):
     names = {path.name for path in toy_run.glob("*.png")}
     assert names == {
         "scores.png",
-        *(f"{kind}_{kimg:06d}.png" for kind in ("grid", "samples") for kimg in (1, 2)),
+        *(f"{kind}_{kimg:06d}.png" for kind in ("grid", "samples", "judges") for kimg in (1, 2)),
     }
 
 
 def test_pictures_of_all_models_are_from_the_same_seeds(toys, tmp_path, monkeypatch):
     taken = []
-    monkeypatch.setattr(edm, "plot_report", lambda summary, samples, out: taken.append(samples))
+    monkeypatch.setattr(edm, "plot_report", lambda figures, out: None)
+    monkeypatch.setattr(edm, "figures_of", lambda summary, samples: taken.append(samples))
     edm.main([*TOY, "--snapshot", "1", "--out", str(tmp_path)])
     (samples,) = taken
     entry = json.loads((tmp_path / "summary.json").read_text())["snapshots"][0]
@@ -111,8 +112,8 @@ def test_pictures_of_all_models_are_from_the_same_seeds(toys, tmp_path, monkeypa
     assert [*samples[1]] == [*entry["final"]]
     for name, images in samples[1].items():
         net = blend(*nets, entry[name]["w"], lambda name: name[:3])
-        sampler = edm.Sampler(ToyModel(), net, edm.Processes("cpu"), 1, 36)
-        want, _ = sampler.images(range(50_000, 50_036))
+        sampler = edm.Sampler(ToyModel(), net, edm.Processes("cpu"), 1, 64)
+        want, _ = sampler.images(range(50_000, 50_064))
         assert (images.int() - want.int()).abs().max() <= 1
 
 
