@@ -682,6 +682,12 @@ def test_a_trained_base_has_the_statistics_of_batchnorm(tmp_path):
     assert not torch.equal(ema.head.weight, before["head.weight"])
 
 
+def test_a_model_without_classes_trains_without_labels(tmp_path):
+    path = write(tmp_path, "\nCLASSES = 0\n" + loss_is("assert labels is None\n    return x"))
+    x = torch.ones(2)
+    assert edm.FileModel(path).loss(None, x, torch.tensor([3, 1])) is x
+
+
 def test_encode_is_repeatable_and_keeps_no_graph(tmp_path):
     path = write(
         tmp_path,
