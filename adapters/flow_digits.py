@@ -3,15 +3,18 @@
 A flow-matching transformer of small grey digits, neither a U-Net nor EDM. The network predicts the
 velocity v = image - noise at x_t = (1 - t) noise + t image; sampling integrates it from t = 0 to 1.
 
-    python edm_neon.py --preset digits --model adapters/flow_digits.py
+    python edm_neon.py --preset glyphs --model adapters/flow_digits.py --steps 10
+
+Seed 0, two CPU cores, torch 2.13, FD (glyphs CNN, 64-d) of 2,000 images: base 103.9, collapsed
+(w = -1) 179.5, best global weight (1.5) 50.2, best of the 27 (enc 1.5, mid 0.5, dec 0.5) 43.6.
 """
 
 import safetensors.torch
 import torch
 from torch import nn
 
-SIZE = 8  # pixels a side: --preset digits has 8 x 8 images
-PATCH = 2  # every 2 x 2 pixels are a token
+SIZE = 12  # pixels a side: --preset glyphs has 12 x 12 images
+PATCH = 3  # every 3 x 3 pixels are a token
 WIDTH, HEADS, DEPTH = 64, 4, 4
 
 # -------------------- needed: the noise of one sample, the number of labels (0: none)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ import edm_neon as edm
 
 SCRIPT = Path(edm.__file__)
 ADAPTER = SCRIPT.parent / "adapters" / "flow_digits.py"
-PRESET = next(name for name in edm.PRESETS if name != "cifar10")
-SIZE = edm.PRESETS[PRESET].network["img_resolution"]
+FOLDER = tempfile.TemporaryDirectory()
+REAL = Path(FOLDER.name) / "real.zip"
+SIZE = 8
 torch.set_num_threads(1)
 
 GOOD = f"""
@@ -58,36 +60,35 @@ def sample(net, noise, labels, steps):
 def loss(net, x, labels):
     z = torch.randn(len(x), 4)
     return (net(z, labels) - x).square().mean((1, 2, 3))
+def features(images):
+    return images.flatten(1)[:, 5:60:9] / 128 - 1
 def block(name):
     return "in" if name.split(".")[0] in ("label", "body", "norm") else "out"
 """
 SHORT = [
-    *("--preset", PRESET, "--snapshot", "1", "--grid", "0.5,1.0", "--steps", "2"),
+    *("--data", REAL, "--snapshot", "1", "--grid", "0.5,1.0", "--steps", "2", "--threads", "1"),
     *("--synthetic", "64", "--select-images", "40", "--final-images", "40"),
     *("--sample-batch", "20", "--precision", "fp32", "--device", "cpu"),
+    *("--ramp-kimg", "0", "--ema-kimg", "0.2"),
 ]
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A folder with the base of the good file and the preset's classifier, which takes seconds."""
+    """A folder with the good file and its base; the real images beside it."""
     folder = tmp_path_factory.mktemp("shared")
     (folder / "mine.py").write_text(GOOD)
     torch.manual_seed(0)
     net = edm.FileModel(folder / "mine.py").file.create()
     torch.save(net.state_dict(), folder / "base.pt")
-    edm.PRESETS[PRESET].features(edm.Config(out=folder))
+    images = torch.randint(0, 255, (400, 1, SIZE, SIZE), dtype=torch.uint8)
+    edm.write_dataset(REAL, images, torch.arange(400) % 10)
     return folder
 
 
 @pytest.fixture
 def out(shared, tmp_path):
-    """A run's folder that has the classifier already."""
-    folder = tmp_path / "out"
-    folder.mkdir()
-    for path in shared.glob("*-cnn.pt"):
-        shutil.copy(path, folder)
-    return folder
+    return tmp_path / "out"
 
 
 def write(tmp_path, changes="", name="mine.py"):
@@ -571,6 +572,15 @@ def test_autocast_and_checkpointing_wrap_several_inputs(tmp_path):
 
 
 # ---------------------------------------------------------------- gradients of the search
+class Pixels:
+    """A few pixels as features."""
+
+    dim, name, identity = 7, "pixels", "pixels"
+
+    def __call__(self, images):
+        return images.double().flatten(1)[:, 5:60:9] / 128 - 1
+
+
 def scorer_of(path, out, partition="layers", batch=12):
     model, base, c = model_and_base(path)
     c = edm.dataclasses.replace(c, out=out, partition=partition)
@@ -581,13 +591,12 @@ def scorer_of(path, out, partition="layers", batch=12):
         parameter.data += 0.02 * torch.randn_like(parameter)
     sampler = edm.Sampler(model, base, edm.Processes("cpu"), 2, batch)
     merger = edm.Merger(base, aux, edm.partition_owners(model, base, partition), sampler)
-    features = lambda x: x.double().flatten(1)[:, 5:60:9] / 128 - 1  # noqa: E731
-    features.dim, features.identity = 7, "pixels"
     torch.manual_seed(3)
     real = torch.randn(200, 7).double() * 0.4
     prepared = edm.neon_ext.FrechetReference(*edm.neon_ext.feature_moments(real), 200)
-    judge = edm.Judge(features, edm.Reference(prepared, None, {}, "r"))
-    return edm.Scorer(merger, judge, sampler, edm.ScoreLog(out), {}, 1, c)
+    reference = edm.Reference(prepared, None, {}, "r")
+    judge = edm.Judge(Pixels(), reference, reference)
+    return edm.Scorer(merger, [judge], sampler, edm.ScoreLog(out), {}, 1, c)
 
 
 @pytest.mark.parametrize("file", ["own", "adapter"])
@@ -671,6 +680,12 @@ def test_a_trained_base_has_the_statistics_of_batchnorm(tmp_path):
     assert not torch.equal(ema.norm.running_var, before["norm.running_var"])
     assert torch.equal(ema.frozen, before["frozen"]) and torch.equal(ema.unused, before["unused"])
     assert not torch.equal(ema.head.weight, before["head.weight"])
+
+
+def test_a_model_without_classes_trains_without_labels(tmp_path):
+    path = write(tmp_path, "\nCLASSES = 0\n" + loss_is("assert labels is None\n    return x"))
+    x = torch.ones(2)
+    assert edm.FileModel(path).loss(None, x, torch.tensor([3, 1])) is x
 
 
 def test_encode_is_repeatable_and_keeps_no_graph(tmp_path):
@@ -788,16 +803,8 @@ def test_a_kill_after_any_write_changes_nothing(shared, tmp_path, monkeypatch):
     options = (*SHORT, *RUN, "--model", shared / "mine.py", "--search", "gradient")
     options = (*options, "--evaluations", "2", "--grid", "1.0")
 
-    def folder(name):
-        path = tmp_path / name
-        path.mkdir()
-        for classifier in shared.glob("*-cnn.pt"):
-            shutil.copy(classifier, path)
-        return path
-
-    straight = folder("straight")
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
     run(*options, "--out", straight)
-    killed = folder("killed")
     real = edm.write_atomically
     kills = 0
 
@@ -829,17 +836,17 @@ def test_plan_trains_nothing(tmp_path, out, capsys):
 def test_two_ranks_find_what_one_finds(shared, out, tmp_path):
     options = (*SHORT, "--model", shared / "mine.py", "--base", shared / "base.pt", "--grid", "1.0")
     options = (*options, "--search", "gradient", "--evaluations", "2", "--lr", "0.003")
-    run(*options, "--out", out)
     other = tmp_path / "two"
-    shutil.copytree(out, other)
-    for name in ("grid.jsonl", "final.jsonl", "summary.json"):
-        (other / name).unlink()
-    for path in other.glob("search-*"):
-        path.unlink()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [SCRIPT, *options, "--out", other]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True)
+
+    # The network that two ranks have trained, scored and searched by one.
+    for folder in other.glob("self-*"):
+        shutil.copytree(folder, out / folder.name)
+    run(*options, "--out", out)
+    assert len(list(out.glob("self-*"))) == 1
     (one,), (two,) = results(out), results(other)
     for name in one["final"]:
         np.testing.assert_allclose(one["final"][name]["fd"], two["final"][name]["fd"], rtol=1e-5)
