@@ -2688,7 +2688,7 @@ def table_row(entry, name):
 
 def judge_rows(entry):
     """A row for every judge that no selection saw: distances, and what its images say."""
-    models = [name for name in entry["final"]]
+    models = list(entry["final"])
     pairs = [("global", "base")]
     for name in ("blockwise", "searched"):
         if name in models:
@@ -2860,12 +2860,12 @@ def claims_over_seeds(summaries):
     for summary in summaries:
         for entry in summary["snapshots"]:
             for claim in entry["claims"]:
-                names = [re.sub(r"(random blocks) \d+", r"\1", claim[key]) for key in SIDES]
+                sides = (claim["model"], claim["against"])
+                names = [re.sub(r"(random blocks) \d+", r"\1", name) for name in sides]
                 groups.setdefault((entry["kimg"], *names), []).append(claim)
     return [OverSeeds.of(*key, claims) for key, claims in groups.items()]
 
 
-SIDES = ("model", "against")
 QUESTIONS = (
     ("blockwise", "global"),
     ("blockwise", "random blocks"),
@@ -2972,8 +2972,9 @@ def figures_of(summary, samples):
 
 def error_bars(rows, key="fd"):
     """Values and the lengths of their intervals below and above, as errorbar() takes them."""
-    values = np.array([row[key] for row in rows], float)
-    low, high = (np.array([row[end] for row in rows], float) for end in ("low", "high"))
+    table = np.array([[row[key], row["low"], row["high"]] for row in rows], float)
+    table[~np.isfinite(table)] = np.nan  # where a sampler diverged there is nothing to draw
+    values, low, high = table.T
     return values, np.stack([values - low, high - values]).clip(0)
 
 
@@ -3036,11 +3037,11 @@ def plot_grid(plt, data):
     first, middle, last = rows[0]["w"]
     columns = {block: sorted({row["w"][block] for row in rows}) for block in (first, middle, last)}
     table = {tuple(row["w"].values()): row["fd"] for row in rows}
-    wide, high = len(columns[last]), len(columns[first])
-    size = (0.9 + max(1.6, 0.62 * wide), 1.0 + max(1.3, 0.46 * high))
+    width = 0.9 + max(1.6, 0.62 * len(columns[last]))
+    height = 1.0 + max(1.3, 0.46 * len(columns[first]))
     count = len(columns[middle])
     figure, axes = plt.subplots(
-        1, count, figsize=(size[0] * count + 0.8, size[1]), squeeze=False, layout="constrained"
+        1, count, figsize=(width * count + 0.8, height), squeeze=False, layout="constrained"
     )
     finite = [fd for fd in table.values() if math.isfinite(fd)]
     low, high = min(finite, default=0), max(finite, default=1)

@@ -1,7 +1,9 @@
 """edm_neon.py: glyphs, real images in three parts, judges that no selection saw, training seeds."""
 
+import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 from pathlib import Path
@@ -694,6 +696,78 @@ def test_sample_picture_is_exact_to_the_pixel(tmp_path):
         left = 12 + i * (panel.shape[1] + 12)
         part = found[-12 - panel.shape[0] : -12, left : left + panel.shape[1]]
         assert np.array_equal(part, panel)
+
+
+def summary_of(diverging, kimgs=(1,)):
+    """What summary.json holds of random scores, one model's infinite."""
+    blocks = ("enc", "mid", "dec")
+    scores, finals = {}, {}
+    for i, name in enumerate(("base", "collapsed", "global", "blockwise", "searched")):
+        one = noisy(20.0 + i, i)
+        scores[name] = dataclasses.replace(one, w=dict.fromkeys(blocks, float(i)))
+    for judge in ("own", "a", "b"):
+        finals[judge] = {name: [one] for name, one in scores.items()}
+        if diverging:
+            finals[judge][diverging] = [score(math.inf)]
+    grid = []
+    for w in itertools.product((0.5, 1.0), (0.5, 1.0), (0.5, 1.0)):
+        grid.append(score(20 + sum(w), w=dict(zip(blocks, w, strict=True))))
+    models = {}
+    for name, one in scores.items():
+        models[name] = edm.Candidate(one.w, finals["own"][name][0].fd, None)
+    judges = {j: {"score": j, "final": edm.final_comparison(finals[j])} for j in ("a", "b")}
+    entries = []
+    for kimg in kimgs:
+        entry = edm.Entry(
+            kimg=kimg,
+            blocks=dict.fromkeys(blocks, {}),
+            sweep=[finals["own"][name][0] for name in ("collapsed", "base", "global")],
+            grid=grid,
+            models=models,
+            final=edm.final_comparison(finals["own"]),
+            placebo=[],
+            warnings=[],
+            judges=judges,
+            claims=edm.claims_of(finals),
+        )
+        entries.append(entry.as_json())
+    return {"score": "FD (own, 4-d)", "snapshots": entries}
+
+
+@pytest.mark.parametrize("diverging", [None, "collapsed", "global"])
+@pytest.mark.parametrize("kimgs", [(1,), (1, 2)], ids=["one snapshot", "two"])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_pictures_of_a_run(tmp_path, diverging, kimgs):
+    summary = summary_of(diverging, kimgs)
+    images = edm.draw_glyphs(64, 0)[0]
+    samples = {kimg: {"base": images, "blockwise": images} for kimg in kimgs}
+    edm.plot_report(edm.figures_of(summary, samples), tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    for kimg in kimgs:
+        for kind in ("samples", "grid", "judges"):
+            assert f"{kind}_{kimg:06d}.png" in names
+    with PIL.Image.open(tmp_path / "scores.png") as picture:
+        assert picture.info["dpi"] == pytest.approx((150, 150), abs=0.1)
+
+
+@pytest.mark.parametrize("diverging", [None, "collapsed", "global"])
+def test_report_of_judges(tmp_path, capsys, diverging):
+    summary = summary_of(diverging) | {"judges": ["own", "a", "b"], "floors": [], "reference": {}}
+    edm.write_report(summary, tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "Judges that no selection saw, snapshot 1:" in text
+    assert "of 2 judges that no selection saw" in text
+    assert "--judge adds" not in text
+    json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_report_without_judges_says_so(tmp_path, capsys):
+    summary = summary_of(None) | {"judges": ["own"], "floors": []}
+    summary["reference"] = {"origin": "of unknown origin", "images": 7}
+    edm.write_report(summary, tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "features that the weights were selected with: --judge adds others" in text
+    assert "of unknown origin, the same for selection and final comparison (7 images)" in text
 
 
 # ---------------------------------------------------------------- adapters
