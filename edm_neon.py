@@ -5047,7 +5047,7 @@ SILENCE = 30  # seconds without a byte that end a download
 def printable(text, most=100):
     """Text of a file or a server for a message: one line, cut off, control characters escaped."""
     text = str(text)[: most + 1]
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return line if len(line) <= most else line[: most - 3] + "..."
 
 

@@ -15,7 +15,7 @@ import torch
 import edm_neon as edm
 
 SCRIPT = Path(edm.__file__)
-ADAPTER = SCRIPT.parent / "adapters" / "flow_digits.py"
+ADAPTER = SCRIPT.parent / "adapters" / "flow_glyphs.py"
 FOLDER = tempfile.TemporaryDirectory()
 REAL = Path(FOLDER.name) / "real.zip"
 SIZE = 8
