@@ -798,6 +798,16 @@ def test_features_of_ones_own(shared, out, tmp_path):
     assert summary["score"] == "FD (features of mine.py, 5-d)"
 
 
+def test_features_keep_a_graph_only_for_images_that_need_one(tmp_path):
+    net = "\nF = nn.Linear(64, 5)\ndef features(images):\n    return F(images.flatten(1) / 128)\n"
+    images = torch.rand(4, 1, SIZE, SIZE) * 255
+    features = edm.FileFeatures(edm.FileModel(write(tmp_path, net)), images)
+    assert not features(images).requires_grad
+    assert features(images.requires_grad_()).requires_grad
+    with torch.no_grad():
+        assert not features(images).requires_grad
+
+
 def test_a_kill_after_any_write_changes_nothing(shared, tmp_path, monkeypatch):
     """Every file that a run leaves is the last one once; the run that goes on ends the same."""
     options = (*SHORT, *RUN, "--model", shared / "mine.py", "--search", "gradient")
