@@ -1973,7 +1973,11 @@ def judge_of_images(features, real, device, folder=None):
 def judge_of_file(features, real, source, c):
     """Judge of a feature network with the statistics of a file, the same for selection and final
     comparison; real images, if any, serve precision, recall and the kernel distance."""
-    path = fetch(source, "the reference statistics")
+
+    def check(path):
+        reference_from_file(path, features, c.device, None, "")
+
+    path = fetch(source, "the reference statistics", check=check)
     origin = "of unknown origin: base and selection may have seen its images"
     if source == CIFAR10_STATISTICS:
         origin = "CIFAR-10's 50,000 training images, which EDM's networks were trained on"
@@ -2429,7 +2433,10 @@ def grid_weights(c, blocks):
 
 
 def check_grid(c, blocks):
-    """Refuse a grid that takes for ever, announce a large one."""
+    """Refuse a grid that takes for ever or names a block that is not there, announce a large one."""
+    for block in ("enc", "mid", "dec"):
+        if getattr(c, f"grid_{block}") and block not in blocks:
+            raise UserError(f"--grid-{block}: this partition has no block {block}: use --grid")
     points = math.prod(len(c.grid_of(block)) for block in blocks)
     if c.search and not c.placebo:
         return
