@@ -320,7 +320,8 @@ def standard_reference(dim=3):
 # -------------------- the script
 SMALL = (
     *("--preset", PRESET, "--train-base", "2", "--snapshot", "1", "--grid", "0.5,1.0"),
-    *("--synthetic", "100", "--select-images", "80", "--final-images", "80"),
+    *("--synthetic", "100", "--select-images", "80", "--final-images", "80", "--steps", "4"),
+    *("--judge", "pixels"),
 )
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 

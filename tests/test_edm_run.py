@@ -190,6 +190,7 @@ def test_two_ranks_score_as_one_process(prepared, tmp_path):
     out, options = prepared
     sizes = ("--grid", "0.5", "--synthetic", "100", "--select-images", "80", "--final-images", "80")
     search = ("--search", "gradient", "--evaluations", "2", "--sample-batch", "20")
+    search += ("--steps", "4", "--judge", "none")
     found = []
     for program in ((sys.executable,), TORCHRUN):
         folder = tmp_path / str(len(found))
@@ -216,6 +217,7 @@ def test_two_ranks_train_a_network_with_parameters_no_loss_uses(prepared):
         *("--preset", PRESET, "--base", out / "base.safetensors", "--snapshot", "1"),
         *("--augment", "0", "--batch", "1", "--synthetic", "40", "--grid", "0.5", "--steps", "2"),
         *("--select-images", "40", "--final-images", "40", "--out", out, "--ema-kimg", "0.01"),
+        *("--judge", "none"),
         program=TORCHRUN,
     )
     assert done.returncode == 0, done.stderr[-2000:]
