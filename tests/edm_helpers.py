@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import few_glyphs
 import neon_ext
 import numpy as np
 import safetensors.torch
@@ -15,7 +16,7 @@ from torch import nn
 
 import edm_neon as edm
 
-SCRIPT = Path(edm.__file__)
+SCRIPT = Path(few_glyphs.__file__)
 torch.set_num_threads(1)  # tiny networks: a second thread only waits
 
 # The preset that needs no download.
