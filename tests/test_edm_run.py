@@ -283,12 +283,14 @@ def test_our_own_errors_are_traced_back(tmp_path, monkeypatch):
 @pytest.fixture
 def misfits(tmp_path):
     """Images and networks that do not fit."""
-    zeros, labels = torch.zeros(50, 3, 32, 32, dtype=torch.uint8), torch.arange(50) % 10
-    edm.write_dataset(tmp_path / "plain.zip", zeros, None)
-    edm.write_dataset(tmp_path / "odd.zip", zeros[:, :, :30, :30], labels)
-    edm.write_dataset(tmp_path / "small.zip", zeros[:, :, :20, :20], labels)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (400, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(400) % 10
+    edm.write_dataset(tmp_path / "plain.zip", images, None)
+    edm.write_dataset(tmp_path / "odd.zip", images[:, :, :30, :30], labels)
+    edm.write_dataset(tmp_path / "small.zip", images[:, :, :20, :20], labels)
+    edm.write_dataset(tmp_path / "few.zip", images[:50], labels[:50])
     edm.save_network(network(), tmp_path / "base.safetensors", {})
-    (tmp_path / "network-snapshot-best.pkl").touch()
     return tmp_path
 
 
@@ -299,11 +301,10 @@ def misfits(tmp_path):
         (("--train-base", "1", "--data", "none.zip"), "none.zip cannot be read"),
         (("--train-base", "1", "--data", "."), "cannot be read"),
         (("--train-base", "1", "--data", "odd.zip"), "30 x 30 images"),
+        (("--train-base", "1", "--data", "few.zip"), "give more images"),
         (("--train-base", "1"), "--train-base needs --data"),
         (("--base", "base.safetensors", "--preset", PRESET), "the base makes images of shape"),
         (("--base", "base.safetensors", "--data", "small.zip"), "(3, 16, 16)"),
-        (("--base", "base.safetensors", "--aux", "."), "has snapshots ['best'], not all of"),
-        (("--base", "base.safetensors", "--aux", "none.pkl"), "none.pkl does not exist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
