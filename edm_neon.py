@@ -2694,7 +2694,7 @@ def table_row(entry, name):
 
 
 def judge_rows(entry):
-    """A row for every judge that no selection saw: distances, and what its images say."""
+    """A row for every judge that no selection saw: distances, paired differences as shares."""
     models = list(entry["final"])
     pairs = [("global", "base")]
     for name in ("blockwise", "searched"):
@@ -2702,13 +2702,15 @@ def judge_rows(entry):
             pairs.append((name, "global"))
     head = ["judge", *models, *(f"{model} against {against} (95%)" for model, against in pairs)]
     rows = [head, ["---"] * len(head)]
-    for result in entry["judges"].values():
+    claims = {(claim["model"], claim["against"]): claim for claim in entry["claims"]}
+    for judge, result in entry["judges"].items():
         row = [result["score"]]
         for name in models:
             row.append(f"{result['final'][name]['fd']:.4g}")
-        for model, against in pairs:
-            gain = result["final"][model][f"against_{against}"]
-            row.append(f"{interval(gain)} {gain['verdict']}")
+        for pair in pairs:
+            gain = claims[pair]["judges"][judge]
+            shares = [gain[f"relative_{key}"] for key in ("difference", "low", "high")]
+            row.append("{:+.1%} [{:+.1%}, {:+.1%}] ".format(*shares) + gain["verdict"])
         rows.append(row)
     return rows
 
@@ -2999,7 +3001,7 @@ def plot_scores(plt, summary):
             style = style_of(name)
             final.bar(i, values[i], color=style["color"], hatch=style["hatch"], edgecolor="white")
         final.errorbar(range(len(names)), values, errors, fmt="none", ecolor="black", capsize=4)
-        final.set_xticks(range(len(names)), names)
+        final.set_xticks(range(len(names)), names, rotation=20)
         final.set(ylim=(0, None))
     else:
         x = [entry["kimg"] for entry in entries]
