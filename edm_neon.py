@@ -5739,6 +5739,8 @@ def check_combinations(c):
         raise UserError("--bounds: give two numbers, low,high")
     if c.placebo and c.partition == "layers":
         raise UserError("--placebo draws random blocks of several layers: use another --partition")
+    if c.guidance > 1 and (c.model or not is_pipeline(c.base)):
+        raise UserError("--guidance is for pipelines of diffusers as --base: leave it out")
     if c.partition in ("paper", "structural") and not c.model:
         check_grid(c, ("enc", "mid", "dec"))
 
