@@ -2433,7 +2433,8 @@ def grid_weights(c, blocks):
 
 
 def check_grid(c, blocks):
-    """Refuse a grid that takes for ever or names a block that is not there, announce a large one."""
+    """Refuse a grid that takes for ever or names a block that is not there, announce a large
+    one."""
     for block in ("enc", "mid", "dec"):
         if getattr(c, f"grid_{block}") and block not in blocks:
             raise UserError(f"--grid-{block}: this partition has no block {block}: use --grid")

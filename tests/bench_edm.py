@@ -141,7 +141,8 @@ def table(results, args):
         f"{args.preset}: batch {args.batch}, {args.steps} steps, seed {args.seed}, median of "
         f"{args.repeats}; {where}, {args.threads} threads; torch {torch.__version__}, python "
         f"{platform.python_version()}",
-        f"{'':<12}{'seconds':>10}{'images/s':>10}{'times EDM':>11}{'levels':>9}{'values differ':>15}",
+        f"{'':<12}{'seconds':>10}{'images/s':>10}{'times EDM':>11}"
+        f"{'levels':>9}{'values differ':>15}",
     ]
     seconds, reference = results.get("EDM fp32", (None, None))
     for name, (median, images) in results.items():

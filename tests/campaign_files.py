@@ -1,11 +1,13 @@
-"""A campaign against the readers of model files: damaged and hostile files, in processes with limits.
+"""A campaign against the readers of model files: damaged and hostile files, in processes with
+limits.
 
     PYTHONPATH=. python tests/campaign_files.py --mutated 3000 --seed 0 --minutes 40
 
-Each file may use 20 s of processor time and, beyond what the process has, twice its size and 500 MB. Counted are:
-executed (an audit hook saw a call, an import or a connection), hung (out of time), crashed (a signal or out of
-memory), wrong (it loads, but not as an independent reader has it), traceback (anything but a network or one line).
-Not collected by pytest. Prints a Markdown section; exit code 1 if anything but refused and loaded was seen."""
+Each file may use 20 s of processor time and, beyond what the process has, twice its size and 500
+MB. Counted are: executed (an audit hook saw a call, an import or a connection), hung (out of time),
+crashed (a signal or out of memory), wrong (it loads, but not as an independent reader has it),
+traceback (anything but a network or one line). Not collected by pytest. Prints a Markdown section;
+exit code 1 if anything but refused and loaded was seen."""
 
 import argparse
 import io
@@ -122,13 +124,20 @@ VALUES = [
     [[1]],
     {"a": 1},
 ]
-NAMES = """os.system posix.system nt.system subprocess.Popen builtins.eval builtins.exec builtins.compile builtins.open
-builtins.getattr builtins.setattr builtins.__import__ builtins.globals builtins.input builtins.breakpoint builtins.print
-builtins.list builtins.dict builtins.bytes builtins.bytearray builtins.object builtins.type builtins.range importlib.import_module
-runpy.run_path code.interact pty.spawn shutil.rmtree pathlib.Path tempfile.mktemp socket.socket urllib.request.urlopen
-ctypes.CDLL pickle.loads marshal.loads types.FunctionType functools.partial operator.attrgetter torch.load torch.hub.load
-torch.zeros torch.jit.load numpy.load numpy.core.multiarray._reconstruct torch._utils._rebuild_qtensor
-torch.storage.UntypedStorage torch.nn.modules.linear.Linear edm_neon.save_network __main__.main""".split()
+NAMES = """os.system posix.system nt.system subprocess.Popen builtins.eval builtins.exec
+builtins.compile builtins.open
+builtins.getattr builtins.setattr builtins.__import__ builtins.globals builtins.input
+builtins.breakpoint builtins.print
+builtins.list builtins.dict builtins.bytes builtins.bytearray builtins.object builtins.type
+builtins.range importlib.import_module
+runpy.run_path code.interact pty.spawn shutil.rmtree pathlib.Path tempfile.mktemp socket.socket
+urllib.request.urlopen
+ctypes.CDLL pickle.loads marshal.loads types.FunctionType functools.partial operator.attrgetter
+torch.load torch.hub.load
+torch.zeros torch.jit.load numpy.load numpy.core.multiarray._reconstruct
+torch._utils._rebuild_qtensor
+torch.storage.UntypedStorage torch.nn.modules.linear.Linear edm_neon.save_network
+__main__.main""".split()
 
 
 def handwritten():
@@ -198,7 +207,8 @@ def as_torch_reads(data):
 
 
 def right(family, path, result, original):
-    """Whether what was loaded is what the file says or, where torch refuses the file, what was damaged."""
+    """Whether what was loaded is what the file says or, where torch refuses the file, what was
+    damaged."""
     if original == "any":  # an option: the network was built with it, its shapes were compared
         return True
     if "safetensors" in family:
@@ -278,7 +288,8 @@ def work(cases, path, results):
 
 
 def run(cases, folder, deadline):
-    """(case, outcome, seconds) of each; a process serves 50 files, or less if one of them kills it."""
+    """(case, outcome, seconds) of each; a process serves 50 files, or less if one of them kills
+    it."""
     context, cases = multiprocessing.get_context("fork"), list(cases)
     while cases and time.monotonic() < deadline:
         batch = cases[:50]
@@ -342,11 +353,13 @@ def main():
 
     print("## Model files\n")
     print(
-        f"`PYTHONPATH=. python tests/campaign_files.py {' '.join(sys.argv[1:])}`; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, numpy {np.__version__}, safetensors {safetensors.__version__}, {platform.machine()}.\n"
+        f"`PYTHONPATH=. python tests/campaign_files.py {' '.join(sys.argv[1:])}`; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
+        f"safetensors {safetensors.__version__}, {platform.machine()}.\n"
     )
     print(
-        "| files | tries | refused | loaded | executed | hung | crashed | wrong | traceback | slowest, CPU s |"
+        "| files | tries | refused | loaded | executed | hung | crashed | wrong | traceback | "
+        "slowest, CPU s |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     total = Counter()

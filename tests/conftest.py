@@ -1,8 +1,7 @@
 """Shared fixtures: the extension must be built; CUDA cases skip visibly where there is no GPU."""
 
-from pathlib import Path
-
 import signal
+from pathlib import Path
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""edm_neon.py's files: model files of others, images and labels, downloads. Nothing in them is run."""
+"""edm_neon.py's files: model files of others, images and labels, downloads. Nothing in them is
+run."""
 
 import http.server
 import io
@@ -77,7 +78,8 @@ def _reconstruct_persistent_obj(meta):
 
 
 class Persistent:
-    """Pickles as EDM's decorated classes do: one global, called with a dict that holds source and state."""
+    """Pickles as EDM's decorated classes do: one global, called with a dict that holds source and
+    state."""
 
     def __init__(self, name, state):
         self.name, self.state = name, state
@@ -230,9 +232,12 @@ def test_names_are_refused_without_effect(tmp_path, name, protocol):
     assert not mark.exists()
 
 
-ADMITTED = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE
-SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE EMPTY_LIST EMPTY_DICT EMPTY_SET TUPLE
-TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID MEMOIZE BINPUT
+ADMITTED = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
+BINUNICODE
+SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE EMPTY_LIST EMPTY_DICT
+EMPTY_SET TUPLE
+TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD
+BINPERSID MEMOIZE BINPUT
 LONG_BINPUT BINGET LONG_BINGET""".split()
 OTHERS = [op for op in edm.pickletools.opcodes if op.name not in ADMITTED]
 
@@ -669,7 +674,8 @@ def test_networks_of_older_versions_have_no_hash_and_load(tmp_path):
 
 
 def test_a_flipped_bit_anywhere_is_found(tmp_path):
-    """Header, options, recipe or weights: refused, or (in the padding of the header) the same network."""
+    """Header, options, recipe or weights: refused, or (in the padding of the header) the same
+    network."""
     path = tmp_path / "net"
     edm.save_network(network(), path, {"w": 1.5, "note": "a recipe"})
     data, rng = path.read_bytes(), np.random.default_rng(0)
@@ -1176,8 +1182,8 @@ def test_labels_are_read(tmp_path, index, labels):
         (b"[" * 100_000, "RecursionError"),
         (b'{"labels": [["0.png", ' + b"9" * 5000 + b"]]}", ""),
     ],
-    ids="bool list negative fraction NaN large text null missing none repeated dictionary another-key array short "
-    "number string half empty binary brackets digits".split(),
+    ids="bool list negative fraction NaN large text null missing none repeated dictionary "
+    "another-key array short number string half empty binary brackets digits".split(),
 )
 def test_bad_labels_are_one_line(tmp_path, index, message):
     with pytest.raises(edm.UserError, match=f"cannot be read.*{message}") as error:
@@ -1220,7 +1226,8 @@ def test_datasets_are_the_same_bytes(tmp_path):
 # ---------------------------------------------------------------- downloads
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A web server: answers[path] = a function of the handler; .asked: the paths of the requests."""
+    """A web server: answers[path] = a function of the handler; .asked: the paths of the
+    requests."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
