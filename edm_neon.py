@@ -595,6 +595,11 @@ def get_model(c, processes):
         return processes.one_by_one(partial(FileModel, c.model))
     if is_pipeline(c.base):
         return processes.one_by_one(partial(DiffusersModel, c))
+    if c.base and Path(c.base).is_dir():
+        raise UserError(
+            f"--base {c.base} is a folder without model_index.json, so no pipeline of diffusers; "
+            "EDM's networks are files, and other folders need --model"
+        )
     return EdmModel(PRESETS[c.preset], c)
 
 
@@ -3360,6 +3365,8 @@ class FileModel:
             )
             if ours != theirs:
                 raise UserError(f"{path}: {name} has shape {theirs}, the base's is {ours}")
+            if not tensors[name].isfinite().all():
+                raise UserError(f"{path}: {name} has values that are not finite")
         with torch.no_grad():
             for name, tensor in state.items():
                 tensor.copy_(tensors[name])
@@ -3494,13 +3501,14 @@ class DiffusersModel(FileModel):
         if not adapter.is_file():
             raise UserError(f"--base {c.base} is a pipeline of diffusers, which needs {adapter}")
         self.adapter = self.import_file(adapter, "the adapter")
+        self.path = Path(c.base)
         try:
             self.path = Path(self.adapter.resolve(c.base))
             self.file = self.adapter.DiffusersPipeline(self.path, c.guidance)
             self.file.to(c.device)
             self.content = key_of(file_hash(adapter), self.file.identity())
         except (ValueError, OSError) as error:
-            raise UserError(f"--base {printable(c.base)}: {printable(error, 400)}") from error
+            raise UserError(self.one_line(f"--base {printable(c.base)}", error)) from error
         self.encodes = self.file.vae is not None
 
     def fetch(self, source, what):
@@ -3516,7 +3524,12 @@ class DiffusersModel(FileModel):
         try:
             return getattr(self.file, name)(*args)
         except (ValueError, OSError) as error:
-            raise UserError(f"{self.path}: {printable(error, 400)}") from error
+            raise UserError(self.one_line(self.path, error)) from error
+
+    def one_line(self, place, error):
+        """The adapter's text, which mostly begins with the place itself."""
+        text = printable(error, 400)
+        return text if str(self.path) in text else f"{place}: {text}"
 
     def load(self, path):
         return self.read(path)

@@ -25,6 +25,7 @@ SMALL = (
     *("--preset", "glyphs", "--judge", "none", "--snapshot", "1", "--lr", "1e-2", "--steps", "5"),
     *("--grid", "0.5,1.0", "--synthetic", "100", "--select-images", "80", "--final-images", "80"),
 )
+LATENT = dict(in_channels=2, out_channels=4, sample_size=6)
 SEARCHED = ("--partition", "layers", "--grid", "0.5", "--search", "gradient", "--evaluations", "2")
 
 
@@ -37,7 +38,7 @@ def pipelines(tmp_path_factory):
     latent_unet = dict(channels=2, size=6)
     make(root / "ddpm", "ddpm", net=unet(channels=1, size=12))
     make(root / "ldm-vq", "ldm-vq", net=unet(**latent_unet), vae=autoencoder("VQModel", **grey))
-    transformer = dit(in_channels=2, out_channels=4, sample_size=6)
+    transformer = dit(**LATENT)
     make(root / "dit", "dit", net=transformer, vae=autoencoder(**grey))
     return {path.name: path for path in root.iterdir()}
 
@@ -55,33 +56,47 @@ def classifier(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def study(classifier):
-    """study(out, *options) -> the snapshot's entry in summary.json."""
+    """study(out, *options) -> the first snapshot's entry in summary.json."""
 
-    def run(out, *options, snapshot=0):
+    def run(out, *options):
         out.mkdir(exist_ok=True)
         shutil.copy(classifier, out)
-        with pytest.MonkeyPatch.context() as patch:
-            counts = {"training": 100, "selection": 400, "final": 400}
-            patch.setattr(edm.Glyphs, "images", counts)
-            patch.setattr(edm, "plot_report", no_pictures)
-            edm.main([*map(str, (*SMALL, *options)), "--out", str(out)])
-        return json.loads((out / "summary.json").read_text())["snapshots"][snapshot]
+        edm.main([*map(str, (*SMALL, *options)), "--out", str(out)])
+        return json.loads((out / "summary.json").read_text())["snapshots"][0]
 
     return run
 
 
-def no_pictures(figures, out):
-    """In place of plot_report(), which takes seconds."""
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Few real images and no pictures, which take seconds."""
+
+    def no_pictures(figures, out):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        counts = {"training": 100, "selection": 400, "final": 400}
+        patch.setattr(edm.Glyphs, "images", counts)
+        patch.setattr(edm, "plot_report", no_pictures)
+        yield
 
 
-def refused(capsys, *options):
-    """The one line that ends a run with these options."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        edm.main([*map(str, (*SMALL, *options))])
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and line.startswith("edm_neon: ")
-    return line
+@pytest.fixture
+def refused(classifier, tmp_path, capsys):
+    """refused(*options) -> the one line that ends a run with these options."""
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(classifier, out)
+
+    def run(*options):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            edm.main([*map(str, (*SMALL, *options)), "--out", str(out)])
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2 and line.startswith("edm_neon: ")
+        return line
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -281,39 +296,39 @@ def other_size(folder):
         (truncate, WEIGHTS),
         (not_finite, "not finite"),
         (without_weights, "no weights"),
-        (without_autoencoder, "config"),
-        (without_index, "model_index.json"),
+        (without_autoencoder, "no weights"),
+        (without_index, "folder without model_index.json"),
         (other_scheduler, "FlowMatchEulerDiscreteScheduler is not supported"),
         (other_size, "the base makes images of shape (3, 16, 16)"),
     ],
 )
-def test_a_bad_folder(copied, tmp_path, capsys, spoil, message):
+def test_a_bad_folder(copied, refused, spoil, message):
     spoil(copied)
-    line = refused(capsys, "--base", copied, "--out", tmp_path / "out")
+    line = refused("--base", copied)
     assert message in line and str(copied) in line or spoil is other_size
 
 
-def test_a_self_trained_folder_that_does_not_fit(pipelines, copied, tmp_path, capsys):
-    base = ("--base", pipelines["dit"], "--out", tmp_path / "out", "--aux")
-    assert "has no transformer" in refused(capsys, *base, pipelines["ddpm"])
-    make(copied, "dit", net=dit(in_channels=2, sample_size=6, num_layers=2), vae=autoencoder())
-    assert "num_layers is 2, not 4" in refused(capsys, *base, copied)
-    assert "no such file" in refused(capsys, *base, tmp_path / "none")
+def test_a_self_trained_folder_that_does_not_fit(pipelines, copied, tmp_path, refused):
+    base = ("--base", pipelines["dit"], "--aux")
+    assert "has no transformer" in refused(*base, pipelines["ddpm"])
+    make(copied, "dit", net=dit(**LATENT, num_layers=2), vae=autoencoder())
+    assert "num_layers is 2, not 4" in refused(*base, copied)
+    assert "no such file" in refused(*base, tmp_path / "none")
 
 
-def test_a_damaged_snapshot_of_ours(whole, pipelines, tmp_path, capsys):
+def test_a_damaged_snapshot_of_ours(whole, pipelines, tmp_path, refused):
     tensors = safetensors.torch.load_file(snapshot_of(whole[0]))
     note = {"config": json.dumps({"recipe": {}})}
-    options = ("--base", pipelines["dit"], "--out", tmp_path / "out", "--aux")
+    options = ("--base", pipelines["dit"], "--aux")
 
     name = next(iter(tensors))
     lacking = {other: tensor for other, tensor in tensors.items() if other != name}
     safetensors.torch.save_file(lacking, tmp_path / "lacking.safetensors", note)
-    assert name in refused(capsys, *options, tmp_path / "lacking.safetensors")
+    assert name in refused(*options, tmp_path / "lacking.safetensors")
 
     tensors[name].view(-1)[0] = float("nan")
     safetensors.torch.save_file(tensors, tmp_path / "nan.safetensors", note)
-    assert "finite" in refused(capsys, *options, tmp_path / "nan.safetensors")
+    assert "finite" in refused(*options, tmp_path / "nan.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -326,21 +341,20 @@ def test_a_damaged_snapshot_of_ours(whole, pipelines, tmp_path, capsys):
         ("dit", ("--data", "images.zip"), "leave --data"),
     ],
 )
-def test_options_that_a_pipeline_cannot_follow(pipelines, tmp_path, capsys, kind, options, message):
-    line = refused(capsys, "--base", pipelines[kind], "--out", tmp_path / "out", *options)
+def test_options_that_a_pipeline_cannot_follow(pipelines, refused, kind, options, message):
+    line = refused("--base", pipelines[kind], *options)
     assert message in line
 
 
-def test_guidance_of_another_model_is_not_ignored(tmp_path, capsys):
-    line = refused(capsys, "--guidance", "2", "--out", tmp_path / "out")
+def test_guidance_of_another_model_is_not_ignored(refused):
+    line = refused("--guidance", "2")
     assert "--guidance" in line
 
 
-def test_a_mistyped_folder_and_a_missing_package(pipelines, tmp_path, capsys, monkeypatch):
-    out = ("--out", tmp_path / "out")
+def test_a_mistyped_folder_and_a_missing_package(pipelines, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
-    assert "runs/typo: no such file" in refused(capsys, "--base", "runs/typo", *out)
+    assert "runs/typo: no such file" in refused("--base", "runs/typo")
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    line = refused(capsys, "--base", pipelines["dit"], *out)
+    line = refused("--base", pipelines["dit"])
     assert "pip install diffusers" in line
