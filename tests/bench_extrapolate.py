@@ -12,9 +12,10 @@ theta_r, theta_s and out once each.
 import argparse
 import time
 
-import neon_ext
 import reference
 import torch
+
+import neon_ext
 
 INPUTS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)

@@ -15,11 +15,12 @@ import argparse
 import time
 from pathlib import Path
 
-import neon_ext
 import numpy
 import reference
 import scipy
 import torch
+
+import neon_ext
 
 
 def features(n, d, seed, spectrum):

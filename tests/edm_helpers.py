@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 
 import few_glyphs
-import neon_ext
 import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
 
 import edm_neon as edm
+import neon_ext
 
 SCRIPT = Path(few_glyphs.__file__)
 torch.set_num_threads(1)  # tiny networks: a second thread only waits

@@ -6,7 +6,6 @@ import math
 import threading
 from types import SimpleNamespace
 
-import neon_ext
 import numpy as np
 import pytest
 import scipy.stats
@@ -25,6 +24,7 @@ from edm_helpers import (
 )
 
 import edm_neon as edm
+import neon_ext
 
 SELECTION = edm.SeedSet("selection", 10_000, 100)
 FINAL = edm.SeedSet("final 1", 50_000, 100)

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 
-import neon_ext
 import pytest
 import reference
 import torch
 from torch.library import opcheck
+
+import neon_ext
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(), (0,), (1,), (7,), (3, 0, 2), (17, 33), (2, 3, 5, 7), (70001,)]

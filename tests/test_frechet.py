@@ -5,13 +5,14 @@ import math
 import subprocess
 import sys
 
-import neon_ext
 import numpy as np
 import pytest
 import reference
 import scipy.linalg
 import torch
 from torch.library import opcheck
+
+import neon_ext
 
 SIZES = [1, 2, 3, 8, 33, 64, 129, 192, 512]  # above 128 other algorithms are used
 

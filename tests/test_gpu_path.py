@@ -3,12 +3,12 @@ compiled network gives the eager one's images."""
 
 import math
 
-import neon_ext
 import numpy as np
 import pytest
 import torch
 
 import edm_neon as edm
+import neon_ext
 
 TINY = {
     "img_resolution": 16,

@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
-import neon_ext
 import numpy as np
 import PIL.Image
 import pytest
@@ -17,6 +16,7 @@ import scipy.stats
 import torch
 
 import edm_neon as edm
+import neon_ext
 
 ADAPTERS = Path(edm.__file__).parent / "adapters"
 

@@ -1,10 +1,11 @@
 """The fused sampler of the toy's networks against plain PyTorch."""
 
-import neon_ext
 import pytest
 import reference
 import torch
 from torch.library import opcheck
+
+import neon_ext
 
 
 def schedule(n=20, s=0.008):
