@@ -232,6 +232,7 @@ def test_plan_shows_the_layers_and_writes_nothing(pipelines, tmp_path, capsys):
     edm.main([*map(str, (*SMALL, *options)), "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "transformer_blocks.3" in printed and "not trained yet" in printed
+    assert "training on 1 kimg" in printed, "the base is there already"
     assert not [*tmp_path.iterdir()]
 
 
