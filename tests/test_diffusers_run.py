@@ -348,7 +348,7 @@ def test_options_that_a_pipeline_cannot_follow(pipelines, refused, kind, options
 
 
 def test_guidance_of_another_model_is_not_ignored(refused):
-    line = refused("--guidance", "2")
+    line = refused("--guidance", "2", "--plan")
     assert "--guidance" in line
 
 
