@@ -5681,7 +5681,9 @@ def print_plans(c, model, base, snapshots, owners, sampler, seconds, compilation
         )
 
     if not c.aux and not all(path.exists() for path in snapshots.values()):
-        kimg = max(snapshots) + c.train_base
+        kimg = max(snapshots)
+        if not c.base:
+            kimg += c.train_base
         training = kimg * 1000 * time_training(c, model, base) / 3600 / world
         hours += training
         print(f"training on {kimg:g} kimg: {training:.2f} hours")

@@ -232,6 +232,7 @@ def test_plan_shows_the_layers_and_writes_nothing(pipelines, tmp_path, capsys):
     edm.main([*map(str, (*SMALL, *options)), "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "transformer_blocks.3" in printed and "not trained yet" in printed
+    assert "training on 1 kimg" in printed, "the base is there already"
     assert not [*tmp_path.iterdir()]
 
 
@@ -347,7 +348,7 @@ def test_options_that_a_pipeline_cannot_follow(pipelines, refused, kind, options
 
 
 def test_guidance_of_another_model_is_not_ignored(refused):
-    line = refused("--guidance", "2")
+    line = refused("--guidance", "2", "--plan")
     assert "--guidance" in line
 
 
