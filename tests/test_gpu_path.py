@@ -6,27 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from edm_helpers import CIFAR as TINY
+from edm_helpers import NCSNPP as NCSN
 
 import edm_neon as edm
 import neon_ext
-
-TINY = {
-    "img_resolution": 16,
-    "img_channels": 3,
-    "label_dim": 10,
-    "augment_dim": 9,
-    "model_channels": 16,
-    "channel_mult": [1, 2, 2],
-    "num_blocks": 1,
-    "attn_resolutions": [8],
-    "dropout": 0.13,
-}
-NCSN = {
-    "embedding_type": "fourier",
-    "channel_mult_noise": 2,
-    "encoder_type": "residual",
-    "resample_filter": [1, 3, 3, 1],
-}
 
 
 def network(seed=0, **options):
