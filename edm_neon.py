@@ -494,9 +494,10 @@ def study_all(c, argv, processes, begin):
     base = get_base(c, model, real, processes)
     sampler = Sampler(model, base, processes, c.steps, c.sample_batch)
     seconds, compilation = time_sampling(sampler, c.precision)
-    refuse_hours(c, seconds)
     owners = partition_owners(model, base, c.partition)
-    check_grid(c, list(dict.fromkeys(owners.values())))
+    blocks = block_order(owners)
+    check_grid(c, blocks)
+    refuse_hours(c, seconds, blocks)
 
     # What judges is complete before anything long begins.
     judges = [] if c.plan else get_judges(c, model, base, real, processes)
@@ -2427,13 +2428,19 @@ def holm(p_values, level=0.05):
 
 
 # ==================== 9. grid and search over block weights
-def grid_weights(c, blocks):
-    """All products of the grid over the blocks; none when a search takes the place of a large
-    one."""
-    lists = [c.grid_of(block) for block in blocks]
-    points = math.prod(len(values) for values in lists)
+def grid_points(c, blocks):
+    """How many points the grid has; none when a search takes the place of a large one."""
+    points = math.prod(len(c.grid_of(block)) for block in blocks)
     if c.search and points > MAX_POINTS_BESIDE_SEARCH and not c.placebo:
+        return 0
+    return points
+
+
+def grid_weights(c, blocks):
+    """All products of the grid over the blocks."""
+    if grid_points(c, blocks) == 0:
         return []
+    lists = [c.grid_of(block) for block in blocks]
     return [dict(zip(blocks, values, strict=True)) for values in itertools.product(*lists)]
 
 
@@ -2443,9 +2450,7 @@ def check_grid(c, blocks):
     for block in ("enc", "mid", "dec"):
         if getattr(c, f"grid_{block}") and block not in blocks:
             raise UserError(f"--grid-{block}: this partition has no block {block}: use --grid")
-    points = math.prod(len(c.grid_of(block)) for block in blocks)
-    if c.search and not c.placebo:
-        return
+    points = grid_points(c, blocks)
     if points > MAX_POINTS and not c.yes:
         advice = "use --search gradient without --placebo, or add --yes"
         raise UserError(f"the grid has {points} points over {len(blocks)} blocks: {advice}")
@@ -5629,13 +5634,14 @@ def time_training(c, model, base):
 
 def count_images(c, blocks):
     """(scores, images of all scores, final scores, images of all final scores)."""
-    scores = len(grid_weights(c, blocks)) * (1 + c.placebo) + len({-1.0, 0.0, *c.grid, *c.sweep})
+    scores = len({-1.0, 0.0, *c.grid, *c.sweep})
+    scores += grid_points(c, blocks) * (1 + c.placebo)
     scores += c.evaluations * {"": 0, "cobyqa": 1, "gradient": 6}[c.search]
     finals = (4 + bool(c.search) + c.placebo) * c.final_repeats
     return scores, scores * c.select_images, finals, finals * c.final_images
 
 
-def refuse_hours(c, seconds, blocks=("enc", "mid", "dec")):
+def refuse_hours(c, seconds, blocks):
     """On a CPU, long runs only on request: it says how long it would take."""
     if c.device != "cpu" or c.yes or c.plan:
         return
@@ -5653,7 +5659,8 @@ def refuse_download(c, model, processes):
     if c.device == "cpu" and not (c.yes or c.plan):
         net = EDMPrecond(**Cifar10.network).eval()
         sampler = Sampler(model, net, processes, c.steps, c.sample_batch)
-        refuse_hours(c, time_sampling(sampler, c.precision)[0])
+        seconds, _ = time_sampling(sampler, c.precision)
+        refuse_hours(c, seconds, block_order(partition_owners(model, net, c.partition)))
 
 
 def print_plans(c, model, base, snapshots, owners, sampler, seconds, compilation):

@@ -1423,9 +1423,17 @@ def test_hours_without_a_gpu_are_refused(seconds, options, refused):
     c = config(Path("."), **options)
     if refused:
         with pytest.raises(edm.UserError, match="about 3 hours of sampling alone: add --yes"):
-            edm.refuse_hours(c, seconds)
+            edm.refuse_hours(c, seconds, BLOCKS)
     else:
-        edm.refuse_hours(c, seconds)
+        edm.refuse_hours(c, seconds, BLOCKS)
+
+
+def test_hours_grow_with_the_blocks_of_the_partition():
+    """Eight blocks: 256 points of 100 images instead of 8."""
+    c = config(Path("."))
+    edm.refuse_hours(c, 1.0, BLOCKS)
+    with pytest.raises(edm.UserError, match="about 7 hours of sampling alone"):
+        edm.refuse_hours(c, 1.0, tuple("abcdefgh"))
 
 
 def test_measuring_time_changes_no_setting():

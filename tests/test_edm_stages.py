@@ -117,6 +117,16 @@ def test_pictures_of_all_models_are_from_the_same_seeds(toys, tmp_path, monkeypa
         assert (images.int() - want.int()).abs().max() <= 1
 
 
+def test_hours_are_estimated_for_the_blocks_of_the_partition(toys, tmp_path, monkeypatch):
+    estimated = []
+    monkeypatch.setattr(edm, "refuse_hours", lambda c, seconds, blocks: estimated.append(blocks))
+    edm.main([*TOY, "--placebo", "0", "--partition", "layers", "--plan", "--out", str(tmp_path)])
+    layers = {
+        ToyModel().layer(name) for name, _ in ToyModel().create(None, None, None).named_parameters()
+    }
+    assert len(estimated) == 1 and set(estimated[0]) == layers and len(layers) > 3
+
+
 def test_toy_run_again_takes_no_score(toy_run, monkeypatch):
     monkeypatch.setattr(edm.Scorer, "features", pytest.fail)
     monkeypatch.setattr(edm, "distance_and_gradient", pytest.fail)
