@@ -209,6 +209,11 @@ class Config:
 
     # Sampling
     steps: int = option(18, "sampler steps", low=1, high=10_000)
+    labels: str = option(
+        "balanced",
+        "classes of the sampled images: equal shares, less noise in every score, or EDM's draws",
+        choices=("balanced", "random"),
+    )
     guidance: float = option(1.0, "classifier-free, of diffusers' DiT; 1: none", low=1, high=1e3)
     sample_batch: int = option(256, "images sampled at once", low=1, high=1e6)
     precision: str = option("tf32" if GPU else "fp32", "of sampling", choices=PRECISIONS)
@@ -229,7 +234,9 @@ class Config:
     )
     final_repeats: int = option(1, "disjoint sets of final seeds", low=1, high=1000)
     protocol: str = option(
-        "disjoint", "paper: 2,000 seeds, trained on", choices=("disjoint", "paper")
+        "disjoint",
+        "paper: 2,000 seeds, trained on, random labels",
+        choices=("disjoint", "paper"),
     )
     detector: str = option(INCEPTION, "Inception weights (PyTorch port)")
     judge: tuple = option(
@@ -492,7 +499,7 @@ def study_all(c, argv, processes, begin):
     real = processes.one_by_one(partial(PRESETS[c.preset].real_images, c))
     check_judges(c, real)
     base = get_base(c, model, real, processes)
-    sampler = Sampler(model, base, processes, c.steps, c.sample_batch)
+    sampler = Sampler(model, base, processes, c.steps, c.sample_batch, c.labels)
     seconds, compilation = time_sampling(sampler, c.precision)
     owners = partition_owners(model, base, c.partition)
     blocks = block_order(owners)
@@ -671,7 +678,7 @@ def get_base(c, model, real, processes):
 
 
 def get_synthetic(c, base, path, sampler):
-    """Images of the base at seeds 0, 1, ... with their random classes, as an EDM dataset zip."""
+    """Images of the base at seeds 0, 1, ... with their classes, as an EDM dataset zip."""
     processes = sampler.processes
     if not processes.decide(path.exists):
         seeds = np.arange(c.synthetic)
@@ -705,6 +712,7 @@ def get_snapshots(c, model, base, sampler):
         weights_hash(base),
         model.identity,
         c.synthetic,
+        c.labels,
         c.steps,
         c.device,
         c.precision,
@@ -1423,6 +1431,18 @@ class Merger:
 
 
 # ==================== 6. sampling: seeds, batches, precision
+def balanced_labels(classes, seeds, device):
+    """int64 [N]: any `classes` seeds in a row, from a multiple of it on, hold each class once, in
+    an order of their own. The distribution is that of random labels, but the classes' shares are no
+    longer a source of noise: in a score of 1,000 images they are the largest."""
+    labels = []
+    for seed in seeds:
+        cycle, place = divmod(int(seed) % 2**32, classes)
+        generator = torch.Generator().manual_seed(cycle)
+        labels.append(torch.randperm(classes, generator=generator)[place])
+    return torch.stack(labels).to(device)
+
+
 def draw_noise(shape, classes, seeds, device):
     """One generator per seed, as EDM: noise [N, *shape] float32, labels [N] int64 (or None)."""
     noise, labels = [], []
@@ -1449,8 +1469,9 @@ class Sampler:
     every other network is written into it, so there is one graph for the base, all mergers and all
     ranks' batches, which are padded to one size."""
 
-    def __init__(self, model, base, processes, steps, batch, compiled=None):
+    def __init__(self, model, base, processes, steps, batch, labels="balanced", compiled=None):
         self.model, self.processes, self.steps, self.batch = model, processes, steps, batch
+        self.labels = labels  # balanced or random
         self.shape, self.classes = tuple(model.noise_shape(base)), model.classes(base)
         self.compiled = processes.device == "cuda" if compiled is None else compiled
         self.net = copy.deepcopy(base).to(processes.device).eval().requires_grad_(False)
@@ -1466,7 +1487,10 @@ class Sampler:
         padded = seeds
         if self.compiled:  # the surplus images are dropped
             padded = seeds + seeds[-1:] * ((batch or self.batch) - len(seeds))
-        noise, labels = draw_noise(self.shape, self.classes, padded, self.processes.device)
+        device = self.processes.device
+        noise, labels = draw_noise(self.shape, self.classes, padded, device)
+        if self.classes and self.labels == "balanced":
+            labels = balanced_labels(self.classes, padded, device)
         images = self.model.sample(self.net, noise, labels, self.steps)[: len(seeds)]
         return images, None if labels is None else labels[: len(seeds)]
 
@@ -2257,6 +2281,7 @@ class Scorer:
             "model": sampler.model.identity,
             "judge": (judge or self.judge).identity(seeds),
             "steps": sampler.steps,
+            "labels": sampler.labels,
             "precision": self.arithmetic(seeds),
             "device": sampler.processes.device,
             "torch": torch.__version__,
@@ -2499,11 +2524,12 @@ def search_cobyqa(c, scorer, seeds, start):
     return scores
 
 
-def search_gradient(c, scorer, seeds, start, lr=0.15, pull=0.02, patience=6):
+def search_gradient(c, scorer, seeds, start, lr=0.15, pull=0.02, patience=12):
     """Adam on all block weights from the best global weight: fresh noise at every step and a pull
     towards the start, against overfitting. The running average of the iterates is scored on the
     selection seeds, which no gradient has seen; `patience` steps without gain end it. The state
-    after every step is kept on disk. -> the scores of the averages."""
+    after every step is kept on disk. -> the scores of the start, which is a candidate like any
+    other, and of the averages."""
     processes = scorer.sampler.processes
     blocks = scorer.merger.blocks
     precision = gradient_precision(scorer.selection_precision)
@@ -2511,7 +2537,7 @@ def search_gradient(c, scorer, seeds, start, lr=0.15, pull=0.02, patience=6):
     path = scorer.log.folder / f"search-{key_of(SEARCH_VERSION, settings)}.pt"
     w = torch.full([len(blocks)], float(start), dtype=torch.float64)
     average = w.clone()
-    averages = []  # {block: weight} after every step
+    averages = [scorer.weights(w)]  # {block: weight} at the start and after every step
     optimizer = torch.optim.Adam([w], lr=lr, betas=(0.8, 0.95))
 
     def stored():
@@ -2526,9 +2552,10 @@ def search_gradient(c, scorer, seeds, start, lr=0.15, pull=0.02, patience=6):
     scores = scorer.score_all(averages, seeds, "gradient search")
     quiet = processes.rank > 0
     for step in tqdm(
-        range(len(averages), c.evaluations), desc="gradient search", leave=False, disable=quiet
+        range(len(averages) - 1, c.evaluations), desc="gradient search", leave=False, disable=quiet
     ):
-        if scores and len(scores) - int(np.argmin([score.fd for score in scores])) > patience:
+        best = int(np.argmin([score.fd for score in scores]))
+        if len(scores) - 1 - best >= patience:
             break
         fresh = search_seeds(step, seeds.count)
         _, gradient = distance_and_gradient(scorer, scorer.weights(w), fresh, precision)
@@ -5455,7 +5482,7 @@ TRAINING_VERSION, SAMPLING_VERSION, SCORING_VERSION, SEARCH_VERSION = (
     "train 1",
     "sample 1",
     "score 1",
-    "search 1",
+    "search 2",
 )
 
 
@@ -5747,7 +5774,9 @@ def parse(argv):
     if "judge" in given:
         given["judge"] = tuple(given["judge"])
     preset = PRESETS[given.get("preset", "cifar10")]
-    paper = {"select_images": 2000} if given.get("protocol") == "paper" else {}
+    paper = {}
+    if given.get("protocol") == "paper":
+        paper = {"select_images": 2000, "labels": "random"}
     c = Config(**{"out": Path(f"runs/{preset.name}"), **preset.defaults, **given, **paper})
     if c.device == "cpu" and c.precision == "tf32":
         c = dataclasses.replace(c, precision="fp32")

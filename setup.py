@@ -30,7 +30,7 @@ SOURCES = [
 ]
 CUDA_SOURCES = ["csrc/extrapolate_cuda.cu", "csrc/mlp_ddim_cuda.cu"]
 COMMON_ARCHES = "8.0;8.6;8.9;9.0+PTX"  # A100, RTX 30, RTX 40 / L4, H100; newer ones through PTX
-OLDEST, NEWEST = (2, 11), (2, 14)  # releases of torch, as in pyproject.toml
+OLDEST, NEWEST = (2, 11), (2, 15)  # releases of torch, as in pyproject.toml
 
 
 def refuse(message: str) -> None:

@@ -69,7 +69,7 @@ def our_side(options, args, precision):
     net = random_network(options, args.seed)
     model = edm_neon.EdmModel(edm_neon.PRESETS[args.preset], edm_neon.Config())
     processes = edm_neon.Processes(args.device)
-    sampler = edm_neon.Sampler(model, net, processes, args.steps, args.batch)
+    sampler = edm_neon.Sampler(model, net, processes, args.steps, args.batch, "random")
 
     def sample():
         with edm_neon.network_calls(sampler.net, precision):

@@ -52,13 +52,13 @@ def test_no_torch_in_the_build_environment(tmp_path, command):
     assert "pip install --no-build-isolation ." in refusal(result)
 
 
-@pytest.mark.parametrize("version", ["2.10.2", "2.15.0+cu130", "3.0.0a1"])
+@pytest.mark.parametrize("version", ["2.10.2", "2.16.0+cu130", "3.0.0a1"])
 def test_other_releases_of_torch(tmp_path, version):
     line = refusal(run("bdist_wheel", path=[fake_torch(tmp_path, version)]))
-    assert version in line and "2.11 to 2.14" in line
+    assert version in line and "2.11 to 2.15" in line
 
 
-@pytest.mark.parametrize("version", ["2.11.0", "2.14.1+cu130"])
+@pytest.mark.parametrize("version", ["2.11.0", "2.14.1+cu130", "2.15.0"])
 def test_supported_releases_of_torch(tmp_path, version):
     result = run("build", "--help", path=[fake_torch(tmp_path, version)])
     assert result.returncode == 0, result.stderr

@@ -277,6 +277,39 @@ def test_unconditional_networks_have_no_labels():
     assert edm.draw_noise((2,), 0, [5], "cpu")[1] is None
 
 
+def test_balanced_labels_hold_every_class_once_a_cycle():
+    labels = edm.balanced_labels(10, range(50_000, 50_200), "cpu").view(20, 10)
+    assert labels.dtype == torch.int64
+    assert torch.equal(labels.sort(1).values, torch.arange(10).expand(20, 10))
+    assert len({tuple(cycle) for cycle in labels.tolist()}) == 20  # each in an order of its own
+
+
+def test_balanced_labels_are_functions_of_the_seed():
+    whole = edm.balanced_labels(7, range(100), "cpu")
+    parts = [edm.balanced_labels(7, [seed], "cpu") for seed in range(100)]
+    assert torch.equal(whole, torch.cat(parts))
+    assert torch.equal(edm.balanced_labels(7, [2**32 + 5], "cpu"), whole[5:6])
+
+
+def test_every_fold_of_a_score_has_the_same_classes():
+    seeds = edm.SeedSet("selection", 10_000, 1000).seeds
+    for fold in edm.balanced_labels(10, seeds, "cpu").tensor_split(edm.FOLDS):
+        assert fold.bincount(minlength=10).tolist() == [5] * 10
+
+
+@pytest.mark.parametrize("labels", ["balanced", "random"])
+def test_labels_of_the_sampler(labels):
+    seeds = [10, 11, 12, 13]
+    sampler = edm.Sampler(edm_model(), network(), edm.Processes("cpu"), 1, 4, labels)
+    noise, drawn = edm.draw_noise((3, 16, 16), 10, seeds, "cpu")
+    want = edm.balanced_labels(10, seeds, "cpu") if labels == "balanced" else drawn
+    images, found = sampler.floats(seeds)
+    assert torch.equal(found, want) and not torch.equal(
+        drawn, edm.balanced_labels(10, seeds, "cpu")
+    )
+    assert torch.equal(images, edm_model().sample(sampler.net, noise, want, 1))
+
+
 def edm_sampler_of(net, batch=16):
     return edm.Sampler(edm_model(), net, edm.Processes("cpu"), 3, batch)
 

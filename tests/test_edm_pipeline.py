@@ -575,7 +575,7 @@ def snapshots_of(out, model=None, base=None, **options):
     c = config(out, **{"lr": 1e-3, "ramp_kimg": 0.0, "ema_kimg": 0.1} | options)
     model = model or Counting()
     base = base or toy_pair()[0]
-    sampler = edm.Sampler(model, base, CPU, c.steps, c.sample_batch)
+    sampler = edm.Sampler(model, base, CPU, c.steps, c.sample_batch, c.labels)
     return edm.get_snapshots(c, model, base, sampler), model
 
 
@@ -645,6 +645,7 @@ def test_recipe_of_the_self_training(tmp_path, monkeypatch):
         ({"train_precision": "bf16"}, 1),
         ({"synthetic": 90}, 2),
         ({"steps": 3}, 2),
+        ({"labels": "random"}, 2),
         ({"precision": "bf16"}, 2),
     ],
     ids=str,
@@ -1466,6 +1467,8 @@ def test_options_are_the_presets_unless_given(tmp_path):
         (["--sweep", "0:0.3:0.1"], "sweep", (0.0, 0.1, 0.2, 0.3)),
         (["--bounds", "-2,3"], "bounds", (-2.0, 3.0)),
         (["--protocol", "paper"], "select_images", 2000),
+        (["--protocol", "paper"], "labels", "random"),
+        (["--race"], "labels", "balanced"),
         (["--precision", "tf32", "--device", "cpu"], "precision", "fp32"),
         (["--precision", "bf16"], "precision", "bf16"),
         (["--race"], "race", True),

@@ -159,6 +159,10 @@ def with_steps(scorer):
     scorer.sampler.steps += 1
 
 
+def with_labels(scorer):
+    scorer.sampler.labels = "random"
+
+
 def with_precision(scorer):
     scorer.selection_precision = "bf16"
 
@@ -191,6 +195,7 @@ CHANGES = [
     with_aux,
     with_model,
     with_steps,
+    with_labels,
     with_precision,
     with_owners,
     with_snapshot,

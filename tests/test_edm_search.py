@@ -292,12 +292,20 @@ def test_iterates_are_adams(tmp_path, monkeypatch, bounds):
     np.testing.assert_allclose([numbers_of(w) for w, _, _ in asked], want, atol=2e-6)
 
 
-def test_running_averages_are_scored(tmp_path, monkeypatch):
+def test_start_and_running_averages_are_scored(tmp_path, monkeypatch):
     scores, _ = gradient_search(
         tmp_path, monkeypatch, SLOPE, evaluations=6, distance=lambda w: w["enc"]
     )
-    _, want = adam_path(SLOPE, 0.5, 6)
+    _, averages = adam_path(SLOPE, 0.5, 6)
+    want = [(0.5, 0.5, 0.5), *averages]
     np.testing.assert_allclose([numbers_of(score.w) for score in scores], want, atol=2e-6)
+
+
+def test_a_search_without_gain_returns_its_start(tmp_path, monkeypatch):
+    scores, _ = gradient_search(
+        tmp_path, monkeypatch, SLOPE, distance=lambda w: abs(w["enc"] - 0.5)
+    )
+    assert edm.best_of(scores).w == {"enc": 0.5, "mid": 0.5, "dec": 0.5}
 
 
 def test_every_step_has_fresh_seeds(tmp_path, monkeypatch):
@@ -310,19 +318,19 @@ def test_every_step_has_fresh_seeds(tmp_path, monkeypatch):
 def test_averages_are_scored_on_the_selection_seeds(tmp_path, monkeypatch):
     scores, _ = gradient_search(tmp_path, monkeypatch, SLOPE)
     assert {(score.first_seed, score.images) for score in scores} == {(10_000, 100)}
-    assert len(scores) == 4
+    assert len(scores) == 1 + 4
 
 
-@pytest.mark.parametrize("gain_until, steps", [(0, 7), (3, 10), (99, 12)])
-def test_search_ends_after_six_steps_without_gain(tmp_path, monkeypatch, gain_until, steps):
+@pytest.mark.parametrize("gain_until, steps", [(0, 12), (3, 15), (99, 20)])
+def test_search_ends_after_twelve_steps_without_gain(tmp_path, monkeypatch, gain_until, steps):
     """The score falls until a step and rises afterwards."""
     calls = itertools.count()
 
     def distance(w):
         return float(abs(next(calls) - gain_until))
 
-    scores, _ = gradient_search(tmp_path, monkeypatch, SLOPE, evaluations=12, distance=distance)
-    assert len(scores) == steps
+    scores, _ = gradient_search(tmp_path, monkeypatch, SLOPE, evaluations=20, distance=distance)
+    assert len(scores) == 1 + steps
 
 
 @pytest.mark.parametrize(
@@ -353,7 +361,7 @@ def test_gradient_search_finds_better_weights(found_by_gradient):
 def test_gradient_search_returns_what_it_evaluated_itself(found_by_gradient):
     scorer, scores = found_by_gradient
     known = scorer.log.find(scorer.key(SELECTION), BEST, SELECTION)
-    assert known.fd < edm.best_of(scores).fd and known not in scores and len(scores) == 6
+    assert known.fd < edm.best_of(scores).fd and known not in scores and len(scores) == 1 + 6
 
 
 @pytest.mark.parametrize("stops", [(1,), (2, 4)], ids=str)
@@ -390,7 +398,7 @@ def test_another_search_does_not_resume(tmp_path, monkeypatch, change):
 def test_longer_search_goes_on(tmp_path, monkeypatch):
     gradient_search(tmp_path, monkeypatch, SLOPE, evaluations=2)
     scores, asked = gradient_search(tmp_path, monkeypatch, SLOPE, evaluations=4)
-    assert len(asked) == 2 and len(scores) == 4
+    assert len(asked) == 2 and len(scores) == 1 + 4
 
 
 def test_damaged_state_of_a_search_is_refused(tmp_path, monkeypatch):
@@ -407,14 +415,14 @@ def test_gradient_search_goes_on_after_a_divergence(tmp_path, monkeypatch):
 
     def poisoned(w):
         net = real(w)
-        if next(calls) in (2, 3):  # the second step: its gradient and its score
+        if next(calls) in (3, 4):  # after start, gradient, score: the second step's two
             net.dec[1].bias.data[0] = math.nan
         return net
 
     monkeypatch.setattr(scorer.merger, "set", poisoned)
     c = config(tmp_path, search="gradient", evaluations=4)
     scores = edm.search_gradient(c, scorer, SELECTION, 0.0)
-    assert [math.isinf(score.fd) for score in scores] == [False, True, False, False]
+    assert [math.isinf(score.fd) for score in scores] == [False, False, True, False, False]
 
 
 # -------------------- the gradient

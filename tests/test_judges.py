@@ -388,6 +388,7 @@ class FakeSampler:
 
     def __init__(self):
         self.steps, self.batch, self.calls = 1, 50, 0
+        self.labels = "balanced"
         self.model = SimpleNamespace(identity="m")
         self.processes = edm.Processes("cpu")
 
