@@ -2040,6 +2040,8 @@ def get_judges(c, model, base, real, processes):
 
     def build():
         own = (model.own_features(base) or PRESETS[c.preset].features(c)).to(c.device)
+        if c.device == "cuda" and isinstance(own, InceptionFeatures):
+            own.to(memory_format=torch.channels_last)  # its convolutions follow their weights
         if c.ref or real is None:
             judges = [judge_of_file(own, real, reference_source(c, model), c)]
         else:

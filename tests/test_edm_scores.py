@@ -1,5 +1,6 @@
 """edm_neon.py: features and reference, scores and their log, paired comparisons."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -752,6 +753,14 @@ def test_inception_gives_2048_features(inception):
     found = inception(images)
     assert found.shape == (2, 2048) and found.isfinite().all()
     assert not torch.equal(found[0], found[1])
+
+
+def test_inception_in_channels_last_gives_the_same_features(inception):
+    """As a GPU computes it."""
+    images = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8)
+    other = copy.deepcopy(inception).to(memory_format=torch.channels_last)
+    assert other.Conv2d_2a_3x3.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(other(images), inception(images), rtol=1e-4, atol=1e-5)
 
 
 def test_inceptions_batch_normalisation_is_folded(inception, inception_weights):
