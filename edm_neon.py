@@ -261,7 +261,9 @@ class Config:
         0, "this many random partitions go through the same grid", low=0, high=1000
     )
     search: str = option(
-        "", "after the grid; gradient scales to layers", choices=("cobyqa", "gradient")
+        "",
+        "after the grid; gradient scales to layers",
+        choices=("cobyqa", "coordinate", "gradient"),
     )
     search_partition: str = option(
         "",
@@ -269,7 +271,7 @@ class Config:
         read_partition,
     )
     evaluations: int = option(
-        12, "of the search: scores of cobyqa, steps of gradient", low=1, high=100_000
+        12, "of the search: scores of cobyqa and coordinate, steps of gradient", low=1, high=100_000
     )
     bounds: tuple = option((-1.0, 4.0), "of the search, low,high", numbers, low=-1e6, high=1e6)
 
@@ -2508,22 +2510,67 @@ def score_grid(c, scorer, seeds, desc):
     return scorer.score_all(weights, seeds, desc)
 
 
+class Trials:
+    """The scores that a search without gradients asks for, in a progress bar."""
+
+    def __init__(self, c, scorer, seeds, desc):
+        self.scorer, self.seeds = scorer, seeds
+        self.scores = []
+        quiet = scorer.sampler.processes.rank > 0
+        self.bar = tqdm(total=c.evaluations, desc=desc, leave=False, disable=quiet)
+
+    def score(self, values):
+        """Score of one weight a block, in the order of the blocks."""
+        self.scores.append(self.scorer.score(self.scorer.weights(values), self.seeds))
+        self.bar.update()
+        return self.scores[-1]
+
+
 def search_cobyqa(c, scorer, seeds, start):
     """Derivative-free trust-region search (scipy's COBYQA) from the best global weight -> its
     scores."""
-    scores = []
+    trials = Trials(c, scorer, seeds, "COBYQA")
 
     def distance(x):
-        scores.append(scorer.score(scorer.weights(x), seeds))
-        return scores[-1].fd
+        return trials.score(x).fd
 
     blocks = len(scorer.merger.blocks)
     x = np.full(blocks, float(np.clip(start, *c.bounds)))
     options = {"initial_tr_radius": 0.5, "final_tr_radius": 0.01, "maxfev": c.evaluations}
-    scipy.optimize.minimize(
-        distance, x, method="COBYQA", bounds=[c.bounds] * blocks, options=options
-    )
-    return scores
+    with trials.bar:
+        scipy.optimize.minimize(
+            distance, x, method="COBYQA", bounds=[c.bounds] * blocks, options=options
+        )
+    return trials.scores
+
+
+def search_coordinate(c, scorer, seeds, start, step=0.5, least_step=0.01):
+    """One block after the other a step up or, without gain, down, from the best global weight; a
+    round without any gain halves the step. The plainest search that scales to layers -> its
+    scores."""
+    trials = Trials(c, scorer, seeds, "coordinate search")
+    low, high = c.bounds
+    values = [float(np.clip(start, low, high))] * len(scorer.merger.blocks)
+    with trials.bar:
+        best = trials.score(values)
+        while step >= least_step:
+            before = best
+            for k in range(len(values)):
+                for move in (step, -step):
+                    if len(trials.scores) >= c.evaluations:
+                        return trials.scores
+                    moved = [*values]
+                    moved[k] = float(np.clip(values[k] + move, low, high))
+                    if moved[k] == values[k]:
+                        continue
+                    score = trials.score(moved)
+                    if score.fd < best.fd:
+                        best = score
+                        values = moved
+                        break
+            if best is before:
+                step /= 2
+    return trials.scores
 
 
 def search_gradient(c, scorer, seeds, start, lr=0.15, pull=0.02, patience=12):
@@ -2534,6 +2581,7 @@ def search_gradient(c, scorer, seeds, start, lr=0.15, pull=0.02, patience=12):
     other, and of the averages."""
     processes = scorer.sampler.processes
     blocks = scorer.merger.blocks
+    start = float(np.clip(start, *c.bounds))
     precision = gradient_precision(scorer.selection_precision)
     settings = [scorer.key(seeds), start, seeds.first, seeds.count, c.bounds, lr, pull, precision]
     path = scorer.log.folder / f"search-{key_of(SEARCH_VERSION, settings)}.pt"
@@ -2574,7 +2622,11 @@ def search_gradient(c, scorer, seeds, start, lr=0.15, pull=0.02, patience=12):
     return scores
 
 
-SEARCHES = {"cobyqa": search_cobyqa, "gradient": search_gradient}
+SEARCHES = {
+    "cobyqa": search_cobyqa,
+    "coordinate": search_coordinate,
+    "gradient": search_gradient,
+}
 
 
 def gradient_precision(precision):
@@ -5665,7 +5717,7 @@ def count_images(c, blocks):
     """(scores, images of all scores, final scores, images of all final scores)."""
     scores = len({-1.0, 0.0, *c.grid, *c.sweep})
     scores += grid_points(c, blocks) * (1 + c.placebo)
-    scores += c.evaluations * {"": 0, "cobyqa": 1, "gradient": 6}[c.search]
+    scores += c.evaluations * {"": 0, "cobyqa": 1, "coordinate": 1, "gradient": 6}[c.search]
     finals = (4 + bool(c.search) + c.placebo) * c.final_repeats
     return scores, scores * c.select_images, finals, finals * c.final_images
 

@@ -924,7 +924,7 @@ def test_searched_is_the_best_the_search_evaluated(monkeypatch):
     assert entry.models["blockwise"].fd < 7
 
 
-@pytest.mark.parametrize("name", ["cobyqa", "gradient"])
+@pytest.mark.parametrize("name", ["cobyqa", "coordinate", "gradient"])
 def test_search_starts_at_the_best_global_weight(monkeypatch, name):
     asked = []
 
@@ -1394,6 +1394,7 @@ def test_batches_at_once(monkeypatch, processes, workers):
         ({}, (8 + 3, 4)),
         ({"sweep": (-1.0, 0.5)}, (8 + 4, 4)),
         ({"search": "cobyqa", "evaluations": 5}, (8 + 3 + 5, 5)),
+        ({"search": "coordinate", "evaluations": 5}, (8 + 3 + 5, 5)),
         ({"search": "gradient", "evaluations": 5}, (8 + 3 + 30, 5)),
         ({"placebo": 2}, (24 + 3, 6)),
         ({"final_repeats": 3}, (8 + 3, 12)),

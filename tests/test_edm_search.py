@@ -234,9 +234,61 @@ def test_cobyqa_goes_on_after_a_divergence(tmp_path, monkeypatch):
     assert any(infinite) and not all(infinite) and len(scores) > 5
 
 
+# -------------------- coordinate search
+def coordinate_search(out, monkeypatch, distance, start=1.0, **options):
+    """Over prescribed distances -> the weights that were scored, as numbers."""
+    scorer = toy_scorer(out)
+
+    def score(w, seeds, desc=None):
+        return score_of(distance(*w.values()), w=w, first_seed=seeds.first, images=seeds.count)
+
+    monkeypatch.setattr(scorer, "score", score)
+    c = config(out, **{"search": "coordinate", "evaluations": 100, "bounds": (-1.0, 4.0)} | options)
+    scores = edm.search_coordinate(c, scorer, SELECTION, start)
+    assert {(score.first_seed, score.images) for score in scores} == {(10_000, 100)}
+    return [numbers_of(score.w) for score in scores]
+
+
+def test_coordinate_search_goes_up_then_down_one_block_after_the_other(tmp_path, monkeypatch):
+    """A gain stays and ends a block's turn; a round without gain halves the step."""
+    found = coordinate_search(
+        tmp_path, monkeypatch, lambda *w: abs(w[0] - 2) + abs(w[1]) + abs(w[2] - 1), evaluations=16
+    )
+    want = [
+        *[(1, 1, 1), (1.5, 1, 1), (1.5, 1.5, 1), (1.5, 0.5, 1), (1.5, 0.5, 1.5), (1.5, 0.5, 0.5)],
+        *[(2, 0.5, 1), (2, 1, 1), (2, 0, 1), (2, 0, 1.5), (2, 0, 0.5)],
+        *[(2.5, 0, 1), (1.5, 0, 1), (2, 0.5, 1), (2, -0.5, 1), (2, 0, 1.5)],
+    ]
+    np.testing.assert_allclose(found, want)
+
+
+def test_coordinate_search_halves_its_step_until_it_is_small(tmp_path, monkeypatch):
+    found = coordinate_search(tmp_path, monkeypatch, lambda *w: sum(abs(v - 1) for v in w))
+    moves = np.abs(np.array(found) - 1).max(1)
+    want = [0] + [step for step in 0.5 / 2.0 ** np.arange(6) for _ in range(6)]
+    np.testing.assert_allclose(moves, want, atol=1e-6)
+
+
+def test_coordinate_search_stays_within_its_bounds(tmp_path, monkeypatch):
+    found = coordinate_search(
+        tmp_path, monkeypatch, lambda *w: -sum(w), start=9.0, bounds=(-1.0, 1.3)
+    )
+    assert [*found[0]] == [1.3, 1.3, 1.3] and np.max(found) <= 1.3
+
+
+def test_coordinate_search_finds_the_toys_weights(tmp_path):
+    c = config(tmp_path, search="coordinate", evaluations=60)
+    scores = edm.search_coordinate(c, toy_scorer(tmp_path), SELECTION, 0.0)
+    assert len(scores) <= 60 and edm.best_of(scores).fd < 0.5 * scores[0].fd
+
+
 def test_searches_by_name():
     found = dict(edm.SEARCHES)
-    assert found == {"cobyqa": edm.search_cobyqa, "gradient": edm.search_gradient}
+    assert found == {
+        "cobyqa": edm.search_cobyqa,
+        "coordinate": edm.search_coordinate,
+        "gradient": edm.search_gradient,
+    }
 
 
 # -------------------- search by gradient
@@ -299,6 +351,11 @@ def test_start_and_running_averages_are_scored(tmp_path, monkeypatch):
     _, averages = adam_path(SLOPE, 0.5, 6)
     want = [(0.5, 0.5, 0.5), *averages]
     np.testing.assert_allclose([numbers_of(score.w) for score in scores], want, atol=2e-6)
+
+
+def test_gradient_search_starts_within_its_bounds(tmp_path, monkeypatch):
+    scores, asked = gradient_search(tmp_path, monkeypatch, SLOPE, start=9.0, distance=lambda w: 1.0)
+    assert asked[0][0] == scores[0].w == weights(4.0, 4.0, 4.0)
 
 
 def test_a_search_without_gain_returns_its_start(tmp_path, monkeypatch):

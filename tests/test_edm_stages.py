@@ -39,6 +39,20 @@ def toy_entries(toy_run):
     return json.loads((toy_run / "summary.json").read_text())["snapshots"]
 
 
+@pytest.mark.parametrize(
+    "options, labels",
+    [((), "balanced"), (("--labels", "random"), "random"), (("--protocol", "paper"), "random")],
+    ids=["default", "random", "paper"],
+)
+def test_labels_of_a_run(toys, tmp_path, monkeypatch, options, labels):
+    def stop(sampler, precision):
+        raise edm.UserError(f"labels are {sampler.labels}")
+
+    monkeypatch.setattr(edm, "time_sampling", stop)
+    with pytest.raises(edm.UserError, match=f"labels are {labels}"):
+        edm.run([*TOY, "--out", str(tmp_path), *options])
+
+
 def test_snapshots_are_studied_in_increasing_order(toy_entries):
     assert [entry["kimg"] for entry in toy_entries] == [1, 2]
 
