@@ -5576,16 +5576,16 @@ class Processes:
         """work() on the first rank alone; its result, or its error, on every rank."""
         if self.world == 1:
             return work()
-        outcome = [None, None]
+        outcome = [None, None]  # result, failure
         if self.rank == 0:
             try:
                 outcome[0] = work()
             except (UserError, OSError) as error:
                 outcome[1] = error
         dist.broadcast_object_list(outcome)
-        result, error = outcome
-        if error is not None:
-            raise error
+        result, failure = outcome
+        if failure is not None:
+            raise failure
         return result
 
     def one_by_one(self, work):

@@ -18,8 +18,9 @@ try:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError:
-    torch = None  # an sdist needs none; whatever compiles is refused below
-    BuildExtension = build_ext
+    # An sdist needs none; whatever compiles is refused below.
+    torch = None  # type: ignore[assignment]
+    BuildExtension = build_ext  # type: ignore[misc]
 
 NAME = "neon_ext"
 SOURCES = [
@@ -82,7 +83,7 @@ def cuda_obstacle(torch_cuda: str | None, home: str | None) -> str:
         missing.append("no CUDA build of torch")
     if not home:
         missing.append("no CUDA toolkit (CUDA_HOME names one)")
-    if missing:
+    if not torch_cuda or not home:
         return "there is " + " and ".join(missing)
     major = toolkit_major(home)
     if major != torch_cuda.split(".")[0]:

@@ -36,6 +36,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import pickle
 import platform
 import shutil
@@ -543,7 +544,9 @@ class Objective:
         points = min(search.points, scorer.scoring.points // 4)
         self.z = sobol_normal(2 ** (points.bit_length() - 1), 7)  # a power of two of them
         self.objective, self.evaluations = objective, search.evaluations
-        self.fds, self.best, self.w = [], np.inf, None
+        self.best = math.inf
+        self.w: list[float] = []  # of the best
+        self.fds: list[float] = []
 
     def __call__(self, w):
         """w [6] -> value, gradient [6]."""
@@ -563,7 +566,8 @@ class Objective:
 
         self.fds.append(fd.item())
         if loss.item() < self.best:
-            self.best, self.w = loss.item(), w.tolist()
+            self.best = loss.item()
+            self.w = w.tolist()
         return round(loss.item(), 12), gradient.numpy().round(9)
 
 
@@ -693,8 +697,9 @@ def fingerprint(value) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def finished(folder: Path, name: str, kind: type, make, *inputs):
+def finished(folder: Path, name: str, kind, make, *inputs):
     """A part of the experiment: make(*inputs), or what an earlier run stored for the same inputs.
+    kind: the dataclass that holds it, with the version of the code that makes it.
 
     The key is a hash of all that determines the part: its inputs by content, earlier parts among
     them, the constants, the packages' versions and the version of the part's own code.
