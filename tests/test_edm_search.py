@@ -234,6 +234,15 @@ def test_cobyqa_goes_on_after_a_divergence(tmp_path, monkeypatch):
     assert any(infinite) and not all(infinite) and len(scores) > 5
 
 
+def test_trials_answer_with_the_score_they_were_asked_for(tmp_path):
+    scorer = toy_scorer(tmp_path)
+    c = config(tmp_path, evaluations=2)
+    trials = edm.Trials(c, scorer, SELECTION, "trials")
+    answers = [trials.score(values) for values in ((0.0, 0.0, 0.0), (1.0, 0.5, 1.5))]
+    assert answers == trials.scores == scorer.score_all([weights(0, 0, 0), BEST], SELECTION, "both")
+    assert trials.bar.n == trials.bar.total == 2
+
+
 # -------------------- coordinate search
 def coordinate_search(out, monkeypatch, distance, start=1.0, **options):
     """Over prescribed distances -> the weights that were scored, as numbers."""
