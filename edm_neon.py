@@ -333,7 +333,7 @@ class Glyphs(Cifar10):
     threads = 1  # 12 x 12 images: two batches at once are faster than two threads
     defaults = {
         "snapshot": (3,),
-        "grid": (0.5, 1.0, 1.5),
+        "grid": (1.5, 2.0, 2.5),
         "train_base": 60.0,
         "base_lr": 3e-3,
         "synthetic": 2000,
@@ -342,7 +342,7 @@ class Glyphs(Cifar10):
         "ema_kimg": 0.5,
         "dropout": 0.0,
         "augment": 0.0,
-        "select_images": 1000,
+        "select_images": 600,
         "final_images": 3000,
         "sample_batch": 250,
         "judge": ("classifier-2", "mlp", "random-conv", "pixels"),
@@ -378,8 +378,7 @@ class Glyphs(Cifar10):
         return RealData(**parts, origin="images that no network and no selection has seen")
 
     def classifier(self, c, name, body, seed, stream):
-        path = c.out / f"{name}.pt"
-        return GlyphsClassifier(path, name, body, seed, self.streams[stream], self.streams)
+        return GlyphsClassifier(c.out, name, body, seed, self.streams[stream], self.streams)
 
     def features(self, c):
         return self.classifier(c, "glyphs-cnn-64", glyphs_cnn, 0, "classifier")
@@ -1736,23 +1735,25 @@ def glyphs_cnn():
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(64 * side * side, 64),
-        nn.ReLU(),
+        nn.Tanh(),
     )
 
 
 def glyphs_mlp():
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(GLYPH_SIZE**2, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU()
+        nn.Flatten(), nn.Linear(GLYPH_SIZE**2, 256), nn.ReLU(), nn.Linear(256, 64), nn.Tanh()
     )
 
 
 class GlyphsClassifier(nn.Module):
     """Small classifier of glyphs, trained here on a stream of its own (seeded, seconds): uint8
-    [N, 1, 12, 12] -> the 64 features in front of its last layer. path: keeps its weights."""
+    [N, 1, 12, 12] -> the 64 features in front of its last layer, between -1 and 1: no image weighs
+    more than another, and small scores are quieter by far than in unbounded features. folder: keeps
+    its weights."""
 
     dim = 64
 
-    def __init__(self, path, name, body, seed, stream, streams, images=10_000, epochs=4):
+    def __init__(self, folder, name, body, seed, stream, streams, images=10_000, epochs=4):
         super().__init__()
         self.name = self.kind = name
         self.score = "FD (glyphs CNN, 64-d)" if name == "glyphs-cnn-64" else f"FD ({name}, 64-d)"
@@ -1760,13 +1761,16 @@ class GlyphsClassifier(nn.Module):
             torch.manual_seed(seed)
             self.body = body()
             self.head = nn.Linear(64, 10)
+            design = str(self.body)
+            key = key_of(TRAINING_VERSION, design, seed, stream, images, epochs)
+            path = folder / f"{name}-{key}.pt"
             if not path.exists():
                 self.fit(*draw_glyphs(images, stream), epochs)
                 write_atomically(path, partial(torch.save, self.state_dict()))
         with reading(f"{path} is damaged, delete it"):
             self.load_state_dict(checked_torch_load(path))
         self.eval().requires_grad_(False)
-        self.identity = weights_hash(self)
+        self.identity = key_of(design, weights_hash(self))
 
         fresh, labels = draw_glyphs(2000, streams["classifier test"])
         right = self.head(self(fresh)).argmax(1) == labels

@@ -47,11 +47,12 @@ def pipelines(tmp_path_factory):
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
     """An untrained feature network: what it sees in glyphs does not matter here."""
-    path = tmp_path_factory.mktemp("classifier") / "glyphs-cnn-64.pt"
-    torch.manual_seed(0)
-    body = {f"body.{name}": tensor for name, tensor in edm.glyphs_cnn().state_dict().items()}
-    head = torch.nn.Linear(64, 10)
-    torch.save({**body, "head.weight": head.weight.data, "head.bias": head.bias.data}, path)
+    folder = tmp_path_factory.mktemp("classifier")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(edm.GlyphsClassifier, "fit", lambda *args: None)
+        preset = edm.Glyphs()
+        preset.features(edm.Config(preset="glyphs", out=folder))
+    (path,) = folder.glob("glyphs-cnn-64-*.pt")
     return path
 
 

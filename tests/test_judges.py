@@ -85,18 +85,54 @@ def test_missing_font_is_one_line(monkeypatch):
         edm.glyph_atlas.__wrapped__()
 
 
-def test_classifier_reads_fresh_glyphs_and_is_the_same_every_time(tmp_path):
-    def build(name):
-        path = tmp_path / name
-        streams = {"classifier test": 4}
-        return edm.GlyphsClassifier(path, "x", edm.glyphs_cnn, 0, 3, streams, images=2000)
+def classifier(folder, body=edm.glyphs_cnn, **changes):
+    options = {"seed": 0, "stream": 3, "images": 300, "epochs": 1} | changes
+    folder.mkdir(exist_ok=True)
+    return edm.GlyphsClassifier(folder, "x", body, streams={"classifier test": 4}, **options)
 
+
+def test_classifier_reads_fresh_glyphs_and_is_the_same_every_time(tmp_path):
     state = torch.random.get_rng_state()
-    first, again = build("a.pt"), build("b.pt")
+    first, again = (classifier(tmp_path / name, images=2000, epochs=4) for name in ("a", "b"))
     assert torch.equal(state, torch.random.get_rng_state())
     assert first.identity == again.identity
     assert first.facts["accuracy"] > 0.8 and first.facts["accuracy_images"] == 2000
-    assert first(edm.draw_glyphs(3, 0)[0]).shape == (3, 64)
+
+
+@pytest.mark.parametrize("body", [edm.glyphs_cnn, edm.glyphs_mlp])
+def test_features_of_classifiers_are_bounded(tmp_path, body):
+    network = classifier(tmp_path, body)
+    network.body[-2].weight.mul_(1000)
+    features = network(edm.draw_glyphs(300, 0)[0])
+    assert features.shape == (300, 64)
+    assert -1 <= features.min() < -0.9 and 0.9 < features.max() <= 1
+
+
+def test_finished_classifier_is_read_back(tmp_path, monkeypatch):
+    first = classifier(tmp_path)
+    monkeypatch.setattr(edm.GlyphsClassifier, "fit", pytest.fail)
+    assert classifier(tmp_path).identity == first.identity
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"body": edm.glyphs_mlp}, {"seed": 1}, {"stream": 5}, {"images": 200}, {"epochs": 2}],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_classifier_has_another_file(tmp_path, change):
+    first = classifier(tmp_path)
+    other = classifier(tmp_path, **change)
+    assert other.identity != first.identity and len([*tmp_path.glob("x-*.pt")]) == 2
+
+
+def test_identity_of_a_classifier_holds_its_design(tmp_path, monkeypatch):
+    """The same weights with another activation are other features."""
+
+    def unbounded():
+        return edm.glyphs_cnn()[:-1].append(torch.nn.ReLU())
+
+    monkeypatch.setattr(edm.GlyphsClassifier, "fit", lambda *args: None)
+    assert classifier(tmp_path, unbounded).identity != classifier(tmp_path).identity
 
 
 def test_glyphs_preset_parts_come_from_their_streams():
