@@ -271,9 +271,12 @@ class Config:
         read_partition,
     )
     evaluations: int = option(
-        12, "of the search: scores of cobyqa and coordinate, steps of gradient", low=1, high=100_000
+        12,
+        "of the search: scores of cobyqa and coordinate, gradients of gradient",
+        low=1,
+        high=100_000,
     )
-    bounds: tuple = option((-1.0, 4.0), "of the search, low,high", numbers, low=-1e6, high=1e6)
+    bounds: tuple = option((-2.0, 6.0), "of the search, low,high", numbers, low=-1e6, high=1e6)
 
     # The run
     out: Path = option(None, "folder of the results, default runs/<preset>", Path)
@@ -1108,9 +1111,9 @@ class Ledger:
         return firsts | ({"real_streams": self.streams} if self.streams else {})
 
 
-def search_seeds(step, count):
-    """Fresh seeds for one step of the gradient search."""
-    return SeedSet("search", SEARCH_SEED + step * count, count)
+def search_seeds(count):
+    """Seeds of the gradient search, which no score uses."""
+    return SeedSet("search", SEARCH_SEED, count)
 
 
 def seed_ledger(c):
@@ -1125,7 +1128,7 @@ def seed_ledger(c):
         finals.append(SeedSet(f"final {repeat + 1}", first, c.final_images))
     sets = [synthetic, selection, *finals]
     if c.search == "gradient":
-        sets.append(SeedSet("search", SEARCH_SEED, c.evaluations * c.select_images))
+        sets.append(search_seeds(c.select_images))
 
     for one, other in itertools.combinations(sets, 2):
         announced = paper and (one.purpose, other.purpose) == ("synthetic", "selection")
@@ -1136,9 +1139,7 @@ def seed_ledger(c):
                 "--final-images or --final-repeats"
             )
     if max(seeds.last for seeds in sets) >= 2**32:
-        raise UserError(
-            "the run needs more than 2^32 seeds, which repeat: fewer images or --evaluations"
-        )
+        raise UserError("the run needs more than 2^32 seeds, which repeat: fewer images")
     if paper:
         print(
             "--protocol paper: selection seeds 0-1999 overlap the synthetic training set, and "
@@ -2577,52 +2578,81 @@ def search_coordinate(c, scorer, seeds, start, step=0.5, least_step=0.01):
     return trials.scores
 
 
-def search_gradient(c, scorer, seeds, start, lr=0.15, pull=0.02, patience=12):
-    """Adam on all block weights from the best global weight: fresh noise at every step and a pull
-    towards the start, against overfitting. The running average of the iterates is scored on the
-    selection seeds, which no gradient has seen; `patience` steps without gain end it. The state
-    after every step is kept on disk. -> the scores of the start, which is a candidate like any
-    other, and of the averages."""
+class SearchEnds(Exception):
+    """A search has used its evaluations, or has not gained for long."""
+
+
+def search_gradient(c, scorer, seeds, start, patience=6):
+    """L-BFGS-B (scipy) on all block weights from the best global weight. It descends the distance
+    at one set of fresh seeds; each of its points is also scored on the selection seeds, which no
+    gradient has seen, and `patience` points without gain there end it, against overfitting. What
+    was computed is kept on disk. -> the scores of its points, the start first."""
     processes = scorer.sampler.processes
     blocks = scorer.merger.blocks
     start = float(np.clip(start, *c.bounds))
+    fresh = search_seeds(seeds.count)
     precision = gradient_precision(scorer.selection_precision)
-    settings = [scorer.key(seeds), start, seeds.first, seeds.count, c.bounds, lr, pull, precision]
+    settings = [
+        scorer.key(seeds),
+        start,
+        seeds.first,
+        fresh.first,
+        fresh.count,
+        c.bounds,
+        precision,
+    ]
     path = scorer.log.folder / f"search-{key_of(SEARCH_VERSION, settings)}.pt"
-    w = torch.full([len(blocks)], float(start), dtype=torch.float64)
-    average = w.clone()
-    averages = [scorer.weights(w)]  # {block: weight} at the start and after every step
-    optimizer = torch.optim.Adam([w], lr=lr, betas=(0.8, 0.95))
 
     def stored():
         with reading(f"{path} is damaged, delete it to search from the start"):
-            return checked_torch_load(path) if path.exists() else None
+            return [tuple(point) for point in checked_torch_load(path)] if path.exists() else []
 
-    state = processes.decide(stored)
-    if state is not None:
-        w[:], average, averages, adam = state
-        optimizer.load_state_dict(adam)
-
-    scores = scorer.score_all(averages, seeds, "gradient search")
+    known = processes.decide(stored)  # (w, distance, [gradient]) of every point, in their order
+    scores = []
     quiet = processes.rank > 0
-    for step in tqdm(
-        range(len(averages) - 1, c.evaluations), desc="gradient search", leave=False, disable=quiet
-    ):
-        best = int(np.argmin([score.fd for score in scores]))
-        if len(scores) - 1 - best >= patience:
-            break
-        fresh = search_seeds(step, seeds.count)
-        _, gradient = distance_and_gradient(scorer, scorer.weights(w), fresh, precision)
-        w.grad = torch.tensor([gradient[block] for block in blocks], dtype=torch.float64)
-        w.grad += pull * (w - start)
-        optimizer.step()
-        w.clamp_(*c.bounds)
-        average = average + max(1 / (step + 2), 0.3) * (w - average)
-        averages.append(scorer.weights(average))
-        scores.append(scorer.score(averages[-1], seeds))
-        if processes.rank == 0:
-            state = (w, average, averages, optimizer.state_dict())
-            write_atomically(path, partial(torch.save, state))
+    bar = tqdm(total=c.evaluations, desc="gradient search", leave=False, disable=quiet)
+
+    def point_at(x):
+        """Distance and gradient at the next point, computed or known."""
+        w = scorer.weights(x)
+        k = len(scores)
+        if k < len(known) and known[k][0] != w:
+            del known[k:]  # of another scipy
+        if k == len(known):
+            distance, gradient = distance_and_gradient(scorer, w, fresh, precision)
+            known.append((w, float(distance), [float(gradient[block]) for block in blocks]))
+            if processes.rank == 0:
+                write_atomically(path, partial(torch.save, known))
+        scores.append(scorer.score(w, seeds))
+        bar.update()
+        return known[k][1], np.array(known[k][2])
+
+    def scaled(x):
+        """What L-BFGS-B minimises: the first step moves no weight by more than a half."""
+        if len(scores) == c.evaluations:
+            raise SearchEnds
+        if (
+            scores
+            and len(scores) - 1 - int(np.argmin([fd_of(score) for score in scores])) >= patience
+        ):
+            raise SearchEnds
+        distance, gradient = point_at(x)
+        steepest = np.abs(known[0][2]).max()
+        if steepest == 0 or not math.isfinite(known[0][1]):
+            raise SearchEnds
+        if not math.isfinite(distance):  # the sampler diverges: a wall that the line search sees
+            distance = 10 * max(point[1] for point in known if math.isfinite(point[1]))
+        return 0.5 / steepest * distance, 0.5 / steepest * gradient
+
+    with bar, contextlib.suppress(SearchEnds):
+        scipy.optimize.minimize(
+            scaled,
+            np.full(len(blocks), start),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=[c.bounds] * len(blocks),
+            options={"maxfun": 10**6, "maxiter": 10**6},
+        )
     return scores
 
 
@@ -5540,7 +5570,7 @@ TRAINING_VERSION, SAMPLING_VERSION, SCORING_VERSION, SEARCH_VERSION = (
     "train 1",
     "sample 1",
     "score 1",
-    "search 2",
+    "search 3",
 )
 
 
