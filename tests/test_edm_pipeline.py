@@ -408,7 +408,6 @@ def test_search_set_counts_only_for_a_search_by_gradient():
     "options, refused",
     [
         ({"final_images": 10**8, "final_repeats": 50}, True),
-        ({"search": "gradient", "evaluations": 100_000, "select_images": 40_000}, False),
         ({"final_images": 10**8, "final_repeats": 42}, False),
     ],
     ids=str,
@@ -769,7 +768,8 @@ def test_final_distances_are_on_every_final_set(studied, name):
         for first in (50_000, 50_120)
     ]
     final = entry.final[name]
-    assert final["all"] == pytest.approx(want, rel=1e-5) and final["images"] == 120
+    # A batch may round a pixel to another grey level than an image alone.
+    assert final["all"] == pytest.approx(want, rel=1e-3) and final["images"] == 120
     assert final["w"] == entry.models[name].w
 
 

@@ -301,102 +301,133 @@ def test_searches_by_name():
 
 
 # -------------------- search by gradient
-def gradient_search(out, monkeypatch, slope=None, start=0.5, distance=None, **options):
-    """A search whose gradient is prescribed -> scores, [(w, seeds, precision)] it was asked at."""
+LEAST = np.array([2.0, 0.0, 1.0])  # of the prescribed bowl
+CURVATURE = np.array([10.0, 1.0, 0.1])
+
+
+def bowl(w):
+    """Distance and gradient."""
+    away = numbers_of(w) - LEAST
+    return 1 + float((CURVATURE * away**2).sum() / 2), CURVATURE * away
+
+
+def slope(w):
+    """A distance that falls for ever."""
+    return -float(numbers_of(w).sum()), -np.ones(3)
+
+
+def gradient_search(out, monkeypatch, landscape=bowl, start=0.5, distance=None, **options):
+    """A search over a prescribed landscape -> scores, [(w, seeds, precision)] it was asked at.
+    distance: of the selection seeds, by default the landscape's."""
     precision = options.pop("precision", "fp32")
     scorer = toy_scorer(out, precision=precision, confirm_precision="bf16")
     asked = []
 
     def prescribed(scorer, w, seeds, precision):
         asked.append((w, seeds, precision))
-        return 1.0, dict(zip(BLOCKS, slope, strict=True))
+        value, gradient = landscape(w)
+        return value, dict(zip(BLOCKS, gradient, strict=True))
 
-    if slope:
-        monkeypatch.setattr(edm, "distance_and_gradient", prescribed)
-    if distance:
+    def score(w, seeds, desc=None):
+        fd = landscape(w)[0] if distance is None else distance(w)
+        return score_of(fd, w=w, first_seed=seeds.first, images=seeds.count)
 
-        def score(w, seeds, desc=None):
-            return score_of(distance(w), w=w, first_seed=seeds.first, images=seeds.count)
-
-        monkeypatch.setattr(scorer, "score", score)
-    c = config(out, **{"search": "gradient", "evaluations": 4, "bounds": (-1.0, 4.0)} | options)
+    monkeypatch.setattr(edm, "distance_and_gradient", prescribed)
+    monkeypatch.setattr(scorer, "score", score)
+    c = config(out, **{"search": "gradient", "evaluations": 30, "bounds": (-1.0, 4.0)} | options)
     return edm.search_gradient(c, scorer, SELECTION, start), asked
 
 
-def adam_path(slope, start, steps, bounds=(-1.0, 4.0)):
-    """Iterates and running averages of Adam (0.15; 0.8, 0.95) with a pull of 0.02, by hand."""
-    w = np.full(3, start)
-    average, first, second = w.copy(), np.zeros(3), np.zeros(3)
-    iterates, averages = [], []
-    for step in range(steps):
-        iterates.append(w.copy())
-        g = np.array(slope) + 0.02 * (w - start)
-        first = 0.8 * first + 0.2 * g
-        second = 0.95 * second + 0.05 * g**2
-        unbiased = first / (1 - 0.8 ** (step + 1))
-        w = w - 0.15 * unbiased / ((second / (1 - 0.95 ** (step + 1))) ** 0.5 + 1e-8)
-        w = np.clip(w, *bounds)
-        average = average + max(1 / (step + 2), 0.3) * (w - average)
-        averages.append(average)
-    return np.array(iterates), np.array(averages)
+def test_gradient_search_finds_the_least_point(tmp_path, monkeypatch):
+    scores, _ = gradient_search(tmp_path, monkeypatch)
+    np.testing.assert_allclose(numbers_of(edm.best_of(scores).w), LEAST, atol=1e-3)
+    assert len(scores) < 30
 
 
-SLOPE = (1.0, -0.3, 0.002)
+def test_first_step_moves_the_steepest_block_by_a_half(tmp_path, monkeypatch):
+    """Against the gradient, whatever the unit of the distance."""
+    scores, _ = gradient_search(tmp_path, monkeypatch)
+    gradient = bowl(scores[0].w)[1]
+    want = 0.5 - 0.5 * gradient / np.abs(gradient).max()
+    np.testing.assert_allclose(numbers_of(scores[1].w), want, atol=1e-6)
+    assert scores[0].w == weights(0.5, 0.5, 0.5)
 
 
-@pytest.mark.parametrize("bounds", [(-1.0, 4.0), (0.3, 0.6)], ids=str)
-def test_iterates_are_adams(tmp_path, monkeypatch, bounds):
-    _, asked = gradient_search(
-        tmp_path, monkeypatch, SLOPE, evaluations=6, bounds=bounds, distance=lambda w: 1.0
+def test_gradient_search_does_not_depend_on_the_unit_of_the_distance(tmp_path, monkeypatch):
+    def thousandfold(w):
+        value, gradient = bowl(w)
+        return 1000 * value, 1000 * gradient
+
+    ours, _ = gradient_search(tmp_path / "a", monkeypatch, evaluations=5)
+    theirs, _ = gradient_search(tmp_path / "b", monkeypatch, thousandfold, evaluations=5)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(numbers_of(one.w), numbers_of(other.w), atol=1e-5)
+
+
+@pytest.mark.parametrize("start", [0.5, 9.0])
+def test_gradient_search_stays_within_its_bounds(tmp_path, monkeypatch, start):
+    _, asked = gradient_search(tmp_path, monkeypatch, start=start, bounds=(0.3, 1.6))
+    points = np.array([numbers_of(w) for w, _, _ in asked])
+    assert points.min() >= 0.3 and points.max() <= 1.6 and len(points) > 2
+    np.testing.assert_allclose(
+        points[np.argmin(np.abs(points - LEAST).sum(1))], [1.6, 0.3, 1], 1e-4
     )
-    want, _ = adam_path(SLOPE, 0.5, 6, bounds)
-    np.testing.assert_allclose([numbers_of(w) for w, _, _ in asked], want, atol=2e-6)
 
 
-def test_start_and_running_averages_are_scored(tmp_path, monkeypatch):
-    scores, _ = gradient_search(
-        tmp_path, monkeypatch, SLOPE, evaluations=6, distance=lambda w: w["enc"]
-    )
-    _, averages = adam_path(SLOPE, 0.5, 6)
-    want = [(0.5, 0.5, 0.5), *averages]
-    np.testing.assert_allclose([numbers_of(score.w) for score in scores], want, atol=2e-6)
+def test_gradients_are_of_one_set_of_fresh_seeds(tmp_path, monkeypatch):
+    _, asked = gradient_search(tmp_path, monkeypatch)
+    assert {(seeds.first, seeds.count, seeds.is_final) for _, seeds, _ in asked} == {
+        (10_000_000, 100, False)
+    }
 
 
-def test_gradient_search_starts_within_its_bounds(tmp_path, monkeypatch):
-    scores, asked = gradient_search(tmp_path, monkeypatch, SLOPE, start=9.0, distance=lambda w: 1.0)
-    assert asked[0][0] == scores[0].w == weights(4.0, 4.0, 4.0)
-
-
-def test_a_search_without_gain_returns_its_start(tmp_path, monkeypatch):
-    scores, _ = gradient_search(
-        tmp_path, monkeypatch, SLOPE, distance=lambda w: abs(w["enc"] - 0.5)
-    )
-    assert edm.best_of(scores).w == {"enc": 0.5, "mid": 0.5, "dec": 0.5}
-
-
-def test_every_step_has_fresh_seeds(tmp_path, monkeypatch):
-    _, asked = gradient_search(tmp_path, monkeypatch, SLOPE)
-    sets = [(seeds.first, seeds.count) for _, seeds, _ in asked]
-    assert sets == [(10_000_000 + 100 * step, 100) for step in range(4)]
-    assert not any(seeds.is_final for _, seeds, _ in asked)
-
-
-def test_averages_are_scored_on_the_selection_seeds(tmp_path, monkeypatch):
-    scores, _ = gradient_search(tmp_path, monkeypatch, SLOPE)
+def test_every_point_is_scored_on_the_selection_seeds(tmp_path, monkeypatch):
+    scores, asked = gradient_search(tmp_path, monkeypatch)
     assert {(score.first_seed, score.images) for score in scores} == {(10_000, 100)}
-    assert len(scores) == 1 + 4
+    assert [score.w for score in scores] == [w for w, _, _ in asked]
 
 
-@pytest.mark.parametrize("gain_until, steps", [(0, 12), (3, 15), (99, 20)])
-def test_search_ends_after_twelve_steps_without_gain(tmp_path, monkeypatch, gain_until, steps):
-    """The score falls until a step and rises afterwards."""
+def test_gradient_search_ends_after_its_evaluations(tmp_path, monkeypatch):
+    scores, asked = gradient_search(tmp_path, monkeypatch, evaluations=4)
+    assert len(scores) == len(asked) == 4
+
+
+@pytest.mark.parametrize("gain_until, points", [(0, 7), (3, 10), (99, 12)])
+def test_search_ends_after_six_points_without_gain(tmp_path, monkeypatch, gain_until, points):
+    """The score of the selection seeds falls until a point and rises afterwards."""
     calls = itertools.count()
 
     def distance(w):
         return float(abs(next(calls) - gain_until))
 
-    scores, _ = gradient_search(tmp_path, monkeypatch, SLOPE, evaluations=20, distance=distance)
-    assert len(scores) == 1 + steps
+    options = {"evaluations": 12, "bounds": (-1e6, 1e6)}
+    scores, _ = gradient_search(tmp_path, monkeypatch, slope, distance=distance, **options)
+    assert len(scores) == points
+
+
+def test_a_search_without_gain_returns_its_start(tmp_path, monkeypatch):
+    scores, _ = gradient_search(tmp_path, monkeypatch, distance=lambda w: abs(w["enc"] - 0.5))
+    assert edm.best_of(scores).w == weights(0.5, 0.5, 0.5)
+
+
+def test_gradient_search_goes_on_after_a_divergence(tmp_path, monkeypatch):
+    """A wall at 1.2, the least point lies behind it."""
+
+    def walled(w):
+        return (math.inf, np.zeros(3)) if w["enc"] > 1.2 else bowl(w)
+
+    scores, _ = gradient_search(tmp_path, monkeypatch, walled, start=0.9)
+    values = [score.fd for score in scores]
+    assert math.inf in values and values.index(math.inf) < len(values) - 1
+    assert 1.0 < edm.best_of(scores).w["enc"] <= 1.2
+
+
+@pytest.mark.parametrize(
+    "landscape", [lambda w: (math.inf, np.zeros(3)), lambda w: (1.0, np.zeros(3))], ids=["inf", "0"]
+)
+def test_a_start_without_a_direction_is_the_result(tmp_path, monkeypatch, landscape):
+    scores, _ = gradient_search(tmp_path, monkeypatch, landscape)
+    assert [score.w for score in scores] == [weights(0.5, 0.5, 0.5)]
 
 
 @pytest.mark.parametrize(
@@ -404,9 +435,7 @@ def test_search_ends_after_twelve_steps_without_gain(tmp_path, monkeypatch, gain
 )
 def test_precision_of_the_gradient(tmp_path, monkeypatch, precision, pulled):
     """fp16 has no exponents for small derivatives."""
-    _, asked = gradient_search(
-        tmp_path, monkeypatch, SLOPE, distance=lambda w: 1.0, precision=precision
-    )
+    _, asked = gradient_search(tmp_path, monkeypatch, precision=precision)
     assert {how for _, _, how in asked} == {pulled}
 
 
@@ -427,7 +456,7 @@ def test_gradient_search_finds_better_weights(found_by_gradient):
 def test_gradient_search_returns_what_it_evaluated_itself(found_by_gradient):
     scorer, scores = found_by_gradient
     known = scorer.log.find(scorer.key(SELECTION), BEST, SELECTION)
-    assert known.fd < edm.best_of(scores).fd and known not in scores and len(scores) == 1 + 6
+    assert known.fd < edm.best_of(scores).fd and known not in scores and len(scores) == 6
 
 
 @pytest.mark.parametrize("stops", [(1,), (2, 4)], ids=str)
@@ -456,39 +485,35 @@ def test_gradient_search_resumes_to_the_same_end(found_by_gradient, tmp_path, mo
     "change", [{"start": 0.25}, {"bounds": (-1.0, 3.0)}, {"precision": "bf16"}], ids=str
 )
 def test_another_search_does_not_resume(tmp_path, monkeypatch, change):
-    gradient_search(tmp_path, monkeypatch, SLOPE)
-    _, asked = gradient_search(tmp_path, monkeypatch, SLOPE, **change)
+    gradient_search(tmp_path, monkeypatch, evaluations=4)
+    _, asked = gradient_search(tmp_path, monkeypatch, evaluations=4, **change)
     assert len(asked) == 4
 
 
 def test_longer_search_goes_on(tmp_path, monkeypatch):
-    gradient_search(tmp_path, monkeypatch, SLOPE, evaluations=2)
-    scores, asked = gradient_search(tmp_path, monkeypatch, SLOPE, evaluations=4)
-    assert len(asked) == 2 and len(scores) == 1 + 4
+    gradient_search(tmp_path, monkeypatch, evaluations=2)
+    scores, asked = gradient_search(tmp_path, monkeypatch, evaluations=4)
+    assert len(asked) == 2 and len(scores) == 4
+
+
+def test_points_of_another_path_are_computed_again(tmp_path, monkeypatch):
+    """As another scipy would take."""
+    whole, _ = gradient_search(tmp_path, monkeypatch, evaluations=4)
+    (path,) = tmp_path.glob("search-*.pt")
+    points = torch.load(path)
+    points[2] = (weights(3, 3, 3), *points[2][1:])
+    torch.save(points, path)
+    scores, asked = gradient_search(tmp_path, monkeypatch, evaluations=4)
+    assert [score.w for score in scores] == [score.w for score in whole]
+    assert [w for w, _, _ in asked] == [score.w for score in whole[2:]]
 
 
 def test_damaged_state_of_a_search_is_refused(tmp_path, monkeypatch):
-    gradient_search(tmp_path, monkeypatch, SLOPE)
+    gradient_search(tmp_path, monkeypatch)
     (path,) = tmp_path.glob("search-*.pt")
     path.write_bytes(b"no")
     with pytest.raises(edm.UserError, match="search-.*is damaged, delete it"):
-        gradient_search(tmp_path, monkeypatch, SLOPE)
-
-
-def test_gradient_search_goes_on_after_a_divergence(tmp_path, monkeypatch):
-    scorer = toy_scorer(tmp_path)
-    real, calls = scorer.merger.set, itertools.count()
-
-    def poisoned(w):
-        net = real(w)
-        if next(calls) in (3, 4):  # after start, gradient, score: the second step's two
-            net.dec[1].bias.data[0] = math.nan
-        return net
-
-    monkeypatch.setattr(scorer.merger, "set", poisoned)
-    c = config(tmp_path, search="gradient", evaluations=4)
-    scores = edm.search_gradient(c, scorer, SELECTION, 0.0)
-    assert [math.isinf(score.fd) for score in scores] == [False, False, True, False, False]
+        gradient_search(tmp_path, monkeypatch)
 
 
 # -------------------- the gradient
@@ -626,10 +651,8 @@ def test_gradient_pass_that_fits_with_no_batch_ends(monkeypatch):
 
 
 # -------------------- seeds of the search
-def test_search_seeds_do_not_overlap():
-    sets = [edm.search_seeds(step, 50) for step in range(3)]
-    assert [seeds.first for seeds in sets] == [10_000_000, 10_000_050, 10_000_100]
-    assert all(sets[i].last < sets[i + 1].first for i in range(2))
+def test_search_seeds_are_those_of_nothing_else():
+    assert dataclasses.astuple(edm.search_seeds(50)) == ("search", 10_000_000, 50)
 
 
 def test_seed_set():

@@ -221,7 +221,7 @@ def real():
 def test_selection_and_final_scores_have_their_own_reference(real, tmp_path):
     judge = edm.judge_of_images(Flat(), real, "cpu", tmp_path)
     selection, final = edm.SeedSet("selection", 0, 40), edm.SeedSet("final 1", 50, 40)
-    fresh = edm.search_seeds(0, 40)
+    fresh = edm.search_seeds(40)
     assert judge.reference(selection) is judge.selection is judge.reference(fresh)
     assert judge.reference(final) is judge.final
     assert torch.equal(judge.selection.real, Flat()(real.selection.images))
