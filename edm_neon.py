@@ -2589,7 +2589,6 @@ def search_gradient(c, scorer, seeds, start, patience=6):
     was computed is kept on disk. -> the scores of its points, the start first."""
     processes = scorer.sampler.processes
     blocks = scorer.merger.blocks
-    start = float(np.clip(start, *c.bounds))
     fresh = search_seeds(seeds.count)
     precision = gradient_precision(scorer.selection_precision)
     settings = [
