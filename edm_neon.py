@@ -336,7 +336,7 @@ class Glyphs(Cifar10):
     threads = 1  # 12 x 12 images: two batches at once are faster than two threads
     defaults = {
         "snapshot": (3,),
-        "grid": (1.5, 2.0, 2.5),
+        "grid": (0.5, 1.0, 1.5),
         "train_base": 60.0,
         "base_lr": 3e-3,
         "synthetic": 2000,
@@ -345,7 +345,7 @@ class Glyphs(Cifar10):
         "ema_kimg": 0.5,
         "dropout": 0.0,
         "augment": 0.0,
-        "select_images": 600,
+        "select_images": 1000,
         "final_images": 3000,
         "sample_batch": 250,
         "judge": ("classifier-2", "mlp", "random-conv", "pixels"),
@@ -1736,21 +1736,21 @@ def glyphs_cnn():
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(64 * side * side, 64),
-        nn.Tanh(),
+        nn.ReLU(),
     )
 
 
 def glyphs_mlp():
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(GLYPH_SIZE**2, 256), nn.ReLU(), nn.Linear(256, 64), nn.Tanh()
+        nn.Flatten(), nn.Linear(GLYPH_SIZE**2, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU()
     )
 
 
 class GlyphsClassifier(nn.Module):
     """Small classifier of glyphs, trained here on a stream of its own (seeded, seconds): uint8
-    [N, 1, 12, 12] -> the 64 features in front of its last layer, between -1 and 1: no image weighs
-    more than another, and small scores are quieter by far than in unbounded features. folder: keeps
-    its weights."""
+    [N, 1, 12, 12] -> the 64 features in front of its last layer. They are not bounded on purpose:
+    bounded ones are quieter, but blind to brightness, and choose weights that pixels and random
+    convolutions find worse than the base (results/README.md). folder: keeps its weights."""
 
     dim = 64
 
