@@ -423,7 +423,7 @@ def test_gradient_search_goes_on_after_a_divergence(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "landscape", [lambda w: (math.inf, np.zeros(3)), lambda w: (1.0, np.zeros(3))], ids=["inf", "0"]
+    "landscape", [lambda w: (math.inf, np.ones(3)), lambda w: (1.0, np.zeros(3))], ids=["inf", "0"]
 )
 def test_a_start_without_a_direction_is_the_result(tmp_path, monkeypatch, landscape):
     scores, _ = gradient_search(tmp_path, monkeypatch, landscape)
