@@ -189,7 +189,7 @@ def test_two_ranks_score_as_one_process(prepared, tmp_path):
     """Grid, search by gradient and final comparison."""
     out, options = prepared
     sizes = ("--grid", "0.5", "--synthetic", "100", "--select-images", "80", "--final-images", "80")
-    search = ("--search", "gradient", "--evaluations", "2", "--sample-batch", "20")
+    search = ("--search", "gradient", "--evaluations", "3", "--sample-batch", "20")
     search += ("--steps", "4", "--judge", "none")
     found = []
     for program in ((sys.executable,), TORCHRUN):
@@ -203,6 +203,7 @@ def test_two_ranks_score_as_one_process(prepared, tmp_path):
         found.append([row["fd"] for row in entry["sweep"]])
         found[-1] += [entry["searched"]["fd"], entry["final"]["blockwise"]["fd"]]
         found[-1] += [*entry["searched"]["w"].values()]
+        # base, collapsed, the grid's point, and what the search adds to its start
         assert len(lines(folder / "grid.jsonl")) == 3 + 2
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
