@@ -126,11 +126,15 @@ def test_plan_of_a_new_run_trains_nothing(tmp_path):
 
 
 # -------------------- signals, a second run, a full disk
+def heed_signals():
+    """In the child: the background jobs of a shell inherit an ignored SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(out, *args):
     command = [sys.executable, str(SCRIPT), *SMALL, *args, "--out", str(out)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=heed_signals)
 
 
 def wait_for(path, process):
