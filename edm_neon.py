@@ -3276,7 +3276,7 @@ def plot_seeds(plt, summary):
     )
     axis.invert_yaxis()
     axis.set(xlabel="difference of the distance (%)")
-    axis.set(title="one point a training seed, bar: their mean; lower is better")
+    figure.suptitle("one point a training seed, bar: their mean; lower is better")
     axis.legend(fontsize=8)
 
 

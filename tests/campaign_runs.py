@@ -28,7 +28,7 @@ EDM = (
     *("--synthetic", "100", "--select-images", "80", "--final-images", "80", "--steps", "6"),
     *("--search", "cobyqa", "--evaluations", "4", "--judge", "random-conv"),
 )
-TOY = ("--delta", "1.72", "--base-steps", "500", "--points", "2000")
+TOY = ("--delta", "1.72", "--base-steps", "500", "--points", "2048")
 COMMANDS = {"edm": ("edm_neon.py", *EDM), "toy": ("toy_neon.py", *TOY)}
 VARYING = ("seconds", "seconds_total", "seconds_per_image", "command", "config", "out")
 
