@@ -270,6 +270,9 @@ class Config:
         "blocks of the search, default --partition: layers beside a grid over three blocks",
         read_partition,
     )
+    guard: str = option(
+        "", "one of --judge: what the search finds must be no worse there than where it began"
+    )
     evaluations: int = option(
         12,
         "of the search: scores of cobyqa and coordinate, gradients of gradient",
@@ -870,6 +873,7 @@ def study(c, scorer, searcher, model, ledger):
     that no selection has seen -> Entry. searcher: a Scorer of the blocks that are searched over."""
     blocks = scorer.merger.blocks
     selection = ledger.selection
+    guard = guard_of(c, scorer.judges)
 
     # Global weights: the base is 0, the collapsed network -1 and no candidate.
     values = sorted({-1.0, 0.0, *c.grid, *c.sweep})
@@ -895,7 +899,8 @@ def study(c, scorer, searcher, model, ledger):
         winner = best_of(grid)
         models["blockwise"] = Candidate(winner.w, winner.fd, merger)
     if c.search:
-        winner = best_of(SEARCHES[c.search](c, searcher, selection, w_global))
+        scores = SEARCHES[c.search](c, searcher, selection, w_global)
+        winner = best_of(admitted(scores, searcher, guard, selection))
         models["searched"] = Candidate(winner.w, winner.fd, searcher.merger)
 
     # The winners on the final seeds, and the best of every random partition: all judges see the
@@ -915,8 +920,12 @@ def study(c, scorer, searcher, model, ledger):
 
     own = finals[scorer.judge.name]
     final = final_comparison({name: own[name] for name in models})
+    if guard:
+        del finals[guard.name]  # it took part in the selection
     judges = {}
     for judge in scorer.judges[1:]:
+        if judge is guard:
+            continue
         judges[judge.name] = judge.facts | {
             "score": judge.features.score,
             "final": final_comparison(finals[judge.name]),
@@ -933,6 +942,20 @@ def study(c, scorer, searcher, model, ledger):
         judges=judges,
         claims=claims_of(finals),
     )
+
+
+def guard_of(c, judges):
+    """The judge that --guard names, or None."""
+    return judges[1 + judge_names(c).index(c.guard)] if c.guard else None
+
+
+def admitted(scores, scorer, guard, seeds):
+    """Of a search's scores those whose images are no worse in the guard's features than those of
+    its first, where it began: against a gain that only the search's own features see."""
+    if guard is None:
+        return scores
+    distances = [scorer.scores(score.w, seeds, [guard])[0].fd for score in scores]
+    return [score for score, fd in zip(scores, distances, strict=True) if fd <= distances[0]]
 
 
 def add_finals(finals, name, scorer, w, ledger):
@@ -5751,6 +5774,8 @@ def count_images(c, blocks):
     scores = len({-1.0, 0.0, *c.grid, *c.sweep})
     scores += grid_points(c, blocks) * (1 + c.placebo)
     scores += c.evaluations * {"": 0, "cobyqa": 1, "coordinate": 1, "gradient": 6}[c.search]
+    if c.guard:
+        scores += c.evaluations
     finals = (4 + bool(c.search) + c.placebo) * c.final_repeats
     return scores, scores * c.select_images, finals, finals * c.final_images
 
@@ -5878,6 +5903,8 @@ def check_combinations(c):
         raise UserError("--bounds: give two numbers, low,high")
     if c.placebo and c.partition == "layers":
         raise UserError("--placebo draws random blocks of several layers: use another --partition")
+    if c.guard and not (c.search and c.guard in judge_names(c)):
+        raise UserError(f"--guard {c.guard} needs a --search and a --judge of that name")
     if c.guidance > 1 and (c.model or not is_pipeline(c.base)):
         raise UserError("--guidance is for pipelines of diffusers as --base: leave it out")
     if c.partition in ("paper", "structural") and not c.model:

@@ -1,6 +1,7 @@
 """edm_neon.py: whole runs in this process, of a model that answers at once; kills anywhere."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -51,6 +52,38 @@ def test_labels_of_a_run(toys, tmp_path, monkeypatch, options, labels):
     monkeypatch.setattr(edm, "time_sampling", stop)
     with pytest.raises(edm.UserError, match=f"labels are {labels}"):
         edm.run([*TOY, "--out", str(tmp_path), *options])
+
+
+@pytest.fixture(scope="module")
+def guarded(toy_run, tmp_path_factory):
+    """The same run with a guard; what was computed is there already."""
+    out = tmp_path_factory.mktemp("guarded") / "run"
+    shutil.copytree(toy_run, out)
+    edm.main([*TOY, "--guard", "pixels", "--judge", "random-conv", "--out", str(out)])
+    return out
+
+
+def test_guard_is_no_judge_that_no_selection_saw(guarded):
+    for entry in json.loads((guarded / "summary.json").read_text())["snapshots"]:
+        assert [*entry["judges"]] == ["random-conv"]
+        assert all([*claim["judges"]] == ["random-conv"] for claim in entry["claims"])
+
+
+def test_guard_chooses_among_the_points_of_the_search(guarded, toy_entries):
+    """The best of those whose pixels are no farther than at the start."""
+    entries = json.loads((guarded / "summary.json").read_text())["snapshots"]
+    rows = lines(guarded / "grid.jsonl")
+    for entry, before in zip(entries, toy_entries, strict=True):
+        own = [row for row in rows if row["snapshot"] == entry["kimg"]]
+        pixels = {json.dumps(row["w"]): row["fd"] for row in own if row["judge"] == "pixels"}
+        start = json.dumps(entry["global"]["w"])
+        assert pixels[json.dumps(entry["searched"]["w"])] <= pixels[start]
+        admitted = [
+            row["fd"]
+            for row in own
+            if row["judge"] != "pixels" and pixels.get(json.dumps(row["w"]), 9e9) <= pixels[start]
+        ]
+        assert entry["searched"]["fd"] == min(admitted) >= before["searched"]["fd"]
 
 
 def test_snapshots_are_studied_in_increasing_order(toy_entries):
