@@ -766,7 +766,11 @@ def test_guard_is_the_judge_of_its_name(tmp_path, name, place):
 
 @pytest.mark.parametrize(
     "options",
-    [("--search", "gradient"), ("--judge", "pixels"), ("--search", "cobyqa", "--judge", "none")],
+    [
+        ("--search", "gradient", "--judge", "mlp"),
+        ("--judge", "pixels"),
+        ("--search", "cobyqa", "--judge", "none"),
+    ],
 )
 def test_guard_needs_a_search_and_its_judge(tmp_path, options):
     with pytest.raises(edm.UserError, match="--guard pixels needs a --search and a --judge"):
