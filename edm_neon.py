@@ -275,7 +275,7 @@ class Config:
     )
     evaluations: int = option(
         12,
-        "of the search: scores of cobyqa and coordinate, gradients of gradient",
+        "of the search: scores, or gradients of --search gradient",
         low=1,
         high=100_000,
     )
@@ -2653,11 +2653,11 @@ def search_gradient(c, scorer, seeds, start, patience=6):
         """What L-BFGS-B minimises: the first step moves no weight by more than a half."""
         if len(scores) == c.evaluations:
             raise SearchEnds
-        if (
-            scores
-            and len(scores) - 1 - int(np.argmin([fd_of(score) for score in scores])) >= patience
-        ):
-            raise SearchEnds
+        if scores:
+            best = int(np.argmin([fd_of(score) for score in scores]))
+            if len(scores) - 1 - best >= patience:
+                raise SearchEnds
+
         distance, gradient = point_at(x)
         steepest = np.abs(known[0][2]).max()
         if steepest == 0 or not math.isfinite(known[0][1]):
@@ -5886,10 +5886,11 @@ def parse(argv):
     if "judge" in given:
         given["judge"] = tuple(given["judge"])
     preset = PRESETS[given.get("preset", "cifar10")]
-    paper = {}
+    defaults = {"out": Path(f"runs/{preset.name}"), **preset.defaults}
     if given.get("protocol") == "paper":
-        paper = {"select_images": 2000, "labels": "random"}
-    c = Config(**{"out": Path(f"runs/{preset.name}"), **preset.defaults, **given, **paper})
+        defaults["labels"] = "random"
+        given["select_images"] = 2000
+    c = Config(**{**defaults, **given})
     if c.device == "cpu" and c.precision == "tf32":
         c = dataclasses.replace(c, precision="fp32")
     check_combinations(c)

@@ -1518,6 +1518,7 @@ def test_options_are_the_presets_unless_given(tmp_path):
         (["--bounds", "-2,3"], "bounds", (-2.0, 3.0)),
         (["--protocol", "paper"], "select_images", 2000),
         (["--protocol", "paper"], "labels", "random"),
+        (["--protocol", "paper", "--labels", "balanced"], "labels", "balanced"),
         (["--race"], "labels", "balanced"),
         (["--precision", "tf32", "--device", "cpu"], "precision", "fp32"),
         (["--precision", "bf16"], "precision", "bf16"),
