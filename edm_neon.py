@@ -1830,7 +1830,7 @@ class RandomConvFeatures(nn.Module):
                 nn.init.kaiming_normal_(layers[-2].weight)
             self.body = nn.Sequential(*layers)
         self.eval().requires_grad_(False)
-        self.identity = weights_hash(self)
+        self.identity = key_of(str(self.body), weights_hash(self))
 
     def forward(self, images):
         return self.body(images.float() / 127.5 - 1).mean((2, 3))

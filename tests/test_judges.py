@@ -133,6 +133,13 @@ def test_identity_of_a_classifier_holds_its_design(tmp_path, monkeypatch):
     assert classifier(tmp_path, bounded).identity != classifier(tmp_path).identity
 
 
+def test_identity_of_random_convolutions_holds_their_design(monkeypatch):
+    before = edm.RandomConvFeatures(3).identity
+    assert edm.RandomConvFeatures(3).identity == before != edm.RandomConvFeatures(1).identity
+    monkeypatch.setattr(torch.nn, "ReLU", torch.nn.Tanh)
+    assert edm.RandomConvFeatures(3).identity != before
+
+
 def test_glyphs_preset_parts_come_from_their_streams():
     real = edm.Glyphs().real_images(edm.Config(preset="glyphs"))
     for purpose, count in edm.Glyphs.images.items():
