@@ -150,7 +150,7 @@ def read_partition(text):
 
 
 def judge_name(text):
-    """One --judge; they add up."""
+    """One --judge or --select-with; they add up."""
     return (text,)
 
 
@@ -245,6 +245,11 @@ class Config:
         "FILE.py with features(images), classifier-2 and mlp of glyphs, or none",
         judge_name,
     )
+    select_with: tuple = option(
+        (),
+        "select in the preset's features joined with these, named as judges are; repeatable",
+        judge_name,
+    )
 
     # Search over the block weights
     grid: tuple = option(
@@ -269,9 +274,6 @@ class Config:
         "",
         "blocks of the search, default --partition: layers beside a grid over three blocks",
         read_partition,
-    )
-    guard: str = option(
-        "", "one of --judge: what the search finds must be no worse there than where it began"
     )
     evaluations: int = option(
         12,
@@ -835,7 +837,8 @@ class Entry:
     final: dict  # {model: final_comparison()}
     placebo: list  # best of each random partition, against global
     warnings: list
-    judges: dict  # {judge that no selection saw: facts, score, final_comparison()}
+    parts: dict  # {part of the selection's joint features: facts, score, final_comparison()}
+    judges: dict  # {judge that no selection saw: the same}
     claims: list  # [Claim]
 
     def as_json(self):
@@ -861,6 +864,7 @@ class Entry:
             "final": self.final,
             "placebo": self.placebo,
             "warnings": self.warnings,
+            "parts": self.parts,
             "judges": self.judges,
             "claims": [
                 dataclasses.asdict(claim) | {"sentence": claim.sentence()} for claim in self.claims
@@ -873,7 +877,6 @@ def study(c, scorer, searcher, model, ledger):
     that no selection has seen -> Entry. searcher: a Scorer of the blocks that are searched over."""
     blocks = scorer.merger.blocks
     selection = ledger.selection
-    guard = guard_of(c, scorer.judges)
 
     # Global weights: the base is 0, the collapsed network -1 and no candidate.
     values = sorted({-1.0, 0.0, *c.grid, *c.sweep})
@@ -899,8 +902,7 @@ def study(c, scorer, searcher, model, ledger):
         winner = best_of(grid)
         models["blockwise"] = Candidate(winner.w, winner.fd, merger)
     if c.search:
-        scores = SEARCHES[c.search](c, searcher, selection, w_global)
-        winner = best_of(admitted(scores, searcher, guard, selection))
+        winner = best_of(SEARCHES[c.search](c, searcher, selection, w_global))
         models["searched"] = Candidate(winner.w, winner.fd, searcher.merger)
 
     # The winners on the final seeds, and the best of every random partition: all judges see the
@@ -920,15 +922,15 @@ def study(c, scorer, searcher, model, ledger):
 
     own = finals[scorer.judge.name]
     final = final_comparison({name: own[name] for name in models})
-    if guard:
-        del finals[guard.name]  # it took part in the selection
-    judges = {}
+    parts, judges = {}, {}
     for judge in scorer.judges[1:]:
-        if judge is guard:
-            continue
-        judges[judge.name] = judge.facts | {
+        found = finals[judge.name]
+        if judge.is_part:
+            del finals[judge.name]  # no claim counts what the selection has seen
+        kind = parts if judge.is_part else judges
+        kind[judge.name] = judge.facts | {
             "score": judge.features.score,
-            "final": final_comparison(finals[judge.name]),
+            "final": final_comparison(found),
         }
     return Entry(
         kimg=scorer.kimg,
@@ -939,23 +941,10 @@ def study(c, scorer, searcher, model, ledger):
         final=final,
         placebo=placebo,
         warnings=warnings_of(c, models, final, bool(grid), scorer.judge),
+        parts=parts,
         judges=judges,
         claims=claims_of(finals),
     )
-
-
-def guard_of(c, judges):
-    """The judge that --guard names, or None."""
-    return judges[1 + judge_names(c).index(c.guard)] if c.guard else None
-
-
-def admitted(scores, scorer, guard, seeds):
-    """Of a search's scores those whose images are no worse in the guard's features than those of
-    its first, where it began: against a gain that only the search's own features see."""
-    if guard is None:
-        return scores
-    distances = [scorer.scores(score.w, seeds, [guard])[0].fd for score in scores]
-    return [score for score, fd in zip(scores, distances, strict=True) if fd <= distances[0]]
 
 
 def add_finals(finals, name, scorer, w, ledger):
@@ -1863,25 +1852,25 @@ class PixelFeatures(nn.Module):
 
 
 class JudgeFile:
-    """--judge FILE.py, as FileFeatures takes it."""
+    """FILE.py of --judge or --select-with, as FileFeatures takes it."""
 
-    def __init__(self, path):
+    def __init__(self, path, option="--judge"):
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(
-                f"--judge {path} is no file, and no built-in judge: random-conv, pixels; with "
+                f"{option} {path} is no file, and no built-in judge: random-conv, pixels; with "
                 "--preset glyphs also classifier-2 and mlp"
             )
-        self.file = FileModel.import_file(self.path, "--judge")
+        self.file = FileModel.import_file(self.path, option)
         self.identity = file_hash(self.path)
         if not hasattr(self.file, "features"):
-            raise UserError(f"--judge {path} lacks features(images)")
+            raise UserError(f"{option} {path} lacks features(images)")
 
     def call(self, name, *args):
         return FileModel.call(self, name, *args)
 
 
-# -------------------- features of a file, reference, judge
+# -------------------- features of a file, joint features, reference, judge
 class FileFeatures:
     """features(images) of a model file: uint8-valued [N, C, H, W] -> [N, D]."""
 
@@ -1903,6 +1892,31 @@ class FileFeatures:
 
     def to(self, device):
         return self
+
+
+class JointFeatures:
+    """Several feature networks as one: their features side by side, each network's divided by its
+    root total variance over real images, so that none outweighs the others. What is selected in
+    them cannot please one and offend another unseen. images: uint8 [N, C, H, W] that no score
+    compares with."""
+
+    def __init__(self, parts, images, device):
+        self.parts = parts
+        self.scales = []
+        for part in parts:
+            found = features_of_images(images, part, device)
+            variance = float(found.double().var(0).sum())
+            if not variance > 0:
+                raise UserError(f"features {part.name} are the same for all real images")
+            self.scales.append(variance**-0.5)
+        self.dim = sum(part.dim for part in parts)
+        self.name = self.kind = "+".join(part.name for part in parts)
+        self.score = f"FD ({self.name}, {self.dim}-d)"
+        self.identity = key_of([part.identity for part in parts], tensor_hash(images))
+
+    def __call__(self, images):
+        found = [part(images) * scale for part, scale in zip(self.parts, self.scales, strict=True)]
+        return torch.cat(found, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1991,6 +2005,7 @@ class Judge:
     features: object  # callable with dim, name, kind, score, identity, perhaps facts
     selection: Reference
     final: Reference
+    is_part: bool = False  # of the joint features that the selection saw
 
     def reference(self, seeds):
         """The one that scores of this SeedSet are distances to."""
@@ -2019,7 +2034,7 @@ class Judge:
         return {"images": images, "fd": float(self.final.prepared.distance(*moments))}
 
 
-def judge_of_images(features, real, device, folder=None):
+def judge_of_images(features, real, device, folder=None, is_part=False):
     """Judge of a feature network with the selection and final parts of the real images as
     references; folder, if any, keeps their statistics."""
     references = {}
@@ -2027,7 +2042,7 @@ def judge_of_images(features, real, device, folder=None):
         path = None if folder is None else folder / f"reference-{purpose}.npz"
         part = getattr(real, purpose)
         references[purpose] = reference_from_images(part, features, path, device, real.origin)
-    return Judge(features, **references)
+    return Judge(features, **references, is_part=is_part)
 
 
 def judge_of_file(features, real, source, c):
@@ -2050,44 +2065,62 @@ def judge_of_file(features, real, source, c):
 
 
 def check_judges(c, real):
-    """Refuse a --judge that cannot be built, before anything is trained."""
-    names = judge_names(c)
-    if names and real is None:
-        raise UserError(f"--judge {names[0]} compares with real images: give --data")
-    for name in names:
-        if name not in ("random-conv", "pixels", *PRESETS[c.preset].judges(c)):
-            JudgeFile(name)
+    """Refuse a --judge or --select-with that cannot be built, before anything is trained."""
+    if c.select_with and c.ref:
+        raise UserError(
+            "--select-with needs real images, whose features are joined: leave --ref out"
+        )
+    for option, names in (("--judge", judge_names(c)), ("--select-with", c.select_with)):
+        if names and real is None:
+            raise UserError(f"{option} {names[0]} compares with real images: give --data")
+        for name in names:
+            if name not in ("random-conv", "pixels", *PRESETS[c.preset].judges(c)):
+                JudgeFile(name, option)
 
 
 def judge_names(c):
-    return [name for name in dict.fromkeys(c.judge) if name != "none"]
+    """Judges that no selection sees."""
+    return [name for name in dict.fromkeys(c.judge) if name not in ("none", *c.select_with)]
 
 
 def get_judges(c, model, base, real, processes):
-    """What decides, then what only judges: the features of the model's own file, or the preset's;
-    then those of --judge. With their references."""
+    """What decides, then what only judges. The first: the features of the model's own file, or the
+    preset's, or these joined with --select-with, which then follow one by one; then those of
+    --judge. With their references."""
     allow_tf32(c.precision)
 
     def build():
         own = (model.own_features(base) or PRESETS[c.preset].features(c)).to(c.device)
         if c.device == "cuda" and isinstance(own, InceptionFeatures):
             own.to(memory_format=torch.channels_last)  # its convolutions follow their weights
-        if c.ref or real is None:
+        if c.select_with:
+            parts = [own]
+            for name in dict.fromkeys(c.select_with):
+                parts.append(judge_features(name, c, real, "--select-with").to(c.device))
+            joint = JointFeatures(parts, real.training.images, c.device)
+            judges = [judge_of_images(joint, real, c.device, c.out)]
+            judges += [judge_of_images(part, real, c.device, is_part=True) for part in parts]
+        elif c.ref or real is None:
             judges = [judge_of_file(own, real, reference_source(c, model), c)]
         else:
             judges = [judge_of_images(own, real, c.device, c.out)]
         for name in judge_names(c):
             features = judge_features(name, c, real).to(c.device)
-            if features.name in [judge.name for judge in judges]:
-                raise UserError(f"--judge {name}: there are two judges named {features.name}")
             judges.append(judge_of_images(features, real, c.device))
+
+        names = [judge.name for judge in judges]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(
+                    f"--judge, --select-with: there are two feature networks named {name}"
+                )
         return judges
 
     return processes.one_by_one(build)
 
 
-def judge_features(name, c, real):
-    """The feature network of one --judge."""
+def judge_features(name, c, real, option="--judge"):
+    """The feature network of one --judge or --select-with."""
     images = real.training.images
     preset = PRESETS[c.preset].judges(c)
     if name in preset:
@@ -2096,7 +2129,7 @@ def judge_features(name, c, real):
         return RandomConvFeatures(images.shape[1])
     if name == "pixels":
         return PixelFeatures(images)
-    return FileFeatures(JudgeFile(name), images[:4].to(c.device))
+    return FileFeatures(JudgeFile(name, option), images[:4].to(c.device))
 
 
 def reference_source(c, model):
@@ -2783,7 +2816,7 @@ def summarise(c, argv, entries, judges, ledger, seconds, processes, begin):
         "command": " ".join(["python edm_neon.py", *argv]),
         "config": dataclasses.asdict(c),
         "score": judge.features.score,
-        "judges": [judge.name for judge in judges],
+        "judges": [judge.name for judge in judges if not judge.is_part],
         "reference": judge.facts,
         "snapshots": [entry.as_json() for entry in entries],
         "floors": [judge.floor(count) for count in counts],
@@ -2841,23 +2874,27 @@ def table_row(entry, name):
     ]
 
 
-def judge_rows(entry):
-    """A row for every judge that no selection saw: distances, paired differences as shares."""
-    models = list(entry["final"])
+def judge_rows(results):
+    """A row for every feature network: distances, paired differences as shares. results: an entry's
+    judges or parts."""
+    models = list(next(iter(results.values()))["final"])
     pairs = [("global", "base")]
     for name in ("blockwise", "searched"):
         if name in models:
             pairs.append((name, "global"))
     head = ["judge", *models, *(f"{model} against {against} (95%)" for model, against in pairs)]
     rows = [head, ["---"] * len(head)]
-    claims = {(claim["model"], claim["against"]): claim for claim in entry["claims"]}
-    for judge, result in entry["judges"].items():
+    for result in results.values():
+        final = result["final"]
         row = [result["score"]]
         for name in models:
-            row.append(f"{result['final'][name]['fd']:.4g}")
-        for pair in pairs:
-            gain = claims[pair]["judges"][judge]
-            shares = [gain[f"relative_{key}"] for key in ("difference", "low", "high")]
+            row.append(f"{final[name]['fd']:.4g}")
+        for model, against in pairs:
+            gain = final[model][f"against_{against}"]
+            theirs = final[against]["fd"]
+            shares = [
+                gain[key] / theirs if theirs else 0.0 for key in ("difference", "low", "high")
+            ]
             row.append("{:+.1%} [{:+.1%}, {:+.1%}] ".format(*shares) + gain["verdict"])
         rows.append(row)
     return rows
@@ -2946,9 +2983,13 @@ def write_report(summary, out):
     for entry in summary["snapshots"]:
         for name in entry["final"]:
             rows.append(table_row(entry, name))
-        if entry["judges"]:
-            title = f"Judges that no selection saw, snapshot {entry['kimg']:g}:"
-            judged += [title, markdown(judge_rows(entry))]
+        kimg = f"{entry['kimg']:g}"
+        for key, title in (
+            ("parts", f"Parts of the selection's features, snapshot {kimg}:"),
+            ("judges", f"Judges that no selection saw, snapshot {kimg}:"),
+        ):
+            if entry[key]:
+                judged += [title, markdown(judge_rows(entry[key]))]
         notes += entry_notes(entry)
     text = "\n\n".join([markdown(rows), *judged, *notes, *reference_notes(summary)])
     print("\n" + text)
@@ -5774,8 +5815,6 @@ def count_images(c, blocks):
     scores = len({-1.0, 0.0, *c.grid, *c.sweep})
     scores += grid_points(c, blocks) * (1 + c.placebo)
     scores += c.evaluations * {"": 0, "cobyqa": 1, "coordinate": 1, "gradient": 6}[c.search]
-    if c.guard:
-        scores += c.evaluations
     finals = (4 + bool(c.search) + c.placebo) * c.final_repeats
     return scores, scores * c.select_images, finals, finals * c.final_images
 
@@ -5883,8 +5922,9 @@ def parse(argv):
         else:
             joined.append(arg)
     given = vars(build_parser().parse_args(joined))
-    if "judge" in given:
-        given["judge"] = tuple(given["judge"])
+    for name in ("judge", "select_with"):
+        if name in given:
+            given[name] = tuple(given[name])
     preset = PRESETS[given.get("preset", "cifar10")]
     defaults = {"out": Path(f"runs/{preset.name}"), **preset.defaults}
     if given.get("protocol") == "paper":
@@ -5904,8 +5944,6 @@ def check_combinations(c):
         raise UserError("--bounds: give two numbers, low,high")
     if c.placebo and c.partition == "layers":
         raise UserError("--placebo draws random blocks of several layers: use another --partition")
-    if c.guard and not (c.search and c.guard in judge_names(c)):
-        raise UserError(f"--guard {c.guard} needs a --search and a --judge of that name")
     if c.guidance > 1 and (c.model or not is_pipeline(c.base)):
         raise UserError("--guidance is for pipelines of diffusers as --base: leave it out")
     if c.partition in ("paper", "structural") and not c.model:

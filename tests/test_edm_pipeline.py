@@ -729,54 +729,6 @@ def test_given_snapshots_that_are_not_there(tmp_path):
         edm.given_snapshots(config(tmp_path, aux=str(tmp_path)), ToyModel(), CPU)
 
 
-# -------------------- the guard of a search
-SELECTION = edm.SeedSet("selection", 10_000, 100)
-
-
-class GuardScorer:
-    """Prescribed distances in the guard's features."""
-
-    def __init__(self, distances):
-        self.distances, self.asked = distances, []
-
-    def scores(self, w, seeds, judges, desc=None):
-        self.asked.append((seeds, judges))
-        return [score_of(self.distances[w["enc"]], w=w)]
-
-
-def test_guard_admits_what_is_no_worse_than_the_start():
-    scorer = GuardScorer({0.0: 3.0, 1.0: 2.0, 2.0: 3.0, 3.0: 3.1, 4.0: math.inf})
-    scores = [score_of(10 - enc, w=weights(enc, 0, 0)) for enc in (0.0, 1.0, 2.0, 3.0, 4.0)]
-    found = edm.admitted(scores, scorer, "guard", SELECTION)
-    assert [score.w["enc"] for score in found] == [0.0, 1.0, 2.0]
-    assert scorer.asked == [(SELECTION, ["guard"])] * 5
-
-
-def test_without_a_guard_everything_is_admitted():
-    scores = [score_of(1.0), score_of(2.0)]
-    assert edm.admitted(scores, None, None, SELECTION) is scores
-
-
-@pytest.mark.parametrize("name, place", [("pixels", 1), ("random-conv", 2), ("", None)])
-def test_guard_is_the_judge_of_its_name(tmp_path, name, place):
-    c = config(tmp_path, judge=("none", "pixels", "random-conv"), guard=name)
-    judges = ["own", "first", "second"]
-    assert edm.guard_of(c, judges) == (None if place is None else judges[place])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--search", "gradient", "--judge", "mlp"),
-        ("--judge", "pixels"),
-        ("--search", "cobyqa", "--judge", "none"),
-    ],
-)
-def test_guard_needs_a_search_and_its_judge(tmp_path, options):
-    with pytest.raises(edm.UserError, match="--guard pixels needs a --search and a --judge"):
-        parse(tmp_path, "--guard", "pixels", *options)
-
-
 # -------------------- the study of one snapshot, on real scores
 STUDY = {"grid": (0.5, 1.0), "sweep": (-1.0, 0.5, 2.0), "final_repeats": 2, "placebo": 2}
 
@@ -1252,7 +1204,7 @@ def test_keys_of_a_snapshot_in_the_summary(tmp_path, capsys):
     (found,) = summary["snapshots"]
     assert set(found) == {
         *("kimg", "blocks", "grid", "sweep", "base", "collapsed", "global", "blockwise"),
-        *("final", "placebo", "warnings", "judges", "claims"),
+        *("final", "placebo", "warnings", "parts", "judges", "claims"),
     }
     assert found["global"] == {"w": weights(1, 1, 1), "fd": 1.5, "w_global": 1.0}
     assert found["blockwise"] == {"w": BEST, "fd": 1.0}
@@ -1269,7 +1221,7 @@ def test_keys_of_a_snapshot_in_the_summary(tmp_path, capsys):
 
 def test_rows_of_the_summary_hold_precision_and_recall():
     row = score_of(2.0, precision=0.25, recall=0.5, w=BEST)
-    entry = edm.Entry(1, {}, [], [row], {}, {}, [], [], {}, [])
+    entry = edm.Entry(1, {}, [], [row], {}, {}, [], [], {}, {}, [])
     assert entry.as_json()["grid"] == [
         {
             **{"w": BEST, "fd": 2.0, "seconds": 0.5, "low": 2.0, "high": 2.0},
@@ -1443,7 +1395,6 @@ def test_batches_at_once(monkeypatch, processes, workers):
         ({"sweep": (-1.0, 0.5)}, (8 + 4, 4)),
         ({"search": "cobyqa", "evaluations": 5}, (8 + 3 + 5, 5)),
         ({"search": "coordinate", "evaluations": 5}, (8 + 3 + 5, 5)),
-        ({"search": "coordinate", "evaluations": 5, "guard": "pixels"}, (8 + 3 + 10, 5)),
         ({"search": "gradient", "evaluations": 5}, (8 + 3 + 30, 5)),
         ({"placebo": 2}, (24 + 3, 6)),
         ({"final_repeats": 3}, (8 + 3, 12)),

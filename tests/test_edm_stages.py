@@ -1,7 +1,6 @@
 """edm_neon.py: whole runs in this process, of a model that answers at once; kills anywhere."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -55,35 +54,46 @@ def test_labels_of_a_run(toys, tmp_path, monkeypatch, options, labels):
 
 
 @pytest.fixture(scope="module")
-def guarded(toy_run, tmp_path_factory):
-    """The same run with a guard; what was computed is there already."""
-    out = tmp_path_factory.mktemp("guarded") / "run"
-    shutil.copytree(toy_run, out)
-    edm.main([*TOY, "--guard", "pixels", "--judge", "random-conv", "--out", str(out)])
+def joint(toys, tmp_path_factory):
+    """The same run, selected in two feature networks at once."""
+    out = tmp_path_factory.mktemp("joint")
+    edm.main([*TOY, "--select-with", "pixels", "--judge", "random-conv", "--out", str(out)])
     return out
 
 
-def test_guard_is_no_judge_that_no_selection_saw(guarded):
-    for entry in json.loads((guarded / "summary.json").read_text())["snapshots"]:
+def test_selection_in_joint_features(joint):
+    """Grid, search, placebo and final comparison see the joint features; their parts see the final
+    images, but no claim counts them."""
+    summary = json.loads((joint / "summary.json").read_text())
+    assert summary["score"].startswith("FD (toy-6+pixels, ")
+    assert summary["judges"] == ["toy-6+pixels", "random-conv"]
+    for entry in summary["snapshots"]:
+        assert [*entry["parts"]] == ["toy-6", "pixels"]
         assert [*entry["judges"]] == ["random-conv"]
         assert all([*claim["judges"]] == ["random-conv"] for claim in entry["claims"])
+    assert {row["judge"] for row in lines(joint / "grid.jsonl")} == {"toy-6+pixels"}
+    judges = {row["judge"] for row in lines(joint / "final.jsonl")}
+    assert judges == {"toy-6+pixels", "toy-6", "pixels", "random-conv"}
 
 
-def test_guard_chooses_among_the_points_of_the_search(guarded, toy_entries):
-    """The best of those whose pixels are no farther than at the start."""
-    entries = json.loads((guarded / "summary.json").read_text())["snapshots"]
-    rows = lines(guarded / "grid.jsonl")
-    for entry, before in zip(entries, toy_entries, strict=True):
-        own = [row for row in rows if row["snapshot"] == entry["kimg"]]
-        pixels = {json.dumps(row["w"]): row["fd"] for row in own if row["judge"] == "pixels"}
-        start = json.dumps(entry["global"]["w"])
-        assert pixels[json.dumps(entry["searched"]["w"])] <= pixels[start]
-        admitted = [
-            row["fd"]
-            for row in own
-            if row["judge"] != "pixels" and pixels.get(json.dumps(row["w"]), 9e9) <= pixels[start]
-        ]
-        assert entry["searched"]["fd"] == min(admitted) >= before["searched"]["fd"]
+def test_parts_of_joint_features_are_reported(joint, toy_run):
+    text = (joint / "table.md").read_text()
+    assert "Parts of the selection's features, snapshot 1:" in text
+    assert "Parts of" not in (toy_run / "table.md").read_text()
+
+
+def test_part_of_joint_features_is_measured_as_if_alone(joint, toy_run):
+    """Base and collapsed network, which no selection chooses, are as far as in the other run."""
+    found, alone = (json.loads((out / "summary.json").read_text()) for out in (joint, toy_run))
+    for entry, other in zip(found["snapshots"], alone["snapshots"], strict=True):
+        expected = {"toy-6": other["final"], "pixels": other["judges"]["pixels"]["final"]}
+        for part, final in expected.items():
+            for model, key in (
+                ("base", "all"),
+                ("collapsed", "all"),
+                ("collapsed", "against_base"),
+            ):
+                assert entry["parts"][part]["final"][model][key] == final[model][key]
 
 
 def test_snapshots_are_studied_in_increasing_order(toy_entries):

@@ -591,6 +591,20 @@ def test_judge_files_are_checked_before_anything_is_trained(real, tmp_path, text
         edm.check_judges(edm.Config(judge=("pixels", path)), real)
 
 
+def test_files_to_select_with_are_checked_before_anything_is_trained(real, tmp_path):
+    path = judge_file(tmp_path, "x = 1")
+    with pytest.raises(edm.UserError, match="^--select-with .*mine.py lacks features"):
+        edm.check_judges(edm.Config(select_with=("pixels", path)), real)
+
+
+def test_selecting_with_needs_real_images(real):
+    with pytest.raises(edm.UserError, match="--select-with pixels .* give --data"):
+        edm.check_judges(edm.Config(select_with=("pixels",)), None)
+    with pytest.raises(edm.UserError, match="--select-with needs real images.* leave --ref out"):
+        edm.check_judges(edm.Config(select_with=("pixels",), ref="x.npz"), real)
+    edm.check_judges(edm.Config(ref="x.npz", judge=("pixels",)), real)
+
+
 def test_judges_need_real_images(real):
     with pytest.raises(edm.UserError, match="--judge pixels .* give --data"):
         edm.check_judges(edm.Config(judge=("pixels",)), None)
@@ -627,6 +641,86 @@ def test_all_judges_in_order_with_their_references(real, tmp_path):
     judges = edm.get_judges(config, model, None, real, edm.Processes("cpu"))
     assert [judge.name for judge in judges] == ["flat", "random-conv", "pixels"]
     assert all(len(judge.final.real) == len(real.final.images) for judge in judges)
+
+
+def test_selection_with_more_features_joins_them_and_leaves_the_other_judges_unseen(real, tmp_path):
+    config = edm.Config(
+        device="cpu",
+        out=tmp_path,
+        judge=("pixels", "random-conv"),
+        select_with=("pixels", "pixels"),
+    )
+    model = SimpleNamespace(own_features=lambda base: FlatModule())
+    judges = edm.get_judges(config, model, None, real, edm.Processes("cpu"))
+    assert [judge.name for judge in judges] == ["flat+pixels", "flat", "pixels", "random-conv"]
+    assert [judge.is_part for judge in judges] == [False, True, True, False]
+    images = real.final.images
+    expected = edm.JointFeatures(
+        [FlatModule(), edm.PixelFeatures(real.training.images)], real.training.images, "cpu"
+    )(images)
+    assert torch.equal(judges[0].final.real, expected)
+    assert torch.equal(judges[0].selection.real, judges[0].features(real.selection.images))
+    with np.load(tmp_path / "reference-final.npz") as file:
+        assert str(file["features"]) == "flat+pixels"
+
+
+def test_two_feature_networks_of_one_name_are_refused(real, tmp_path):
+    model = SimpleNamespace(own_features=lambda base: edm.PixelFeatures(real.training.images))
+    for options in ({"judge": ("pixels",)}, {"select_with": ("pixels",)}):
+        config = edm.Config(device="cpu", out=tmp_path, **options)
+        with pytest.raises(edm.UserError, match="two feature networks named pixels"):
+            edm.get_judges(config, model, None, real, edm.Processes("cpu"))
+
+
+def test_joint_features_stand_side_by_side_with_equal_variance(real):
+    parts = [Flat(), edm.RandomConvFeatures(1)]
+    images = real.training.images
+    joint = edm.JointFeatures(parts, images, "cpu")
+    found = joint(images)
+    assert found.shape == (len(images), 68) and joint.dim == 68
+    for part, side in zip(parts, found.split([4, 64], 1), strict=True):
+        assert float(side.double().var(0).sum()) == pytest.approx(1)
+        alone = part(images)
+        assert torch.allclose(
+            side / alone.norm(), alone / alone.norm() / alone.norm() * side.norm()
+        )
+    assert joint.name == "flat+random-conv" and joint.score == "FD (flat+random-conv, 68-d)"
+
+
+def test_joint_features_have_the_gradients_of_their_parts(real):
+    images = real.final.images[:3].float().requires_grad_()
+    parts = [edm.PixelFeatures(real.training.images), edm.RandomConvFeatures(1)]
+    joint = edm.JointFeatures(parts, real.training.images, "cpu")
+    (found,) = torch.autograd.grad(joint(images).sum(), images)
+    expected = 0
+    for part, scale in zip(parts, joint.scales, strict=True):
+        expected = expected + scale * torch.autograd.grad(part(images).sum(), images)[0]
+    assert torch.allclose(found, expected, atol=1e-7) and found.abs().sum() > 0
+
+
+def test_identity_of_joint_features_holds_parts_their_order_and_the_scaling_images(real):
+    flat, other = Flat(), Other()
+    images = real.training.images
+    cases = [
+        ([flat, other], images),
+        ([other, flat], images),
+        ([flat, edm.RandomConvFeatures(1)], images),
+        ([flat, other], images[:-1]),
+    ]
+    found = [edm.JointFeatures(parts, some, "cpu").identity for parts, some in cases]
+    assert len(set(found)) == len(found)
+    assert edm.JointFeatures([flat, other], images.clone(), "cpu").identity == found[0]
+
+
+def test_features_that_do_not_vary_cannot_be_joined():
+    class Constant(Flat):
+        name = "constant"
+
+        def __call__(self, images):
+            return torch.ones(len(images), 4)
+
+    with pytest.raises(edm.UserError, match="constant are the same for all real images"):
+        edm.JointFeatures([Flat(), Constant()], random_images(50), "cpu")
 
 
 class FlatModule(Flat):
@@ -769,6 +863,7 @@ def summary_of(diverging, kimgs=(1,)):
             final=edm.final_comparison(finals["own"]),
             placebo=[],
             warnings=[],
+            parts={},
             judges=judges,
             claims=edm.claims_of(finals),
         )
@@ -801,6 +896,20 @@ def test_report_of_judges(tmp_path, capsys, diverging):
     assert "of 2 judges that no selection saw" in text
     assert "--judge adds" not in text
     json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_report_of_parts_gives_shares_of_the_other_model(tmp_path, capsys):
+    summary = summary_of(None) | {"judges": ["own"], "floors": [], "reference": {}}
+    entry = summary["snapshots"][0]
+    entry["parts"], entry["judges"] = {"a": entry["judges"]["a"]}, {}
+    edm.write_report(summary, tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "Judges that no selection saw" not in text
+    table = text.split("Parts of the selection's features, snapshot 1:")[1].strip().split("\n")
+    assert table[0].count("against") == 3
+    cells = [cell.strip() for cell in table[2].strip("|").split("|")]
+    assert cells[:6] == ["a", "20", "21", "22", "23", "24"]
+    assert [cell.split()[0] for cell in cells[6:]] == ["+10.0%", "+4.5%", "+9.1%"]
 
 
 def test_report_without_judges_says_so(tmp_path, capsys):
