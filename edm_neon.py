@@ -2638,77 +2638,99 @@ class SearchEnds(Exception):
     """A search has used its evaluations, or has not gained for long."""
 
 
-def search_gradient(c, scorer, seeds, start, patience=6):
+class GradientSearch:
     """L-BFGS-B (scipy) on all block weights from the best global weight. It descends the distance
     at one set of fresh seeds; each of its points is also scored on the selection seeds, which no
     gradient has seen, and `patience` points without gain there end it, against overfitting. What
-    was computed is kept on disk. -> the scores of its points, the start first."""
-    processes = scorer.sampler.processes
-    blocks = scorer.merger.blocks
-    fresh = search_seeds(seeds.count)
-    precision = gradient_precision(scorer.selection_precision)
-    settings = [
-        scorer.key(seeds),
-        start,
-        seeds.first,
-        fresh.first,
-        fresh.count,
-        c.bounds,
-        precision,
-    ]
-    path = scorer.log.folder / f"search-{key_of(SEARCH_VERSION, settings)}.pt"
+    was computed is kept on disk."""
 
-    def stored():
-        with reading(f"{path} is damaged, delete it to search from the start"):
-            return [tuple(point) for point in checked_torch_load(path)] if path.exists() else []
+    def __init__(self, c, scorer, seeds, start, patience):
+        self.scorer, self.seeds, self.start = scorer, seeds, start
+        self.bounds, self.evaluations, self.patience = c.bounds, c.evaluations, patience
+        self.fresh = search_seeds(seeds.count)
+        self.precision = gradient_precision(scorer.selection_precision)
+        settings = [
+            scorer.key(seeds),
+            start,
+            seeds.first,
+            self.fresh.first,
+            self.fresh.count,
+            c.bounds,
+            self.precision,
+        ]
+        self.path = scorer.log.folder / f"search-{key_of(SEARCH_VERSION, settings)}.pt"
+        self.rank = scorer.sampler.processes.rank
+        self.known = scorer.sampler.processes.decide(self.stored)
+        self.scores = []  # of its points, in their order
+        self.bar = tqdm(
+            total=c.evaluations, desc="gradient search", leave=False, disable=self.rank > 0
+        )
 
-    known = processes.decide(stored)  # (w, distance, [gradient]) of every point, in their order
-    scores = []
-    quiet = processes.rank > 0
-    bar = tqdm(total=c.evaluations, desc="gradient search", leave=False, disable=quiet)
+    def stored(self):
+        """(w, distance, [gradient]) of every point that an earlier run has computed."""
+        with reading(f"{self.path} is damaged, delete it to search from the start"):
+            if not self.path.exists():
+                return []
+            return [tuple(point) for point in checked_torch_load(self.path)]
 
-    def point_at(x):
-        """Distance and gradient at the next point, computed or known."""
-        w = scorer.weights(x)
-        k = len(scores)
-        if k < len(known) and known[k][0] != w:
-            del known[k:]  # of another scipy
-        if k == len(known):
-            distance, gradient = distance_and_gradient(scorer, w, fresh, precision)
-            known.append((w, float(distance), [float(gradient[block]) for block in blocks]))
-            if processes.rank == 0:
-                write_atomically(path, partial(torch.save, known))
-        scores.append(scorer.score(w, seeds))
-        bar.update()
-        return known[k][1], np.array(known[k][2])
+    def run(self):
+        """The scores of its points, the start first."""
+        blocks = len(self.scorer.merger.blocks)
+        with self.bar, contextlib.suppress(SearchEnds):
+            scipy.optimize.minimize(
+                self.scaled,
+                np.full(blocks, self.start),
+                jac=True,
+                method="L-BFGS-B",
+                bounds=[self.bounds] * blocks,
+                options={"maxfun": 10**6, "maxiter": 10**6},
+            )
+        return self.scores
 
-    def scaled(x):
+    def scaled(self, x):
         """What L-BFGS-B minimises: the first step moves no weight by more than a half."""
-        if len(scores) == c.evaluations:
-            raise SearchEnds
-        if scores:
-            best = int(np.argmin([fd_of(score) for score in scores]))
-            if len(scores) - 1 - best >= patience:
-                raise SearchEnds
-
-        distance, gradient = point_at(x)
-        steepest = np.abs(known[0][2]).max()
-        if steepest == 0 or not math.isfinite(known[0][1]):
+        self.check_end()
+        distance, gradient = self.point_at(x)
+        _, first, slopes = self.known[0]
+        steepest = np.abs(slopes).max()
+        if steepest == 0 or not math.isfinite(first):
             raise SearchEnds
         if not math.isfinite(distance):  # the sampler diverges: a wall that the line search sees
-            distance = 10 * max(point[1] for point in known if math.isfinite(point[1]))
+            distance = 10 * max(point[1] for point in self.known if math.isfinite(point[1]))
         return 0.5 / steepest * distance, 0.5 / steepest * gradient
 
-    with bar, contextlib.suppress(SearchEnds):
-        scipy.optimize.minimize(
-            scaled,
-            np.full(len(blocks), start),
-            jac=True,
-            method="L-BFGS-B",
-            bounds=[c.bounds] * len(blocks),
-            options={"maxfun": 10**6, "maxiter": 10**6},
-        )
-    return scores
+    def check_end(self):
+        if len(self.scores) == self.evaluations:
+            raise SearchEnds
+        if self.scores:
+            best = int(np.argmin([fd_of(score) for score in self.scores]))
+            if len(self.scores) - 1 - best >= self.patience:
+                raise SearchEnds
+
+    def point_at(self, x):
+        """Distance and gradient at the next point, computed or known."""
+        w = self.scorer.weights(x)
+        k = len(self.scores)
+        if k < len(self.known) and self.known[k][0] != w:
+            del self.known[k:]  # of another scipy
+        if k == len(self.known):
+            self.compute(w)
+        self.scores.append(self.scorer.score(w, self.seeds))
+        self.bar.update()
+        _, distance, gradient = self.known[k]
+        return distance, np.array(gradient)
+
+    def compute(self, w):
+        distance, gradient = distance_and_gradient(self.scorer, w, self.fresh, self.precision)
+        slopes = [float(gradient[block]) for block in self.scorer.merger.blocks]
+        self.known.append((w, float(distance), slopes))
+        if self.rank == 0:
+            write_atomically(self.path, partial(torch.save, self.known))
+
+
+def search_gradient(c, scorer, seeds, start, patience=6):
+    """The search that scales to layers -> its scores."""
+    return GradientSearch(c, scorer, seeds, start, patience).run()
 
 
 SEARCHES = {
@@ -3391,7 +3413,7 @@ def plot_report(figures, out):
 
 # ==================== 11. a model of one's own: --model FILE.py
 class FileModel:
-    """The functions of a Python file behind the seam; the README and adapters/ show such a file."""
+    """The functions of a Python file behind the seam; adapters/flow_glyphs.py is such a file."""
 
     NEEDED = ("SHAPE", "CLASSES", "load", "sample")
     FUNCTIONS = ("load", "sample", "loss", "create", "encode", "block", "layer", "save", "features")

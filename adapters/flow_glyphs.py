@@ -116,4 +116,7 @@ def layer(name):
     return "output" if part in ("norm", "pixels") else "embeddings"
 
 
-# Also optional: encode(images), features(images), save(net, path); see the README.
+# Also optional:
+#   encode(images)    uint8 [N, C, H, W] -> what loss() trains on, as through a VAE
+#   features(images)  uint8-valued [N, C, H, W] -> [N, D], instead of the preset's feature network
+#   save(net, path)   how the repaired network is written, instead of a .safetensors file
