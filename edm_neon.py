@@ -69,6 +69,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 import safetensors.torch
+import scipy
 import scipy.optimize
 import scipy.stats
 import torch
@@ -2833,7 +2834,10 @@ def summarise(c, argv, entries, judges, ledger, seconds, processes, begin):
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "scipy": scipy.__version__,
     }
+    if "diffusers" in sys.modules:
+        versions["diffusers"] = sys.modules["diffusers"].__version__
     return {
         "command": " ".join(["python edm_neon.py", *argv]),
         "config": dataclasses.asdict(c),
@@ -5989,7 +5993,7 @@ def check_machine(c):
 
 
 def interrupt(number, frame):
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(number)
 
 
 def main(argv=None):
@@ -6003,8 +6007,9 @@ def main(argv=None):
         message, code = error, 2
     except OSError as error:
         message, code = f"{error}; what was finished stays", 2
-    except KeyboardInterrupt:
-        message, code = "stopped; finished parts are kept, the same command goes on", 130
+    except KeyboardInterrupt as stop:
+        message = "stopped; finished parts are kept, the same command goes on"
+        code = 128 + (stop.args[0] if stop.args else signal.SIGINT)  # as shells report a signal
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()

@@ -4,12 +4,14 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
+import scipy
 import torch
 from edm_helpers import (
     BEST,
@@ -1274,6 +1276,19 @@ def test_summary_of_a_run(tmp_path, capsys):
     assert found["reference"]["images"] == 400 and found["world"] == 1
     assert found["config"]["final_repeats"] == 2 and found["seconds_per_image"] == 0.5
     assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["scipy"] == scipy.__version__
+
+
+def test_summary_names_the_version_of_diffusers_where_it_is_used(tmp_path, monkeypatch):
+    def versions():
+        ledger = edm.seed_ledger(c)
+        return edm.summarise(c, [], [], scorer.judges, ledger, 0.5, CPU, 0.0)["versions"]
+
+    scorer, c = toy_scorer(tmp_path), config(tmp_path)
+    monkeypatch.delitem(sys.modules, "diffusers", raising=False)
+    assert "diffusers" not in versions()
+    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(__version__="9.9"))
+    assert versions()["diffusers"] == "9.9"
 
 
 def test_summary_without_real_images_has_no_floor(tmp_path):

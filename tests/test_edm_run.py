@@ -146,13 +146,15 @@ def wait_for(path, process):
     pytest.fail(f"{path} did not appear")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
-def test_signal_ends_a_run_in_one_line(tmp_path, number):
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
+)
+def test_signal_ends_a_run_in_one_line(tmp_path, number, code):
     process = start(tmp_path, "--train-base", "2000")
     wait_for(tmp_path / ".lock", process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in errors
+    assert process.returncode == code and "the same command goes on" in errors
     assert "Traceback" not in errors and not [*tmp_path.glob(".part-*")]
 
 
