@@ -248,7 +248,8 @@ class Config:
     )
     select_with: tuple = option(
         (),
-        "select in the preset's features joined with these, named as judges are; repeatable",
+        "select in the usual features joined with this network's, one of the names or files of "
+        "--judge; repeatable",
         judge_name,
     )
 
@@ -1889,28 +1890,35 @@ class FileFeatures:
     def __call__(self, images):
         # No graph of the feature network's own parameters, in worker threads neither.
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
-            return self.model.call("features", images)
+            found = self.model.call("features", images)
+        if found.shape != (len(images), self.dim) or found.device != images.device:
+            raise UserError(
+                f"{self.model.path}: features() of {len(images)} images on {images.device} gave "
+                f"{list(found.shape)} on {found.device}, not [{len(images)}, {self.dim}] there"
+            )
+        if not found.isfinite().all():
+            raise UserError(f"{self.model.path}: features() are not finite for some images")
+        return found
 
     def to(self, device):
         return self
 
 
 class JointFeatures:
-    """Several feature networks as one: their features side by side, each network's divided by its
-    root total variance over real images, so that none outweighs the others. What is selected in
-    them cannot please one and offend another unseen. images: uint8 [N, C, H, W] that no score
-    compares with."""
+    """Several feature networks as one: their features side by side, each network's scaled to the
+    same total variance over real images, so that their units do not matter; the mean variance of
+    a feature is 1. images: uint8 [N, C, H, W] that no score compares with."""
 
     def __init__(self, parts, images, device):
         self.parts = parts
+        self.dim = sum(part.dim for part in parts)
         self.scales = []
         for part in parts:
             found = features_of_images(images, part, device)
             variance = float(found.double().var(0).sum())
-            if not variance > 0:
-                raise UserError(f"features {part.name} are the same for all real images")
-            self.scales.append(variance**-0.5)
-        self.dim = sum(part.dim for part in parts)
+            if variance == 0:
+                raise UserError(f"the features {part.name} are the same for all real images")
+            self.scales.append((self.dim / len(parts) / variance) ** 0.5)
         self.name = self.kind = "+".join(part.name for part in parts)
         self.score = f"FD ({self.name}, {self.dim}-d)"
         self.identity = key_of([part.identity for part in parts], tensor_hash(images))
@@ -1918,6 +1926,22 @@ class JointFeatures:
     def __call__(self, images):
         found = [part(images) * scale for part, scale in zip(self.parts, self.scales, strict=True)]
         return torch.cat(found, 1)
+
+
+def check_differentiable(features, images):
+    """Of a gradient search: joined with others, features without a gradient would be left out of
+    the sum without a word. images: uint8 [N, C, H, W]."""
+    with torch.enable_grad():
+        pixels = images.float().requires_grad_(True)
+        size = features(pixels).double().square().sum()
+        gradient = None
+        if size.requires_grad:
+            (gradient,) = torch.autograd.grad(size, pixels, allow_unused=True)
+    if gradient is None or not gradient.any() or not gradient.isfinite().all():
+        raise UserError(
+            f"--search gradient: no gradient comes through the features {features.name}, or one "
+            "that is not finite"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2066,7 +2090,8 @@ def judge_of_file(features, real, source, c):
 
 
 def check_judges(c, real):
-    """Refuse a --judge or --select-with that cannot be built, before anything is trained."""
+    """Refuse a --judge or --select-with without real images, or whose file is missing or wrong,
+    before anything is trained."""
     if c.select_with and c.ref:
         raise UserError(
             "--select-with needs real images, whose features are joined: leave --ref out"
@@ -2094,27 +2119,34 @@ def get_judges(c, model, base, real, processes):
         own = (model.own_features(base) or PRESETS[c.preset].features(c)).to(c.device)
         if c.device == "cuda" and isinstance(own, InceptionFeatures):
             own.to(memory_format=torch.channels_last)  # its convolutions follow their weights
+
+        # The feature networks, before their references are computed.
+        parts, unseen = [], []
         if c.select_with:
-            parts = [own]
+            parts.append(own)
             for name in dict.fromkeys(c.select_with):
                 parts.append(judge_features(name, c, real, "--select-with").to(c.device))
-            joint = JointFeatures(parts, real.training.images, c.device)
-            judges = [judge_of_images(joint, real, c.device, c.out)]
-            judges += [judge_of_images(part, real, c.device, is_part=True) for part in parts]
-        elif c.ref or real is None:
-            judges = [judge_of_file(own, real, reference_source(c, model), c)]
-        else:
-            judges = [judge_of_images(own, real, c.device, c.out)]
         for name in judge_names(c):
-            features = judge_features(name, c, real).to(c.device)
-            judges.append(judge_of_images(features, real, c.device))
-
-        names = [judge.name for judge in judges]
+            unseen.append(judge_features(name, c, real).to(c.device))
+        names = [features.name for features in (*(parts or [own]), *unseen)]
         for name in names:
             if names.count(name) > 1:
                 raise UserError(
                     f"--judge, --select-with: there are two feature networks named {name}"
                 )
+        if c.search == "gradient":
+            for features in parts:
+                check_differentiable(features, real.training.images[:4].to(c.device))
+
+        if parts:
+            joint = JointFeatures(parts, real.training.images, c.device)
+            judges = [judge_of_images(joint, real, c.device, c.out)]
+        elif c.ref or real is None:
+            judges = [judge_of_file(own, real, reference_source(c, model), c)]
+        else:
+            judges = [judge_of_images(own, real, c.device, c.out)]
+        judges += [judge_of_images(part, real, c.device, is_part=True) for part in parts]
+        judges += [judge_of_images(features, real, c.device) for features in unseen]
         return judges
 
     return processes.one_by_one(build)
@@ -2724,7 +2756,12 @@ class GradientSearch:
     def compute(self, w):
         distance, gradient = distance_and_gradient(self.scorer, w, self.fresh, self.precision)
         slopes = [float(gradient[block]) for block in self.scorer.merger.blocks]
-        self.known.append((w, float(distance), slopes))
+
+        def of_first_rank():
+            return w, float(distance), slopes
+
+        # The last bits may differ between ranks, and with them the end of the search.
+        self.known.append(self.scorer.sampler.processes.decide(of_first_rank))
         if self.rank == 0:
             write_atomically(self.path, partial(torch.save, self.known))
 
@@ -2837,7 +2874,7 @@ def summarise(c, argv, entries, judges, ledger, seconds, processes, begin):
         "scipy": scipy.__version__,
     }
     if "diffusers" in sys.modules:
-        versions["diffusers"] = sys.modules["diffusers"].__version__
+        versions["diffusers"] = getattr(sys.modules["diffusers"], "__version__", "unknown")
     return {
         "command": " ".join(["python edm_neon.py", *argv]),
         "config": dataclasses.asdict(c),
@@ -2867,6 +2904,12 @@ def weights_text(w):
     if len(values) == 1:
         return f"{values.pop():g}"
     return ", ".join(f"{block} {value:.3g}" for block, value in w.items())
+
+
+def weights_title(w):
+    """The same, short enough for a picture's title."""
+    text = weights_text(w)
+    return text if len(w) <= 4 or "," not in text else f"one for each of {len(w)} blocks"
 
 
 def table_row(entry, name):
@@ -2900,17 +2943,17 @@ def table_row(entry, name):
     ]
 
 
-def judge_rows(results):
-    """A row for every feature network: distances, paired differences as shares. results: an entry's
-    judges or parts."""
-    models = list(next(iter(results.values()))["final"])
+def judge_rows(entry, key):
+    """A row for every feature network of an entry's judges or parts: distances, paired differences
+    as shares."""
+    models = list(entry["final"])
     pairs = [("global", "base")]
     for name in ("blockwise", "searched"):
         if name in models:
             pairs.append((name, "global"))
     head = ["judge", *models, *(f"{model} against {against} (95%)" for model, against in pairs)]
     rows = [head, ["---"] * len(head)]
-    for result in results.values():
+    for result in entry[key].values():
         final = result["final"]
         row = [result["score"]]
         for name in models:
@@ -3015,7 +3058,7 @@ def write_report(summary, out):
             ("judges", f"Judges that no selection saw, snapshot {kimg}:"),
         ):
             if entry[key]:
-                judged += [title, markdown(judge_rows(entry[key]))]
+                judged += [title, markdown(judge_rows(entry, key))]
         notes += entry_notes(entry)
     text = "\n\n".join([markdown(rows), *judged, *notes, *reference_notes(summary)])
     print("\n" + text)
@@ -3396,8 +3439,7 @@ def plot_samples(plt, data, title_height=56, margin=12):
     for name, panel in panels.items():
         figure.figimage(panel, x, margin, origin="upper")
         result = entry["final"][name]
-        w = weights_text(result["w"]) if len(result["w"]) <= 4 else "one a block"
-        text = f"{name}: {result['fd']:.4g}\nw = {w}"
+        text = f"{name}: {result['fd']:.4g}\nw = {weights_title(result['w'])}"
         figure.text(x / width, 1 - 8 / height, text, fontsize=8, va="top")
         x += panel.shape[1] + margin
 
@@ -5740,7 +5782,7 @@ class Processes:
         try:
             for part in tqdm(mine, **bar):
                 outcome.append(work(part))
-        except (Diverged, torch.OutOfMemoryError) as error:
+        except (Diverged, UserError, torch.OutOfMemoryError) as error:
             outcome = type(error)(str(error))  # the others must hear of it
         gathered = [None] * self.world
         dist.all_gather_object(gathered, outcome)

@@ -1201,6 +1201,19 @@ def test_text_of_weights(w, text):
     assert edm.weights_text(w) == text
 
 
+@pytest.mark.parametrize(
+    "w, text",
+    [
+        ({"a": 0.5, "b": 1.0, "c": 0.5, "d": 0.5}, "a 0.5, b 1, c 0.5, d 0.5"),
+        ({"a": 0.5, "b": 1.0, "c": 0.5, "d": 0.5, "e": 0.5}, "one for each of 5 blocks"),
+        (dict.fromkeys("abcdefg", 0.55), "0.55"),
+    ],
+    ids=["few", "many", "equal"],
+)
+def test_weights_in_the_title_of_a_picture(w, text):
+    assert edm.weights_title(w) == text
+
+
 def test_keys_of_a_snapshot_in_the_summary(tmp_path, capsys):
     entry, _, summary = written(tmp_path, capsys)
     (found,) = summary["snapshots"]
@@ -1289,6 +1302,8 @@ def test_summary_names_the_version_of_diffusers_where_it_is_used(tmp_path, monke
     assert "diffusers" not in versions()
     monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(__version__="9.9"))
     assert versions()["diffusers"] == "9.9"
+    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace())
+    assert versions()["diffusers"] == "unknown"
 
 
 def test_summary_without_real_images_has_no_floor(tmp_path):
@@ -1366,7 +1381,7 @@ def test_ranks_take_turns(monkeypatch, rank):
     assert parts == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]] and theirs.world == 2
 
 
-@pytest.mark.parametrize("error", [edm.Diverged, torch.OutOfMemoryError])
+@pytest.mark.parametrize("error", [edm.Diverged, edm.UserError, torch.OutOfMemoryError])
 def test_other_ranks_hear_of_an_error(monkeypatch, error):
     told = []
 

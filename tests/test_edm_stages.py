@@ -76,6 +76,12 @@ def test_selection_in_joint_features(joint):
     assert judges == {"toy-6+pixels", "toy-6", "pixels", "random-conv"}
 
 
+def test_tables_of_judges_have_the_models_and_no_random_blocks(joint):
+    heads = [row for row in (joint / "table.md").read_text().split("\n") if "| judge |" in row]
+    models = "base | collapsed | global | blockwise | searched | global against base"
+    assert len(heads) == 4 and all(row.startswith(f"| judge | {models}") for row in heads)
+
+
 def test_parts_of_joint_features_are_reported(joint, toy_run):
     text = (joint / "table.md").read_text()
     assert "Parts of the selection's features, snapshot 1:" in text

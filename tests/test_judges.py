@@ -591,6 +591,57 @@ def test_judge_files_are_checked_before_anything_is_trained(real, tmp_path, text
         edm.check_judges(edm.Config(judge=("pixels", path)), real)
 
 
+FEATURES_THAT_CHANGE = {
+    "fewer rows": "return x.flatten(1)[: 6 if len(x) == 7 else None, :3].float()",
+    "one row squeezed": "return x.flatten(1)[:, :3].float().squeeze(0)",
+    "other columns": "return x.flatten(1)[:, : 2 if len(x) == 7 else 3].float()",
+    "elsewhere": "return x.flatten(1)[:, :3].float().to('meta' if len(x) == 7 else 'cpu')",
+}
+
+
+@pytest.mark.parametrize("text", FEATURES_THAT_CHANGE.values(), ids=FEATURES_THAT_CHANGE)
+def test_features_of_a_file_keep_their_shape_and_place(real, tmp_path, text):
+    path = judge_file(tmp_path, f"def features(x):\n    {text}\n")
+    features = edm.judge_features(path, edm.Config(device="cpu"), real)
+    count = 1 if "squeeze" in text else 7
+    with pytest.raises(edm.UserError, match=rf"features\(\) of {count} images on cpu gave"):
+        features(real.final.images[:count])
+
+
+def test_features_of_a_file_that_are_not_finite_are_refused(real, tmp_path):
+    path = judge_file(tmp_path, "def features(x):\n    return x.flatten(1)[:, :3].float().log()\n")
+    real.training.images[:4] = 7
+    features = edm.judge_features(path, edm.Config(device="cpu"), real)
+    with pytest.raises(edm.UserError, match="not finite for some images"):
+        features(torch.zeros(5, 1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "body, refused",
+    [
+        ("return x.flatten(1)[:, :3].float()", False),
+        ("return x.detach().flatten(1)[:, :3].float()", True),
+        ("return x.to(torch.uint8).flatten(1)[:, :3].float()", True),
+        ("return x.flatten(1)[:, :3].float() * 0 + 1", True),
+        ("return (x.flatten(1)[:, :3].float() - x.flatten(1)[:, :3].float()).sqrt()", True),
+    ],
+    ids=["sound", "detached", "rounded", "constant", "infinite slope"],
+)
+@pytest.mark.parametrize("search", ["gradient", "cobyqa"])
+def test_gradient_search_needs_the_gradient_of_every_joined_network(
+    real, tmp_path, body, refused, search
+):
+    """Joined with others, a network without gradient would be left out in silence."""
+    path = judge_file(tmp_path, f"import torch\n\n\ndef features(x):\n    {body}\n")
+    config = edm.Config(device="cpu", out=tmp_path, select_with=(path,), search=search)
+    model = SimpleNamespace(own_features=lambda base: FlatModule())
+    if refused and search == "gradient":
+        with pytest.raises(edm.UserError, match="no gradient comes through the features mine-3"):
+            edm.get_judges(config, model, None, real, edm.Processes("cpu"))
+    elif not refused:
+        assert len(edm.get_judges(config, model, None, real, edm.Processes("cpu"))) == 3
+
+
 def test_files_to_select_with_are_checked_before_anything_is_trained(real, tmp_path):
     path = judge_file(tmp_path, "x = 1")
     with pytest.raises(edm.UserError, match="^--select-with .*mine.py lacks features"):
@@ -670,6 +721,7 @@ def test_two_feature_networks_of_one_name_are_refused(real, tmp_path):
         config = edm.Config(device="cpu", out=tmp_path, **options)
         with pytest.raises(edm.UserError, match="two feature networks named pixels"):
             edm.get_judges(config, model, None, real, edm.Processes("cpu"))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_joint_features_stand_side_by_side_with_equal_variance(real):
@@ -679,7 +731,7 @@ def test_joint_features_stand_side_by_side_with_equal_variance(real):
     found = joint(images)
     assert found.shape == (len(images), 68) and joint.dim == 68
     for part, side in zip(parts, found.split([4, 64], 1), strict=True):
-        assert float(side.double().var(0).sum()) == pytest.approx(1)
+        assert float(side.double().var(0).sum()) == pytest.approx(68 / 2)
         alone = part(images)
         assert torch.allclose(
             side / alone.norm(), alone / alone.norm() / alone.norm() * side.norm()
