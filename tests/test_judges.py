@@ -616,30 +616,36 @@ def test_features_of_a_file_that_are_not_finite_are_refused(real, tmp_path):
         features(torch.zeros(5, 1, 4, 4))
 
 
-@pytest.mark.parametrize(
-    "body, refused",
-    [
-        ("return x.flatten(1)[:, :3].float()", False),
-        ("return x.detach().flatten(1)[:, :3].float()", True),
-        ("return x.to(torch.uint8).flatten(1)[:, :3].float()", True),
-        ("return x.flatten(1)[:, :3].float() * 0 + 1", True),
-        ("return (x.flatten(1)[:, :3].float() - x.flatten(1)[:, :3].float()).sqrt()", True),
-    ],
-    ids=["sound", "detached", "rounded", "constant", "infinite slope"],
-)
-@pytest.mark.parametrize("search", ["gradient", "cobyqa"])
-def test_gradient_search_needs_the_gradient_of_every_joined_network(
-    real, tmp_path, body, refused, search
-):
-    """Joined with others, a network without gradient would be left out in silence."""
+BROKEN_GRADIENTS = {
+    "detached": "return x.detach().flatten(1)[:, :3].float()",
+    "rounded": "return x.to(torch.uint8).flatten(1)[:, :3].float()",
+    "flat": "return x.flatten(1)[:, :3].float().sign() + 0 * x.flatten(1)[:, :3]",
+    "infinite": "return x.flatten(1)[:, :3].float() + (x - x).float().sqrt().flatten(1)[:, :3]",
+}
+
+
+def selecting_with(body, real, tmp_path, search):
     path = judge_file(tmp_path, f"import torch\n\n\ndef features(x):\n    {body}\n")
     config = edm.Config(device="cpu", out=tmp_path, select_with=(path,), search=search)
     model = SimpleNamespace(own_features=lambda base: FlatModule())
-    if refused and search == "gradient":
-        with pytest.raises(edm.UserError, match="no gradient comes through the features mine-3"):
-            edm.get_judges(config, model, None, real, edm.Processes("cpu"))
-    elif not refused:
-        assert len(edm.get_judges(config, model, None, real, edm.Processes("cpu"))) == 3
+    return edm.get_judges(config, model, None, real, edm.Processes("cpu"))
+
+
+@pytest.mark.parametrize("body", BROKEN_GRADIENTS.values(), ids=BROKEN_GRADIENTS)
+def test_gradient_search_needs_the_gradient_of_every_joined_network(real, tmp_path, body):
+    """Joined with others, a network without gradient would be left out in silence."""
+    with pytest.raises(edm.UserError, match="no gradient comes through the features mine-3"):
+        selecting_with(body, real, tmp_path, "gradient")
+
+
+@pytest.mark.parametrize("body", BROKEN_GRADIENTS.values(), ids=BROKEN_GRADIENTS)
+def test_other_searches_need_no_gradient(real, tmp_path, body):
+    assert len(selecting_with(body, real, tmp_path, "cobyqa")) == 3
+
+
+def test_gradient_search_takes_a_sound_network(real, tmp_path):
+    body = "return x.flatten(1)[:, :3].float()"
+    assert len(selecting_with(body, real, tmp_path, "gradient")) == 3
 
 
 def test_files_to_select_with_are_checked_before_anything_is_trained(real, tmp_path):
