@@ -929,8 +929,8 @@ def study(c, scorer, searcher, model, ledger):
         found = finals[judge.name]
         if judge.is_part:
             del finals[judge.name]  # no claim counts what the selection has seen
-        kind = parts if judge.is_part else judges
-        kind[judge.name] = judge.facts | {
+        where = parts if judge.is_part else judges
+        where[judge.name] = judge.facts | {
             "score": judge.features.score,
             "final": final_comparison(found),
         }
@@ -1030,9 +1030,7 @@ def claims_of(finals, level=0.05):
         for judge, scores in finals.items():
             gain = compare(scores[model], scores[against], level)
             theirs = float(np.mean([score.fd for score in scores[against]]))
-            for key in ("difference", "low", "high"):
-                gain[f"relative_{key}"] = gain[key] / theirs if theirs else 0.0
-            gains[judge] = gain
+            gains[judge] = gain | as_shares(gain, theirs)
         held = holm([gains[judge]["p"] for judge in unseen], level)
         holding = [judge for judge, holds in zip(unseen, held, strict=True) if holds]
         claims.append(
@@ -1928,19 +1926,23 @@ class JointFeatures:
         return torch.cat(found, 1)
 
 
-def check_differentiable(features, images):
+def check_differentiable(features, images, what):
     """Of a gradient search: joined with others, features without a gradient would be left out of
-    the sum without a word. images: uint8 [N, C, H, W]."""
+    the sum without a word. images: uint8-valued [N, C, H, W]; what: their name in the message."""
     with torch.enable_grad():
-        pixels = images.float().requires_grad_(True)
+        pixels = images.detach().float().requires_grad_(True)
         size = features(pixels).double().square().sum()
         gradient = None
-        if size.requires_grad:
-            (gradient,) = torch.autograd.grad(size, pixels, allow_unused=True)
+        try:
+            if size.requires_grad:
+                (gradient,) = torch.autograd.grad(size, pixels, allow_unused=True)
+        except RuntimeError as error:
+            raise UserError(
+                f"--search gradient: the gradient through {what} fails: {reason_of(error)}"
+            ) from error
     if gradient is None or not gradient.any() or not gradient.isfinite().all():
         raise UserError(
-            f"--search gradient: no gradient comes through the features {features.name}, or one "
-            "that is not finite"
+            f"--search gradient: no gradient comes through {what}, or one that is not finite"
         )
 
 
@@ -2121,31 +2123,32 @@ def get_judges(c, model, base, real, processes):
             own.to(memory_format=torch.channels_last)  # its convolutions follow their weights
 
         # The feature networks, before their references are computed.
-        parts, unseen = [], []
-        if c.select_with:
-            parts.append(own)
-            for name in dict.fromkeys(c.select_with):
-                parts.append(judge_features(name, c, real, "--select-with").to(c.device))
+        selecting, unseen = [own], []
+        for name in dict.fromkeys(c.select_with):
+            selecting.append(judge_features(name, c, real, "--select-with").to(c.device))
         for name in judge_names(c):
             unseen.append(judge_features(name, c, real).to(c.device))
-        names = [features.name for features in (*(parts or [own]), *unseen)]
+        names = [features.name for features in selecting + unseen]
         for name in names:
             if names.count(name) > 1:
                 raise UserError(
                     f"--judge, --select-with: there are two feature networks named {name}"
                 )
-        if c.search == "gradient":
-            for features in parts:
-                check_differentiable(features, real.training.images[:4].to(c.device))
 
-        if parts:
-            joint = JointFeatures(parts, real.training.images, c.device)
-            judges = [judge_of_images(joint, real, c.device, c.out)]
-        elif c.ref or real is None:
+        # The references: of what decides, of its parts, of what only judges.
+        if c.ref or real is None:
             judges = [judge_of_file(own, real, reference_source(c, model), c)]
-        else:
+        elif len(selecting) == 1:
             judges = [judge_of_images(own, real, c.device, c.out)]
-        judges += [judge_of_images(part, real, c.device, is_part=True) for part in parts]
+        else:
+            images = real.training.images
+            if c.search == "gradient":
+                for part in selecting:
+                    few = images[:4].to(c.device)
+                    check_differentiable(part, few, f"the features {part.name}")
+            joint = JointFeatures(selecting, images, c.device)
+            judges = [judge_of_images(joint, real, c.device, c.out)]
+            judges += [judge_of_images(part, real, c.device, is_part=True) for part in selecting]
         judges += [judge_of_images(features, real, c.device) for features in unseen]
         return judges
 
@@ -2508,6 +2511,12 @@ def compare(scores, others, level=0.05):
     if abs(full) > half:
         verdict = "better" if full < 0 else "worse"
     return {"difference": full, "low": full - half, "high": full + half, "verdict": verdict, "p": p}
+
+
+def as_shares(gain, theirs):
+    """What compare() found, as shares of the other's distance."""
+    keys = ("difference", "low", "high")
+    return {f"relative_{key}": gain[key] / theirs if theirs else 0.0 for key in keys}
 
 
 def jackknife(mean, folds, level=0.05):
@@ -2960,10 +2969,7 @@ def judge_rows(entry, key):
             row.append(f"{final[name]['fd']:.4g}")
         for model, against in pairs:
             gain = final[model][f"against_{against}"]
-            theirs = final[against]["fd"]
-            shares = [
-                gain[key] / theirs if theirs else 0.0 for key in ("difference", "low", "high")
-            ]
+            shares = as_shares(gain, final[against]["fd"]).values()
             row.append("{:+.1%} [{:+.1%}, {:+.1%}] ".format(*shares) + gain["verdict"])
         rows.append(row)
     return rows
@@ -3352,10 +3358,10 @@ def plot_judges(plt, data):
         models = [model for model, other in claims if other == against]
         if models:
             panels.append((against, models))
-    own = score.removeprefix("FD (").split(",")[0]
+    own = score.removeprefix("FD (").split(",")[0].replace("+", " +\n")
     names = [f"{own} (own)", *entry["judges"]]
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.5 * len(panels), 3.8), squeeze=False, layout="constrained"
+        1, len(panels), figsize=(6.5 * len(panels), 3.8), squeeze=False, layout="constrained"
     )
     for axis, (against, models) in zip(axes[0], panels, strict=True):
         for place, model in enumerate(models):
@@ -3385,7 +3391,7 @@ def plot_judges(plt, data):
         axis.set(
             ylabel="difference of the distance (%)", title=f"against {against}: lower is better"
         )
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # hides no interval
 
 
 def plot_seeds(plt, summary):
@@ -4049,12 +4055,8 @@ class StartCheck:
             )
 
         if hasattr(file, "features"):
-            with torch.enable_grad():
-                pixels = to_pixels(images.detach()).requires_grad_(True)
-                found = self.model.call("features", pixels)
-                (grad,) = self.gradients(found.double().square().sum(), {"": pixels}, "features()")
-            if grad is None or not grad.any() or not grad.isfinite().all():
-                raise self.wrong("no gradient comes through features(), or one that is not finite")
+            features = FileFeatures(self.model, self.example)
+            check_differentiable(features, to_pixels(images), f"features() of {self.path}")
 
     def check_save(self):
         """save() fails now, or not after hours."""
