@@ -2969,8 +2969,9 @@ def judge_rows(entry, key):
             row.append(f"{final[name]['fd']:.4g}")
         for model, against in pairs:
             gain = final[model][f"against_{against}"]
-            shares = as_shares(gain, final[against]["fd"]).values()
-            row.append("{:+.1%} [{:+.1%}, {:+.1%}] ".format(*shares) + gain["verdict"])
+            shares = as_shares(gain, final[against]["fd"])
+            text = "{relative_difference:+.1%} [{relative_low:+.1%}, {relative_high:+.1%}]"
+            row.append(f"{text.format(**shares)} {gain['verdict']}")
         rows.append(row)
     return rows
 

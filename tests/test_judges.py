@@ -968,6 +968,9 @@ def test_report_of_parts_gives_shares_of_the_other_model(tmp_path, capsys):
     cells = [cell.strip() for cell in table[2].strip("|").split("|")]
     assert cells[:6] == ["a", "20", "21", "22", "23", "24"]
     assert [cell.split()[0] for cell in cells[6:]] == ["+10.0%", "+4.5%", "+9.1%"]
+    for cell in cells[6:]:
+        value, low, high = (float(part.strip("[],%")) for part in cell.split()[:3])
+        assert low < value < high
 
 
 def test_report_without_judges_says_so(tmp_path, capsys):
