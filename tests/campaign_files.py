@@ -29,6 +29,7 @@ import safetensors.torch
 import test_files as t
 import torch
 
+import adaptive_neon as neon
 import edm_neon as edm
 
 SMALL = dict(model_channels=4, channel_mult=[1, 1], augment_dim=0)
@@ -258,12 +259,12 @@ def try_file(path, family, data, original):
     SEEN.append("reading")
     try:
         if "state" in family:
-            with edm.reading("refused"):
-                result = edm.checked_torch_load(path)
+            with neon.files.reading("refused"):
+                result = neon.pickles.checked_torch_load(path)
         else:
             result = edm.load_network(path)
         outcome = "loaded"
-    except edm.UserError as error:
+    except neon.files.UserError as error:
         outcome = "refused" if str(error).isprintable() and len(str(error)) < 700 else "traceback"
     except BaseException as error:
         outcome = f"traceback {type(error).__name__}: {error}"[:200]
@@ -337,10 +338,10 @@ def main():
             (folder / "first").write_bytes(data)
             try:
                 edm.load_network(folder / "first")
-            except edm.UserError:
-                edm.checked_torch_load(folder / "first")
+            except neon.files.UserError:
+                neon.pickles.checked_torch_load(folder / "first")
         (folder / "first").write_bytes(t.archive_of(b"\x80\x02N."))
-        edm.checked_torch_load(folder / "first")
+        neon.pickles.checked_torch_load(folder / "first")
         written = [] if args.no_handwritten else handwritten()
         cases = itertools.chain(written, mutated(args.mutated, args.seed, folder))
         for (family, name, _, _), outcome, seconds in run(cases, folder, deadline):

@@ -1,6 +1,7 @@
 """Networks and a small study that the tests of edm_neon.py share."""
 
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import adaptive_neon as neon
 import edm_neon as edm
 import neon_ext
 
@@ -69,7 +71,7 @@ def one_hot(net, labels):
 
 
 def edm_model(**options):
-    return edm.EdmModel(preset, edm.Config(out=Path("."), **options))
+    return edm.EdmModel(preset, neon.config.Config(out=Path("."), **options))
 
 
 # -------------------- a model that is no U-Net and answers at once
@@ -141,14 +143,14 @@ class ToyModel:
 
     def save(self, net, path, recipe):
         tensors = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-        edm.write_atomically(path, partial(safetensors.torch.save_file, tensors))
+        neon.files.write_atomically(path, partial(safetensors.torch.save_file, tensors))
 
     def export(self, net, path, recipe):
         self.save(net, path.with_suffix(".safetensors"), recipe)
         self.exported = recipe
 
     def fetch(self, source, what):
-        return edm.fetch(source, what)
+        return neon.files.fetch(source, what)
 
     def own_features(self, base):
         return None
@@ -206,7 +208,7 @@ def toy_images(w=BEST, first=77_000, count=400):
     """uint8 images and labels of the toy at these weights."""
     model, (base, aux) = ToyModel(), toy_pair()
     net = blend(base, aux, w, lambda name: name[:3])
-    sampler = edm.Sampler(model, net, edm.Processes("cpu"), 1, 100)
+    sampler = neon.sampling.Sampler(model, net, neon.processes.Processes("cpu"), 1, 100)
     images, labels = sampler.images(range(first, first + count))
     return images, labels
 
@@ -225,22 +227,24 @@ def config(out, **options):
         "final_images": 120,
         "batch": 20,
     }
-    return edm.Config(**{"out": Path(out), **settings, **options})
+    return neon.config.Config(**{"out": Path(out), **settings, **options})
 
 
 def real_toys(first=77_000):
     """Real images in three parts, the final one after the others."""
     parts = [toy_images(first=first + 1000 * k, count=400) for k in range(3)]
-    return edm.RealData(*(edm.RealImages(*part, "toy") for part in parts), "of the toy")
+    return neon.images.RealData(
+        *(neon.images.RealImages(*part, "toy") for part in parts), "of the toy"
+    )
 
 
 def toy_judge(out, real=True):
     """Other real images for the selection than for the final comparison."""
-    judge = edm.judge_of_images(ToyFeatures(), real_toys(), "cpu", out)
+    judge = neon.judges.judge_of_images(ToyFeatures(), real_toys(), "cpu", out)
     if real:
         return judge
     parts = (dataclasses.replace(part, real=None) for part in (judge.selection, judge.final))
-    return edm.Judge(judge.features, *parts)
+    return neon.judges.Judge(judge.features, *parts)
 
 
 def toy_scorer(out, real=True, **options):
@@ -248,11 +252,15 @@ def toy_scorer(out, real=True, **options):
     c = config(out, **options)
     out.mkdir(exist_ok=True)
     model, (base, aux) = ToyModel(), toy_pair()
-    sampler = edm.Sampler(model, base, edm.Processes("cpu"), c.steps, c.sample_batch)
-    owners = edm.partition_owners(model, base, c.partition)
-    merger = edm.Merger(base, aux, owners, sampler)
-    parents = {"base_weights": edm.weights_hash(base), "aux_weights": merger.aux_hash}
-    return edm.Scorer(merger, [toy_judge(out, real)], sampler, edm.ScoreLog(out), parents, 1, c)
+    sampler = neon.sampling.Sampler(
+        model, base, neon.processes.Processes("cpu"), c.steps, c.sample_batch
+    )
+    owners = neon.blocks.partition_owners(model, base, c.partition)
+    merger = neon.blocks.Merger(base, aux, owners, sampler)
+    parents = {"base_weights": neon.keys.weights_hash(base), "aux_weights": merger.aux_hash}
+    return neon.scores.Scorer(
+        merger, [toy_judge(out, real)], sampler, neon.scores.ScoreLog(out), parents, 1, c
+    )
 
 
 def edm_scorer(out, kind="cifar", partition="paper", precision="fp32", batch=16, steps=2):
@@ -261,14 +269,18 @@ def edm_scorer(out, kind="cifar", partition="paper", precision="fp32", batch=16,
     base.sigma_max = 0.7  # images within [-1, 1] after two steps: few pixels are clipped
     model = edm_model()
     c = config(out, partition=partition, precision=precision, sample_batch=batch, steps=steps)
-    sampler = edm.Sampler(model, base, edm.Processes("cpu"), c.steps, c.sample_batch)
-    merger = edm.Merger(base, aux, edm.partition_owners(model, base, partition), sampler)
+    sampler = neon.sampling.Sampler(
+        model, base, neon.processes.Processes("cpu"), c.steps, c.sample_batch
+    )
+    merger = neon.blocks.Merger(
+        base, aux, neon.blocks.partition_owners(model, base, partition), sampler
+    )
     features = ToyFeatures(3 * 16 * 16)
     generator = torch.Generator().manual_seed(9)
     images = torch.randint(0, 256, (200, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    real = edm.RealData(*[edm.RealImages(images, None, "noise")] * 3, "noise")
-    judge = edm.judge_of_images(features, real, "cpu")
-    return edm.Scorer(merger, [judge], sampler, edm.ScoreLog(out), {}, 1, c)
+    real = neon.images.RealData(*[neon.images.RealImages(images, None, "noise")] * 3, "noise")
+    judge = neon.judges.judge_of_images(features, real, "cpu")
+    return neon.scores.Scorer(merger, [judge], sampler, neon.scores.ScoreLog(out), {}, 1, c)
 
 
 def toy_distance(scorer, w, seeds):
@@ -291,14 +303,14 @@ def toy_distance(scorer, w, seeds):
 
 def score_of(fd, folds=None, w=None, precision=None, recall=None, **changes):
     """A score made by hand."""
-    return edm.Score(
+    return neon.scores.Score(
         **{
             "snapshot": 1,
             "w": w or {"enc": 0.0, "mid": 0.0, "dec": 0.0},
             "images": 100,
             "first_seed": 10_000,
             "fd": fd,
-            "folds": list(folds) if folds is not None else [fd] * edm.FOLDS,
+            "folds": list(folds) if folds is not None else [fd] * neon.stats.FOLDS,
             "precision": precision,
             "recall": recall,
             "arithmetic": "fp32",
@@ -311,7 +323,7 @@ def score_of(fd, folds=None, w=None, precision=None, recall=None, **changes):
 
 def gaussian_score(reference, features, **changes):
     """A score of features [N, D] against a reference."""
-    fd, folds = reference.fold_distances(features, edm.FOLDS)
+    fd, folds = reference.fold_distances(features, neon.stats.FOLDS)
     return score_of(fd, folds, **changes)
 
 
@@ -346,3 +358,12 @@ def weights(enc, mid, dec):
 
 def numbers_of(w):
     return np.array(list(w.values()))
+
+
+def replace(monkeypatch, name, value):
+    """Put `value` in the place of a function or constant wherever the engine or the script uses it."""
+    modules = [edm, *(module for module in vars(neon).values() if inspect.ismodule(module))]
+    found = [module for module in modules if hasattr(module, name)]
+    assert found, name
+    for module in found:
+        monkeypatch.setattr(module, name, value)

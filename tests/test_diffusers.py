@@ -1,4 +1,4 @@
-"""adapters/diffusers_pipeline.py against each pipeline's own call, on tiny pipelines of every kind.
+"""examples/diffusers_pipeline.py against each pipeline's own call, on tiny pipelines of every kind.
 
 The truth is what diffusers itself computes from the same folder and the same noise.
 """

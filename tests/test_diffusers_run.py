@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from edm_helpers import TORCHRUN, launch, lines
+from edm_helpers import TORCHRUN, launch, lines, replace
 
 diffusers = pytest.importorskip("diffusers")
 
 from test_diffusers import autoencoder, dit, edit, make, own_call, unet  # noqa: E402
 
+import adaptive_neon as neon  # noqa: E402
 import edm_neon as edm  # noqa: E402
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -49,9 +50,9 @@ def classifier(tmp_path_factory):
     """An untrained feature network: what it sees in glyphs does not matter here."""
     folder = tmp_path_factory.mktemp("classifier")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(edm.GlyphsClassifier, "fit", lambda *args: None)
+        patch.setattr(neon.glyphs.GlyphsClassifier, "fit", lambda *args: None)
         preset = edm.Glyphs()
-        preset.features(edm.Config(preset="glyphs", out=folder))
+        preset.features(neon.config.Config(preset="glyphs", out=folder))
     (path,) = folder.glob("glyphs-cnn-64-*.pt")
     return path
 
@@ -79,7 +80,7 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         counts = {"training": 100, "selection": 400, "final": 400}
         patch.setattr(edm.Glyphs, "images", counts)
-        patch.setattr(edm, "plot_report", no_pictures)
+        replace(patch, "plot_report", no_pictures)
         yield
 
 
@@ -134,7 +135,7 @@ def test_exported_weights_are_the_formula_and_the_rest_is_the_base(whole, pipeli
     out, _ = whole
     export, base = out / "adaptive-neon-000001", pipelines["dit"]
     recipe = json.loads((export / "adaptive-neon.json").read_text())
-    model = edm.DiffusersModel(edm.Config(base=str(base), out=out))
+    model = neon.diffusers.DiffusersModel(neon.config.Config(base=str(base), out=out))
 
     theta_r, merged = (safetensors.torch.load_file(f / DIT_WEIGHTS) for f in (base, export))
     theta_s = safetensors.torch.load_file(snapshot_of(out))
@@ -153,7 +154,7 @@ def test_exported_weights_are_the_formula_and_the_rest_is_the_base(whole, pipeli
 def test_exported_pipeline_makes_the_images_that_were_scored(whole):
     out, _ = whole
     export = out / "adaptive-neon-000001"
-    model = edm.DiffusersModel(edm.Config(base=str(export), out=out))
+    model = neon.diffusers.DiffusersModel(neon.config.Config(base=str(export), out=out))
     noise = torch.randn(3, 2, 6, 6, generator=torch.Generator().manual_seed(5))
     labels = torch.tensor([0, 4, 9])
     with torch.no_grad():

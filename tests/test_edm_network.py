@@ -16,10 +16,12 @@ from edm_helpers import (
     network,
     one_hot,
     preset,
+    replace,
     toy_images,
 )
 from torch import nn
 
+import adaptive_neon as neon
 import edm_neon as edm
 
 # -------------------- network and preconditioning
@@ -149,7 +151,7 @@ def test_shapes(kind, size, multipliers, blocks):
 
 @pytest.mark.parametrize("options", [{"encoder_type": "skip"}, {"decoder_type": "skip"}])
 def test_unknown_parts_are_refused(options):
-    with pytest.raises(edm.UserError, match="'skip'"):
+    with pytest.raises(neon.files.UserError, match="'skip'"):
         network(**options)
 
 
@@ -163,7 +165,7 @@ def test_model_knows_its_shapes_and_classes():
 def test_created_network_fits_the_images():
     model = edm_model(dropout=0.2)
     images, labels = torch.zeros(6, 3, 16, 16, dtype=torch.uint8), torch.tensor([0, 4, 1, 2, 3, 4])
-    net = model.create(images, labels, edm.Config(dropout=0.2))
+    net = model.create(images, labels, neon.config.Config(dropout=0.2))
     wanted = {"img_resolution": 16, "img_channels": 3, "label_dim": 5, "dropout": 0.2}
     assert net.config == preset.network | wanted
 
@@ -179,13 +181,13 @@ def test_created_network_fits_the_images():
 )
 def test_images_that_no_network_can_be_made_for(shape, labels, message):
     images = torch.zeros(4, *shape, dtype=torch.uint8)
-    with pytest.raises(edm.UserError, match=message):
-        edm_model().create(images, labels, edm.Config(data="images.zip"))
+    with pytest.raises(neon.files.UserError, match=message):
+        edm_model().create(images, labels, neon.config.Config(data="images.zip"))
 
 
 def test_trained_copy_has_the_dropout_asked_for():
     base = network(dropout=0.0)
-    net = edm_model().trainable(base, edm.Config(dropout=0.3))
+    net = edm_model().trainable(base, neon.config.Config(dropout=0.3))
     assert {m.dropout for m in net.modules() if isinstance(m, edm.UNetBlock)} == {0.3}
     assert all(torch.equal(a, base.state_dict()[name]) for name, a in net.state_dict().items())
 
@@ -262,56 +264,58 @@ def test_one_hot_labels():
 
 
 def test_seeds_are_edms():
-    noise, labels = edm.draw_noise((3, 32, 32), 10, [0, 1, 2, 3], "cpu")
+    noise, labels = neon.sampling.draw_noise((3, 32, 32), 10, [0, 1, 2, 3], "cpu")
     assert labels.tolist() == [7, 9, 4, 3]
     want = [[-1.1258398, -1.1523602], [-1.5255959, -0.7502318]]
     np.testing.assert_allclose(noise[:2].flatten(1)[:, :2], want)
 
 
 def test_seeds_repeat_after_2_to_the_32():
-    noise, labels = edm.draw_noise((2,), 10, [5, 2**32 + 5], "cpu")
+    noise, labels = neon.sampling.draw_noise((2,), 10, [5, 2**32 + 5], "cpu")
     assert torch.equal(noise[0], noise[1]) and labels[0] == labels[1]
 
 
 def test_unconditional_networks_have_no_labels():
-    assert edm.draw_noise((2,), 0, [5], "cpu")[1] is None
+    assert neon.sampling.draw_noise((2,), 0, [5], "cpu")[1] is None
 
 
 def test_balanced_labels_hold_every_class_once_a_cycle():
-    labels = edm.balanced_labels(10, range(50_000, 50_200), "cpu").view(20, 10)
+    labels = neon.sampling.balanced_labels(10, range(50_000, 50_200), "cpu").view(20, 10)
     assert labels.dtype == torch.int64
     assert torch.equal(labels.sort(1).values, torch.arange(10).expand(20, 10))
     assert len({tuple(cycle) for cycle in labels.tolist()}) == 20  # each in an order of its own
 
 
 def test_balanced_labels_are_functions_of_the_seed():
-    whole = edm.balanced_labels(7, range(100), "cpu")
-    parts = [edm.balanced_labels(7, [seed], "cpu") for seed in range(100)]
+    whole = neon.sampling.balanced_labels(7, range(100), "cpu")
+    parts = [neon.sampling.balanced_labels(7, [seed], "cpu") for seed in range(100)]
     assert torch.equal(whole, torch.cat(parts))
-    assert torch.equal(edm.balanced_labels(7, [2**32 + 5], "cpu"), whole[5:6])
+    assert torch.equal(neon.sampling.balanced_labels(7, [2**32 + 5], "cpu"), whole[5:6])
 
 
 def test_every_fold_of_a_score_has_the_same_classes():
-    seeds = edm.SeedSet("selection", 10_000, 1000).seeds
-    for fold in edm.balanced_labels(10, seeds, "cpu").tensor_split(edm.FOLDS):
+    seeds = neon.scores.SeedSet("selection", 10_000, 1000).seeds
+    for fold in neon.sampling.balanced_labels(10, seeds, "cpu").tensor_split(neon.stats.FOLDS):
         assert fold.bincount(minlength=10).tolist() == [5] * 10
 
 
 @pytest.mark.parametrize("labels", ["balanced", "random"])
 def test_labels_of_the_sampler(labels):
     seeds = [10, 11, 12, 13]
-    sampler = edm.Sampler(edm_model(), network(), edm.Processes("cpu"), 1, 4, labels)
-    noise, drawn = edm.draw_noise((3, 16, 16), 10, seeds, "cpu")
-    want = edm.balanced_labels(10, seeds, "cpu") if labels == "balanced" else drawn
+    sampler = neon.sampling.Sampler(
+        edm_model(), network(), neon.processes.Processes("cpu"), 1, 4, labels
+    )
+    noise, drawn = neon.sampling.draw_noise((3, 16, 16), 10, seeds, "cpu")
+    want = neon.sampling.balanced_labels(10, seeds, "cpu") if labels == "balanced" else drawn
     images, found = sampler.floats(seeds)
     assert torch.equal(found, want) and not torch.equal(
-        drawn, edm.balanced_labels(10, seeds, "cpu")
+        drawn, neon.sampling.balanced_labels(10, seeds, "cpu")
     )
     assert torch.equal(images, edm_model().sample(sampler.net, noise, want, 1))
 
 
 def edm_sampler_of(net, batch=16):
-    return edm.Sampler(edm_model(), net, edm.Processes("cpu"), 3, batch)
+    return neon.sampling.Sampler(edm_model(), net, neon.processes.Processes("cpu"), 3, batch)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -337,7 +341,7 @@ def test_pixels_are_truncated_as_edms():
 def test_images_that_are_not_finite_are_refused():
     net = network()
     net.model.map_layer0.bias.data[0] = math.nan
-    with pytest.raises(edm.Diverged, match="images that are not finite"):
+    with pytest.raises(neon.processes.Diverged, match="images that are not finite"):
         edm_sampler_of(net).images([0, 1])
 
 
@@ -375,28 +379,28 @@ class Dtypes(nn.Module):
 )
 def test_precision_of_a_pass(precision, dtype):
     net = Dtypes()
-    with edm.network_calls(net, precision):
+    with neon.sampling.network_calls(net, precision):
         out, (same,) = net(torch.ones(1, 2))
         flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     assert net.seen == [dtype] and out.dtype == same.dtype == torch.float32
     assert flags == (precision == "tf32",) * 2
 
 
-@pytest.mark.parametrize("precision", edm.PRECISIONS)
+@pytest.mark.parametrize("precision", neon.config.PRECISIONS)
 def test_network_is_itself_again_after_a_pass(precision):
     net = Dtypes()
-    with pytest.raises(KeyError), edm.network_calls(net, precision, checkpointed=True):
+    with pytest.raises(KeyError), neon.sampling.network_calls(net, precision, checkpointed=True):
         raise KeyError
     assert "forward" not in vars(net)
     net.forward = own = net.forward
-    with edm.network_calls(net, precision, checkpointed=True):
+    with neon.sampling.network_calls(net, precision, checkpointed=True):
         assert net.forward is not own
     assert net.forward is own
 
 
 def test_checkpointed_passes_call_the_network_again_in_the_backward_pass():
     net = Dtypes()
-    with edm.network_calls(net, "fp32", checkpointed=True):
+    with neon.sampling.network_calls(net, "fp32", checkpointed=True):
         out, _ = net(torch.ones(1, 2, requires_grad=True))
         out.sum().backward()
     assert len(net.seen) == 2
@@ -404,7 +408,7 @@ def test_checkpointed_passes_call_the_network_again_in_the_backward_pass():
 
 def test_flags_of_a_pass_do_not_depend_on_history():
     for precision in ("tf32", "fp32"):
-        with edm.network_calls(Dtypes(), precision):
+        with neon.sampling.network_calls(Dtypes(), precision):
             assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
 
 
@@ -597,41 +601,43 @@ def test_loss_augments_and_tells_the_network_how(pictures):
 @pytest.mark.parametrize("probability", [0, 0.5])
 def test_model_augments_as_it_is_told(monkeypatch, pictures, probability):
     asked = []
-    monkeypatch.setattr(edm, "augment", lambda x, p: asked.append(p) or (x, torch.zeros(4, 9)))
+    replace(monkeypatch, "augment", lambda x, p: asked.append(p) or (x, torch.zeros(4, 9)))
     loss = edm_model(augment=probability).loss(network(), pictures, torch.arange(4))
     assert loss.shape == pictures.shape and asked == [0.5] * bool(probability)
 
 
 # -------------------- self-training: averages, order, gradients
 def test_average_keeps_half_over_its_half_life():
-    assert edm.ema_beta(512, 500_000) == pytest.approx(0.99929047, abs=1e-8)
-    assert edm.ema_beta(100, 100) == pytest.approx(0.5)
+    assert neon.train.ema_beta(512, 500_000) == pytest.approx(0.99929047, abs=1e-8)
+    assert neon.train.ema_beta(100, 100) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("seen, half_life", [(6400, 320), (10**9, 500_000)])
 def test_half_life_grows_with_what_was_seen(seen, half_life):
-    assert edm.ema_beta(64, 500_000, seen, 0.05) == pytest.approx(0.5 ** (64 / half_life))
+    assert neon.train.ema_beta(64, 500_000, seen, 0.05) == pytest.approx(0.5 ** (64 / half_life))
 
 
 def test_average_without_half_life_keeps_nothing():
-    assert edm.ema_beta(64, 0) == 0 and edm.ema_beta(64, 500, 0, 0.05) == 0
+    assert neon.train.ema_beta(64, 0) == 0 and neon.train.ema_beta(64, 500, 0, 0.05) == 0
 
 
 def test_every_epoch_is_a_permutation():
-    order = edm.shuffled(torch.arange(30), 10, 1).view(3, 10)
+    order = neon.train.shuffled(torch.arange(30), 10, 1).view(3, 10)
     assert all(sorted(epoch.tolist()) == list(range(10)) for epoch in order)
     assert not torch.equal(order[0], order[1])
 
 
 def test_order_depends_on_the_seed():
     positions = torch.arange(20)
-    assert not torch.equal(edm.shuffled(positions, 20, 1), edm.shuffled(positions, 20, 2))
+    assert not torch.equal(
+        neon.train.shuffled(positions, 20, 1), neon.train.shuffled(positions, 20, 2)
+    )
 
 
 def test_order_is_a_function_of_the_position():
-    order = edm.shuffled(torch.arange(30), 10, 1)
-    assert torch.equal(edm.shuffled(torch.arange(13, 17), 10, 1), order[13:17])
-    assert edm.shuffled(torch.arange(0), 10, 1).shape == (0,)
+    order = neon.train.shuffled(torch.arange(30), 10, 1)
+    assert torch.equal(neon.train.shuffled(torch.arange(13, 17), 10, 1), order[13:17])
+    assert neon.train.shuffled(torch.arange(0), 10, 1).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -641,7 +647,9 @@ def test_gradients_that_overflow_are_cleaned(value, cleaned):
     net = nn.Linear(2, 1, bias=False)
     factor = torch.tensor([value, 2.0])
     model = SimpleNamespace(loss=lambda net, x, labels: (net.weight * factor).sum(1))
-    edm.gradients_of_step(model, net, [0], None, [net.weight], edm.Processes("cpu"), 1)
+    neon.train.gradients_of_step(
+        model, net, [0], None, [net.weight], neon.processes.Processes("cpu"), 1
+    )
     assert net.weight.grad.tolist() == [[cleaned, 2.0]]
 
 
@@ -650,7 +658,9 @@ def test_gradient_is_the_mean_over_the_batch():
     model = SimpleNamespace(loss=lambda net, x, labels: net(x))
     x = torch.randn(5, 3)
     for _ in range(2):  # nothing adds up over steps
-        edm.gradients_of_step(model, net, x, None, [net.weight], edm.Processes("cpu"), 5)
+        neon.train.gradients_of_step(
+            model, net, x, None, [net.weight], neon.processes.Processes("cpu"), 5
+        )
     torch.testing.assert_close(net.weight.grad, x.mean(0, keepdim=True))
 
 
@@ -668,12 +678,12 @@ def test_gradient_over_two_ranks_is_that_of_one(monkeypatch, shares):
         if len(sums) == 2:
             flat.copy_(sums[0] + sums[1])
 
-    monkeypatch.setattr(edm.dist, "all_reduce", both)
+    monkeypatch.setattr(torch.distributed, "all_reduce", both)
     for rank, part in enumerate(parts):
-        processes = edm.Processes("cpu", rank, 2)
-        edm.gradients_of_step(model, net, part, None, list(net), processes, 5)
+        processes = neon.processes.Processes("cpu", rank, 2)
+        neon.train.gradients_of_step(model, net, part, None, list(net), processes, 5)
     found = [p.grad.clone() for p in net]
-    edm.gradients_of_step(model, net, x, None, list(net), edm.Processes("cpu"), 5)
+    neon.train.gradients_of_step(model, net, x, None, list(net), neon.processes.Processes("cpu"), 5)
     torch.testing.assert_close(found[0], net[0].grad)
     torch.testing.assert_close(found[2], net[2].grad)
     assert not found[1].any() and net[1].grad is None
@@ -720,7 +730,7 @@ class WalkerModel:
 
 def recipe(**changes):
     options = {"name": "t", "batch": 20, "lr": 0.01, "ramp_kimg": 0, "ema_kimg": 0.1, "seed": 3}
-    return edm.Recipe(**options | changes)
+    return neon.train.Recipe(**options | changes)
 
 
 def walk(tmp_path, snapshots=(1,), processes=None, model=None, net=None, labels=True, **changes):
@@ -734,8 +744,15 @@ def walk(tmp_path, snapshots=(1,), processes=None, model=None, net=None, labels=
         assert not ema.training
         saved[kimg] = copy.deepcopy(ema)
 
-    edm.train(
-        *(model, net, images, numbers, recipe(**changes), processes or edm.Processes("cpu")),
+    neon.train.train(
+        *(
+            model,
+            net,
+            images,
+            numbers,
+            recipe(**changes),
+            processes or neon.processes.Processes("cpu"),
+        ),
         *(tmp_path / "state.pt", list(snapshots), save),
     )
     return model, saved
@@ -750,7 +767,7 @@ def test_training_sees_every_image_once_an_epoch(tmp_path):
 
 def test_order_of_the_images_is_that_of_the_seed(tmp_path):
     steps = walk(tmp_path)[0].steps
-    want = edm.shuffled(torch.arange(1000), 40, 3)
+    want = neon.train.shuffled(torch.arange(1000), 40, 3)
     assert [image for step in steps for image in step.images] == want.tolist()
 
 
@@ -786,13 +803,15 @@ def test_random_stream_depends_on_the_training_seed(tmp_path):
 
 
 def test_ranks_share_a_batch_and_have_their_own_random_streams(tmp_path, monkeypatch):
-    monkeypatch.setattr(edm.dist, "all_reduce", lambda flat: None)
-    monkeypatch.setattr(edm.dist, "barrier", lambda: None)
-    monkeypatch.setattr(edm.dist, "broadcast_object_list", lambda outcome: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: None)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda outcome: None)
     steps, files = [], []
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
-        model, saved = walk(tmp_path / str(rank), processes=edm.Processes("cpu", rank, 2))
+        model, saved = walk(
+            tmp_path / str(rank), processes=neon.processes.Processes("cpu", rank, 2)
+        )
         steps.append(model.steps)
         files.append([*saved, *(tmp_path / str(rank)).iterdir()])
     (tmp_path / "alone").mkdir()
@@ -912,7 +931,7 @@ def train_toy(folder, model=None, stop_after=None, snapshots=(1, 2)):
         torch.manual_seed(1)
         net, (images, labels) = ToyNet(), toy_images(count=50)
     else:
-        net = model.trainable(network(), edm.Config(dropout=0.13))
+        net = model.trainable(network(), neon.config.Config(dropout=0.13))
         images = torch.randint(
             0, 256, (50, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
         )
@@ -927,8 +946,8 @@ def train_toy(folder, model=None, stop_after=None, snapshots=(1, 2)):
 
     model.loss = loss
     how = recipe(lr=1e-3, ramp_kimg=1, batch=25)
-    edm.train(
-        *(model, net, images, labels, how, edm.Processes("cpu"), folder / "state.pt"),
+    neon.train.train(
+        *(model, net, images, labels, how, neon.processes.Processes("cpu"), folder / "state.pt"),
         *(list(snapshots), lambda ema, kimg: saved.update({kimg: copy.deepcopy(ema).state_dict()})),
     )
     return saved
@@ -969,7 +988,7 @@ def test_resumed_training_repeats_no_step(tmp_path):
 
 def test_damaged_state_is_refused(tmp_path):
     (tmp_path / "state.pt").write_bytes(b"no")
-    with pytest.raises(edm.UserError, match="state.pt is damaged, delete it"):
+    with pytest.raises(neon.files.UserError, match="state.pt is damaged, delete it"):
         walk(tmp_path)
 
 

@@ -1,9 +1,11 @@
 """edm_neon.py: partitions, merging, seeds, stages, the study of a snapshot, and its report."""
 
+import argparse
 import dataclasses
 import itertools
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ from edm_helpers import (
     network,
     pair,
     real_toys,
+    replace,
     score_of,
     toy_distance,
     toy_pair,
@@ -33,10 +36,11 @@ from edm_helpers import (
 )
 from torch import nn
 
+import adaptive_neon as neon
 import edm_neon as edm
 
 BLOCKS = ("enc", "mid", "dec")
-CPU = edm.Processes("cpu")
+CPU = neon.processes.Processes("cpu")
 
 
 # -------------------- partitions
@@ -44,7 +48,7 @@ CPU = edm.Processes("cpu")
 @pytest.mark.parametrize("partition", ["paper", "structural", "layers"])
 def test_every_parameter_has_one_block(kind, partition):
     net = network(kind)
-    owners = edm.partition_owners(edm_model(), net, partition)
+    owners = neon.blocks.partition_owners(edm_model(), net, partition)
     assert [*owners] == [name for name, _ in net.named_parameters()]
 
 
@@ -66,13 +70,13 @@ def test_every_parameter_has_one_block(kind, partition):
 def test_block_of_a_parameter(name, paper, structural, layer):
     model, net = edm_model(), network()
     for partition, want in (("paper", paper), ("structural", structural), ("layers", layer)):
-        assert edm.partition_owners(model, net, partition)[f"model.{name}"] == want
+        assert neon.blocks.partition_owners(model, net, partition)[f"model.{name}"] == want
 
 
 def test_paper_partition_of_the_cifar10_network():
     with torch.device("meta"):
         net = edm.EDMPrecond(**edm.PRESETS["cifar10"].network)
-    owners = edm.partition_owners(edm_model(), net, "paper")
+    owners = neon.blocks.partition_owners(edm_model(), net, "paper")
     sizes = dict.fromkeys(BLOCKS, 0)
     for name, p in net.named_parameters():
         sizes[owners[name]] += p.numel()
@@ -90,11 +94,11 @@ def test_paper_partition_of_the_cifar10_network():
     ids=str,
 )
 def test_order_of_blocks(blocks, order):
-    assert edm.block_order(dict(enumerate(blocks))) == order
+    assert neon.blocks.block_order(dict(enumerate(blocks))) == order
 
 
 def custom(table):
-    return edm.partition_owners(ToyModel(), ToyNet(), table)
+    return neon.blocks.partition_owners(ToyModel(), ToyNet(), table)
 
 
 def test_first_pattern_that_fits_owns_a_parameter():
@@ -104,12 +108,14 @@ def test_first_pattern_that_fits_owns_a_parameter():
 
 
 def test_pattern_that_owns_nothing_is_refused():
-    with pytest.raises(edm.UserError, match="enc.7.* matches no parameter"):
+    with pytest.raises(neon.files.UserError, match="enc.7.* matches no parameter"):
         custom({"enc.7.*": "a", "*": "rest"})
 
 
 def test_pattern_behind_a_wider_one_is_refused():
-    with pytest.raises(edm.UserError, match="enc.0.* matches no parameter that earlier patterns"):
+    with pytest.raises(
+        neon.files.UserError, match="enc.0.* matches no parameter that earlier patterns"
+    ):
         custom({"enc.*": "a", "enc.0.*": "b", "*": "rest"})
 
 
@@ -118,12 +124,12 @@ def test_last_resort_may_be_idle():
 
 
 def test_parameter_that_no_pattern_owns_is_refused():
-    with pytest.raises(edm.UserError, match="no pattern owns mid_unused"):
+    with pytest.raises(neon.files.UserError, match="no pattern owns mid_unused"):
         custom({"*.*": "a"})
 
 
 def test_patterns_tell_upper_and_lower_case_apart():
-    with pytest.raises(edm.UserError, match="matches no parameter"):
+    with pytest.raises(neon.files.UserError, match="matches no parameter"):
         custom({"ENC*": "a", "*": "rest"})
 
 
@@ -133,27 +139,27 @@ def test_patterns_tell_upper_and_lower_case_apart():
 def test_partition_file_must_name_blocks(tmp_path, text):
     path = tmp_path / "blocks.json"
     path.write_text(text)
-    with pytest.raises(edm.argparse.ArgumentTypeError, match="JSON file"):
-        edm.read_partition(str(path))
+    with pytest.raises(argparse.ArgumentTypeError, match="JSON file"):
+        neon.config.read_partition(str(path))
 
 
 def test_partition_file(tmp_path):
     path = tmp_path / "blocks.json"
     path.write_text('{"enc*": "a", "*": "b"}')
-    assert edm.read_partition(str(path)) == {"enc*": "a", "*": "b"}
-    assert edm.read_partition("layers") == "layers"
+    assert neon.config.read_partition(str(path)) == {"enc*": "a", "*": "b"}
+    assert neon.config.read_partition("layers") == "layers"
 
 
 # -------------------- merging
 def merger_of(base, aux, owners, model=None):
     model = model or ToyModel()
-    return edm.Merger(base, aux, owners, edm.Sampler(model, base, CPU, 2, 16))
+    return neon.blocks.Merger(base, aux, owners, neon.sampling.Sampler(model, base, CPU, 2, 16))
 
 
 def edm_merger(kind, partition="paper"):
     base, aux = pair(kind)
     model = edm_model()
-    owners = edm.partition_owners(model, base, partition)
+    owners = neon.blocks.partition_owners(model, base, partition)
     return base, aux, owners, merger_of(base, aux, owners, model)
 
 
@@ -185,9 +191,9 @@ def test_merge_does_not_depend_on_the_one_before():
 
 def test_networks_that_were_merged_stay():
     base, aux = toy_pair()
-    before = [edm.weights_hash(net) for net in (base, aux)]
-    merger_of(base, aux, edm.partition_owners(ToyModel(), base, "paper")).set(BEST)
-    assert [edm.weights_hash(net) for net in (base, aux)] == before
+    before = [neon.keys.weights_hash(net) for net in (base, aux)]
+    merger_of(base, aux, neon.blocks.partition_owners(ToyModel(), base, "paper")).set(BEST)
+    assert [neon.keys.weights_hash(net) for net in (base, aux)] == before
 
 
 class Mixed(nn.Module):
@@ -207,7 +213,7 @@ class Mixed(nn.Module):
 @pytest.fixture
 def mixed():
     base, aux = Mixed(1.0), Mixed(3.0)
-    owners = {name: "all" for name in edm.movable_parameters(base)}
+    owners = {name: "all" for name in neon.blocks.movable_parameters(base)}
     net = merger_of(base, aux, owners).set({"all": 0.5})
     return owners, net
 
@@ -227,12 +233,12 @@ def test_buffers_and_frozen_parameters_are_the_bases(mixed, name):
 
 
 def test_a_network_whose_parameters_are_all_frozen_moves():
-    assert len(edm.movable_parameters(ToyNet().requires_grad_(False))) == 14
+    assert len(neon.blocks.movable_parameters(ToyNet().requires_grad_(False))) == 14
 
 
 def test_what_moves_is_decided_by_the_network_like_it():
     net, like = Mixed(1.0).requires_grad_(False), Mixed(1.0)
-    assert [*edm.movable_parameters(net, like=like)] == ["free", "tied.weight"]
+    assert [*neon.blocks.movable_parameters(net, like=like)] == ["free", "tied.weight"]
 
 
 @pytest.mark.parametrize(
@@ -248,8 +254,8 @@ def test_networks_that_differ_are_refused(change, message, swap):
     nets = [network(), network(**change)]
     if swap:
         nets.reverse()
-    owners = edm.partition_owners(edm_model(), nets[0], "paper")
-    with pytest.raises(edm.UserError, match=message):
+    owners = neon.blocks.partition_owners(edm_model(), nets[0], "paper")
+    with pytest.raises(neon.files.UserError, match=message):
         merger_of(*nets, owners, edm_model())
 
 
@@ -285,7 +291,7 @@ def test_same_networks_in_other_blocks():
 def partitioned():
     base = network(num_blocks=2)
     model = edm_model()
-    owners = edm.partition_owners(model, base, "paper")
+    owners = neon.blocks.partition_owners(model, base, "paper")
     merger = merger_of(base, base, owners, model)
     return merger, model
 
@@ -301,7 +307,7 @@ def layers_of(owners, model):
 @pytest.mark.parametrize("k", range(3))
 def test_random_blocks_move_whole_layers(partitioned, k):
     merger, model = partitioned
-    owners = edm.placebo_owners(merger, model, k)
+    owners = neon.blocks.placebo_owners(merger, model, k)
     layers = [layer for block in layers_of(owners, model).values() for layer in block]
     assert [*owners] == [*merger.owners]
     # The bottleneck's layers are split between blocks in no partition.
@@ -311,7 +317,7 @@ def test_random_blocks_move_whole_layers(partitioned, k):
 @pytest.mark.parametrize("k", range(3))
 def test_random_blocks_keep_their_numbers_of_layers_and_nearly_their_sizes(partitioned, k):
     merger, model = partitioned
-    owners = edm.placebo_owners(merger, model, k)
+    owners = neon.blocks.placebo_owners(merger, model, k)
 
     def counts(found):
         return {block: len(layers) for block, layers in layers_of(found, model).items()}
@@ -329,30 +335,30 @@ def test_random_blocks_keep_their_numbers_of_layers_and_nearly_their_sizes(parti
 
 def test_random_blocks_differ_and_repeat(partitioned):
     merger, model = partitioned
-    found = [edm.placebo_owners(merger, model, k) for k in range(4)]
+    found = [neon.blocks.placebo_owners(merger, model, k) for k in range(4)]
     assert all(one != other for one, other in itertools.combinations([*found, merger.owners], 2))
-    assert found[2] == edm.placebo_owners(merger, model, 2)
+    assert found[2] == neon.blocks.placebo_owners(merger, model, 2)
 
 
 @pytest.mark.parametrize("k", range(5))
 def test_random_blocks_of_a_small_network_are_not_its_own(k):
     """Of seven layers' permutations, many draws hit the network's own blocks, which fit best."""
     base, aux = toy_pair()
-    owners = edm.partition_owners(ToyModel(), base, "paper")
-    assert edm.placebo_owners(merger_of(base, aux, owners), ToyModel(), k) != owners
+    owners = neon.blocks.partition_owners(ToyModel(), base, "paper")
+    assert neon.blocks.placebo_owners(merger_of(base, aux, owners), ToyModel(), k) != owners
 
 
 def test_random_blocks_of_one_block_are_refused():
     base, aux = toy_pair()
     merger = merger_of(base, aux, {name: "one" for name, _ in base.named_parameters()})
-    with pytest.raises(edm.UserError, match="--placebo: .* no other blocks"):
-        edm.placebo_owners(merger, ToyModel(), 0)
+    with pytest.raises(neon.files.UserError, match="--placebo: .* no other blocks"):
+        neon.blocks.placebo_owners(merger, ToyModel(), 0)
 
 
 # -------------------- seeds
 def ledger(**options):
     sizes = {"synthetic": 6000, "select_images": 1000, "final_images": 500}
-    return edm.seed_ledger(edm.Config(**sizes | options))
+    return neon.study.seed_ledger(neon.config.Config(**sizes | options))
 
 
 def test_sets_of_seeds():
@@ -379,8 +385,10 @@ def test_sets_of_seeds():
     ids=str,
 )
 def test_no_seed_is_in_two_sets(options):
-    c = edm.Config(**{"synthetic": 6000, "select_images": 1000, "final_images": 500} | options)
-    found = edm.seed_ledger(c)
+    c = neon.config.Config(
+        **{"synthetic": 6000, "select_images": 1000, "final_images": 500} | options
+    )
+    found = neon.study.seed_ledger(c)
     seeds = [np.arange(c.synthetic), found.selection.seeds, *(s.seeds for s in found.finals)]
     everything = np.concatenate(seeds)
     assert len(np.unique(everything)) == len(everything)
@@ -397,7 +405,9 @@ def test_no_seed_is_in_two_sets(options):
     ids=str,
 )
 def test_sets_that_overlap_are_refused(options, sets):
-    with pytest.raises(edm.UserError, match=f"seeds of the {sets}" if "synth" in sets else sets):
+    with pytest.raises(
+        neon.files.UserError, match=f"seeds of the {sets}" if "synth" in sets else sets
+    ):
         ledger(**options)
 
 
@@ -416,7 +426,7 @@ def test_search_set_counts_only_for_a_search_by_gradient():
 )
 def test_more_than_2_to_the_32_seeds_are_refused(options, refused):
     if refused:
-        with pytest.raises(edm.UserError, match="2\\^32 seeds"):
+        with pytest.raises(neon.files.UserError, match="2\\^32 seeds"):
             ledger(**options)
     else:
         ledger(**options)
@@ -453,25 +463,25 @@ def base_of(out, model=None, real=None, **options):
     model = model or Counting()
     out.mkdir(exist_ok=True)
     c = config(out, **{"train_base": 0.4} | options)
-    return edm.get_base(c, model, real or real_toys(), CPU), model
+    return neon.study.get_base(c, model, real or real_toys(), CPU), model
 
 
 def test_base_is_trained_once(tmp_path):
     first, model = base_of(tmp_path)
     again, idle = base_of(tmp_path)
     assert model.steps == 20 and idle.steps == 0
-    assert edm.weights_hash(first) == edm.weights_hash(again)
+    assert neon.keys.weights_hash(first) == neon.keys.weights_hash(again)
     assert [p.suffix for p in tmp_path.iterdir()] == [".safetensors"]  # the state is gone
 
 
 def test_recipe_of_a_base(tmp_path, monkeypatch):
     """Ramp and half-life are a twentieth of the training."""
     seen = []
-    monkeypatch.setattr(edm, "train", lambda *args: seen.append(args) or args[-1](args[1], 0.4))
+    replace(monkeypatch, "train", lambda *args: seen.append(args) or args[-1](args[1], 0.4))
     c = {"base_lr": 0.02, "batch": 10, "seed": 7, "train_precision": "bf16"}
     base_of(tmp_path, ToyModel(), **c)
     (args,) = seen
-    want = edm.Recipe("base", 10, 0.02, 0.02, 0.02, 7, ramp_ratio=0.05, precision="bf16")
+    want = neon.train.Recipe("base", 10, 0.02, 0.02, 0.02, 7, ramp_ratio=0.05, precision="bf16")
     assert args[4] == want and args[7] == [0.4]
     assert torch.equal(args[2], real_toys().training.images)
     assert torch.equal(args[3], real_toys().training.labels)
@@ -525,7 +535,11 @@ def test_base_depends_on_its_seed(tmp_path):
     torch.manual_seed(99)
     again, _ = base_of(tmp_path / "b")
     other, _ = base_of(tmp_path / "c", seed=1)
-    assert edm.weights_hash(first) == edm.weights_hash(again) != edm.weights_hash(other)
+    assert (
+        neon.keys.weights_hash(first)
+        == neon.keys.weights_hash(again)
+        != neon.keys.weights_hash(other)
+    )
 
 
 def test_plan_trains_no_base(tmp_path):
@@ -535,14 +549,14 @@ def test_plan_trains_no_base(tmp_path):
 def test_plan_of_a_trained_base_uses_it(tmp_path):
     trained, _ = base_of(tmp_path)
     planned, model = base_of(tmp_path, plan=True)
-    assert edm.weights_hash(planned) == edm.weights_hash(trained) and model.steps == 0
+    assert neon.keys.weights_hash(planned) == neon.keys.weights_hash(trained) and model.steps == 0
 
 
 def test_base_of_a_file(tmp_path):
     base, _ = toy_pair()
     ToyModel().save(base, tmp_path / "base.safetensors", {})
     found, _ = base_of(tmp_path, base=str(tmp_path / "base.safetensors"))
-    assert edm.weights_hash(found) == edm.weights_hash(base)
+    assert neon.keys.weights_hash(found) == neon.keys.weights_hash(base)
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["given", "trained here"])
@@ -558,17 +572,17 @@ def test_model_is_checked_before_anything_is_trained(tmp_path, given, monkeypatc
 
 
 def test_training_a_base_needs_images(tmp_path):
-    with pytest.raises(edm.UserError, match="--train-base needs --data"):
-        edm.get_base(config(tmp_path, train_base=1.0), ToyModel(), None, CPU)
+    with pytest.raises(neon.files.UserError, match="--train-base needs --data"):
+        neon.study.get_base(config(tmp_path, train_base=1.0), ToyModel(), None, CPU)
 
 
 def test_base_that_does_not_fit_the_images_is_refused():
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    real = edm.RealData(*[edm.RealImages(images, None, "images.zip")] * 3, "")
-    with pytest.raises(edm.UserError, match=r"\(1, 4, 4\).*images.zip are \(3, 4, 4\)"):
-        edm.check_model(config(Path(".")), ToyModel(), ToyNet(), real)
-    edm.check_model(config(Path(".")), ToyModel(), ToyNet(), real_toys())
-    edm.check_model(config(Path(".")), ToyModel(), ToyNet(), None)
+    real = neon.images.RealData(*[neon.images.RealImages(images, None, "images.zip")] * 3, "")
+    with pytest.raises(neon.files.UserError, match=r"\(1, 4, 4\).*images.zip are \(3, 4, 4\)"):
+        neon.study.check_model(config(Path(".")), ToyModel(), ToyNet(), real)
+    neon.study.check_model(config(Path(".")), ToyModel(), ToyNet(), real_toys())
+    neon.study.check_model(config(Path(".")), ToyModel(), ToyNet(), None)
 
 
 def snapshots_of(out, model=None, base=None, **options):
@@ -576,24 +590,24 @@ def snapshots_of(out, model=None, base=None, **options):
     c = config(out, **{"lr": 1e-3, "ramp_kimg": 0.0, "ema_kimg": 0.1} | options)
     model = model or Counting()
     base = base or toy_pair()[0]
-    sampler = edm.Sampler(model, base, CPU, c.steps, c.sample_batch, c.labels)
-    return edm.get_snapshots(c, model, base, sampler), model
+    sampler = neon.sampling.Sampler(model, base, CPU, c.steps, c.sample_batch, c.labels)
+    return neon.study.get_snapshots(c, model, base, sampler), model
 
 
 def test_synthetic_set_is_the_bases_at_seeds_from_zero(tmp_path):
     base, model = toy_pair()[0], ToyModel()
-    sampler = edm.Sampler(model, base, CPU, 2, 32)
-    images, labels = edm.get_synthetic(config(tmp_path), base, tmp_path / "s.zip", sampler)
-    want, want_labels = edm.Sampler(model, base, CPU, 2, 100).images(range(100))
+    sampler = neon.sampling.Sampler(model, base, CPU, 2, 32)
+    images, labels = neon.study.get_synthetic(config(tmp_path), base, tmp_path / "s.zip", sampler)
+    want, want_labels = neon.sampling.Sampler(model, base, CPU, 2, 100).images(range(100))
     assert (images.int() - want.int()).abs().max() <= 1 and images.dtype == torch.uint8
     assert torch.equal(labels, want_labels)
 
 
 def test_unconditional_synthetic_set_has_no_labels(tmp_path):
     base, model = network("uncond"), edm_model()
-    sampler = edm.Sampler(model, base, CPU, 1, 32)
+    sampler = neon.sampling.Sampler(model, base, CPU, 1, 32)
     c = config(tmp_path, synthetic=40)
-    images, labels = edm.get_synthetic(c, base, tmp_path / "s.zip", sampler)
+    images, labels = neon.study.get_synthetic(c, base, tmp_path / "s.zip", sampler)
     assert labels is None and images.shape == (40, 3, 16, 16)
 
 
@@ -623,15 +637,15 @@ def test_recipe_of_the_self_training(tmp_path, monkeypatch):
         seen.append(args)
         args[-1](args[1], 1)
 
-    monkeypatch.setattr(edm, "train", train)
+    replace(monkeypatch, "train", train)
     options = {"batch": 10, "seed": 7, "train_precision": "bf16", "ramp_kimg": 2.0}
     snapshots_of(tmp_path, ToyModel(), **options)
     (args,) = seen
-    assert args[4] == edm.Recipe("self-training", 10, 1e-3, 2.0, 0.1, 8, precision="bf16")
-    assert edm.weights_hash(args[1]) == edm.weights_hash(toy_pair()[0])
+    assert args[4] == neon.train.Recipe("self-training", 10, 1e-3, 2.0, 0.1, 8, precision="bf16")
+    assert neon.keys.weights_hash(args[1]) == neon.keys.weights_hash(toy_pair()[0])
     assert args[7] == (1,)
     (path,) = tmp_path.glob("synthetic-*.zip")
-    images, labels = edm.read_dataset(path)
+    images, labels = neon.images.read_dataset(path)
     assert torch.equal(args[2], images) and torch.equal(args[3], labels)
 
 
@@ -690,7 +704,7 @@ def test_longer_self_training_goes_on(tmp_path):
 
 def test_snapshot_that_was_passed_is_refused(tmp_path):
     snapshots_of(tmp_path, snapshot=(2,))
-    with pytest.raises(edm.UserError, match="already past one of --snapshot 1, 3"):
+    with pytest.raises(neon.files.UserError, match="already past one of --snapshot 1, 3"):
         snapshots_of(tmp_path, snapshot=(1, 3))
 
 
@@ -716,19 +730,19 @@ def test_given_snapshots(tmp_path, snapshots):
         (tmp_path / f"network-snapshot-{kimg:06d}.pkl").touch()
     c = config(tmp_path, aux=str(tmp_path), snapshot=snapshots)
     want = {kimg: tmp_path / f"network-snapshot-{kimg:06d}.pkl" for kimg in snapshots}
-    assert edm.get_snapshots(c, None, None, SimpleNamespace(processes=CPU)) == want
+    assert neon.study.get_snapshots(c, None, None, SimpleNamespace(processes=CPU)) == want
 
 
 def test_given_network(tmp_path):
     (tmp_path / "aux.pkl").touch()
     c = config(tmp_path, aux=str(tmp_path / "aux.pkl"), snapshot=(7,))
-    assert edm.given_snapshots(c, ToyModel(), CPU) == {7: tmp_path / "aux.pkl"}
+    assert neon.study.given_snapshots(c, ToyModel(), CPU) == {7: tmp_path / "aux.pkl"}
 
 
 def test_given_snapshots_that_are_not_there(tmp_path):
     (tmp_path / "network-snapshot-best.pkl").touch()
-    with pytest.raises(edm.UserError, match=r"has snapshots \['best'\], not all of"):
-        edm.given_snapshots(config(tmp_path, aux=str(tmp_path)), ToyModel(), CPU)
+    with pytest.raises(neon.files.UserError, match=r"has snapshots \['best'\], not all of"):
+        neon.study.given_snapshots(config(tmp_path, aux=str(tmp_path)), ToyModel(), CPU)
 
 
 # -------------------- the study of one snapshot, on real scores
@@ -741,7 +755,7 @@ def studied(tmp_path_factory):
     options = {**STUDY, "search": "cobyqa", "evaluations": 12}
     scorer = toy_scorer(out, **options)
     c = config(out, **options)
-    return edm.study(c, scorer, scorer, ToyModel(), edm.seed_ledger(c)), scorer, out
+    return neon.study.study(c, scorer, scorer, ToyModel(), neon.study.seed_ledger(c)), scorer, out
 
 
 def test_sweep_holds_grid_base_and_collapsed(studied):
@@ -807,10 +821,12 @@ def test_final_scores_are_of_the_models_alone(studied):
 def test_placebo_is_the_best_of_its_random_blocks(studied):
     entry, scorer, _ = studied
     for k, placebo in enumerate(entry.placebo):
-        owners = edm.placebo_owners(scorer.merger, ToyModel(), k)
+        owners = neon.blocks.placebo_owners(scorer.merger, ToyModel(), k)
         random = scorer.with_owners(owners)
         grid = [weights(*v) for v in itertools.product((0.5, 1.0), repeat=3)]
-        distances = [random.score(w, edm.SeedSet("selection", 10_000, 100)).fd for w in grid]
+        distances = [
+            random.score(w, neon.scores.SeedSet("selection", 10_000, 100)).fd for w in grid
+        ]
         assert placebo["fd"] == min(distances)
         assert placebo["w"] == grid[int(np.argmin(distances))]
 
@@ -818,11 +834,14 @@ def test_placebo_is_the_best_of_its_random_blocks(studied):
 def test_placebo_is_compared_with_global_on_the_final_seeds(studied):
     entry, scorer, _ = studied
     for k, placebo in enumerate(entry.placebo):
-        owners = edm.placebo_owners(scorer.merger, ToyModel(), k)
-        sets = [edm.SeedSet("final 1", 50_000, 120), edm.SeedSet("final 2", 50_120, 120)]
+        owners = neon.blocks.placebo_owners(scorer.merger, ToyModel(), k)
+        sets = [
+            neon.scores.SeedSet("final 1", 50_000, 120),
+            neon.scores.SeedSet("final 2", 50_120, 120),
+        ]
         ours = [scorer.with_owners(owners).score(placebo["w"], seeds) for seeds in sets]
         theirs = [scorer.score(entry.models["global"].w, seeds) for seeds in sets]
-        assert placebo["against_global"] == edm.compare(ours, theirs)
+        assert placebo["against_global"] == neon.stats.compare(ours, theirs)
 
 
 def test_blocks_of_the_entry(studied):
@@ -858,8 +877,8 @@ def study_of(fd, monkeypatch=None, found=None, blocks=BLOCKS, **options):
     c = config(Path("."), **options)
     scorer = Prescribed(fd, blocks)
     if found is not None:
-        monkeypatch.setitem(edm.SEARCHES, c.search, found)
-    return edm.study(c, scorer, scorer, None, edm.seed_ledger(c)), scorer
+        monkeypatch.setitem(neon.search.SEARCHES, c.search, found)
+    return neon.study.study(c, scorer, scorer, None, neon.study.seed_ledger(c)), scorer
 
 
 def bowl(w, seeds=None):
@@ -890,7 +909,7 @@ def test_sweep_may_hold_the_best_global_weight():
         return 1.0 + abs(w["enc"] - 3)
 
     entry, scorer = study_of(fd, grid=(0.5, 1.0), sweep=(2.0, 3.0))
-    assert entry.models["global"] == edm.Candidate(weights(3, 3, 3), 1.0, scorer.merger, 3.0)
+    assert entry.models["global"] == neon.study.Candidate(weights(3, 3, 3), 1.0, scorer.merger, 3.0)
 
 
 def test_winners_are_chosen_on_the_selection_seeds():
@@ -922,7 +941,7 @@ def test_searched_is_the_best_the_search_evaluated(monkeypatch):
     entry, scorer = study_of(
         bowl, monkeypatch, lambda *args: rows, search="cobyqa", grid=(0.5, 1.0)
     )
-    assert entry.models["searched"] == edm.Candidate(weights(6, 6, 6), 7.0, scorer.merger)
+    assert entry.models["searched"] == neon.study.Candidate(weights(6, 6, 6), 7.0, scorer.merger)
     assert entry.models["blockwise"].fd < 7
 
 
@@ -956,7 +975,7 @@ def test_every_placebo_has_blocks_of_its_own(monkeypatch):
         random.append(Prescribed(self.fd))
         return random[-1]
 
-    monkeypatch.setattr(edm, "placebo_owners", lambda merger, model, k: drawn.append(k))
+    replace(monkeypatch, "placebo_owners", lambda merger, model, k: drawn.append(k))
     monkeypatch.setattr(Prescribed, "with_owners", with_owners, raising=False)
     entry, scorer = study_of(bowl, grid=(0.5, 1.75), placebo=3, final_repeats=2)
     assert drawn == [0, 1, 2] and len(entry.placebo) == 3
@@ -973,7 +992,7 @@ def test_without_a_search_nothing_is_searched():
 
 
 def test_base_that_diverges_ends_the_run():
-    with pytest.raises(edm.UserError, match="base network's images are not finite"):
+    with pytest.raises(neon.files.UserError, match="base network's images are not finite"):
         study_of(lambda w, seeds: math.inf if w["enc"] == 0 else 1.0)
 
 
@@ -1001,7 +1020,7 @@ def finals(**rows):
     """{model: scores} of two sets, with folds that differ a little."""
     found = {}
     for i, (name, values) in enumerate(rows.items()):
-        wave = 0.01 * np.sin(np.arange(edm.FOLDS) * (i + 1))
+        wave = 0.01 * np.sin(np.arange(neon.stats.FOLDS) * (i + 1))
         found[name] = [
             score_of(fd, fd + wave, precision=0.5 + 0.1 * k, recall=0.2 + 0.2 * k + 0.01 * i)
             for k, fd in enumerate(values)
@@ -1010,31 +1029,31 @@ def finals(**rows):
 
 
 def test_final_mean_and_spread():
-    found = edm.final_comparison(finals(base=(3.0, 5.0)))["base"]
+    found = neon.study.final_comparison(finals(base=(3.0, 5.0)))["base"]
     assert found["all"] == [3, 5] and found["fd"] == 4
     assert found["std"] == pytest.approx(2**0.5) and found["images"] == 100
 
 
 def test_final_precision_and_recall_are_means():
-    found = edm.final_comparison(finals(base=(3.0, 5.0)))["base"]
+    found = neon.study.final_comparison(finals(base=(3.0, 5.0)))["base"]
     assert found["precision"] == pytest.approx(0.55) and found["recall"] == pytest.approx(0.3)
 
 
 def test_without_precision_there_is_none():
-    assert "precision" not in edm.final_comparison({"base": [score_of(1.0)]})["base"]
+    assert "precision" not in neon.study.final_comparison({"base": [score_of(1.0)]})["base"]
 
 
 def test_one_set_has_no_spread():
-    assert edm.final_comparison(finals(base=(3.0,)))["base"]["std"] is None
+    assert neon.study.final_comparison(finals(base=(3.0,)))["base"]["std"] is None
 
 
 def test_final_pairs():
     scores = finals(base=(3, 5), collapsed=(6, 7), **{"global": (2, 4)}, blockwise=(1, 4))
-    found = edm.final_comparison(scores)
+    found = neon.study.final_comparison(scores)
     for name in ("collapsed", "global", "blockwise"):
-        assert found[name]["against_base"] == edm.compare(scores[name], scores["base"])
+        assert found[name]["against_base"] == neon.stats.compare(scores[name], scores["base"])
     for name in ("collapsed", "blockwise"):
-        assert found[name]["against_global"] == edm.compare(scores[name], scores["global"])
+        assert found[name]["against_global"] == neon.stats.compare(scores[name], scores["global"])
     assert "against_base" not in found["base"] and "against_global" not in found["global"]
     assert found["blockwise"]["against_base"]["difference"] == pytest.approx(-1.5)
 
@@ -1044,15 +1063,15 @@ def warnings(models=None, final=None, had_grid=False, dim=6, real=10_000, **opti
     models = {"base": 4.0, "global": 2.0} | (models or {})
     candidates = {
         name: value
-        if isinstance(value, edm.Candidate)
-        else edm.Candidate(weights(1, 1, 1), value, None)
+        if isinstance(value, neon.study.Candidate)
+        else neon.study.Candidate(weights(1, 1, 1), value, None)
         for name, value in models.items()
     }
     rows = {name: {"fd": c.fd, "against_base": gain(-1.9)} for name, c in candidates.items()}
     rows |= final or {}
     facts = SimpleNamespace(facts={"images": real})
     judge = SimpleNamespace(features=SimpleNamespace(dim=dim), selection=facts, final=facts)
-    return edm.warnings_of(config(Path("."), **options), candidates, rows, had_grid, judge)
+    return neon.study.warnings_of(config(Path("."), **options), candidates, rows, had_grid, judge)
 
 
 def gain(difference, half=0.2):
@@ -1073,12 +1092,12 @@ def gain(difference, half=0.2):
 def test_weight_on_the_edge_of_its_grid(w, edges):
     """The decoder's own grid reaches further."""
     options = {"grid": (0.5, 1.0, 1.5), "grid_dec": (0.5, 1.0, 2.0, 3.0)}
-    notes = warnings({"blockwise": edm.Candidate(w, 2.1, None)}, had_grid=True, **options)
+    notes = warnings({"blockwise": neon.study.Candidate(w, 2.1, None)}, had_grid=True, **options)
     assert notes == [f"{edge} lies on the edge of the grid" for edge in edges]
 
 
 def test_grid_of_one_value_has_no_edge():
-    models = {"blockwise": edm.Candidate(weights(1, 1, 1), 2.1, None)}
+    models = {"blockwise": neon.study.Candidate(weights(1, 1, 1), 2.1, None)}
     assert warnings(models, had_grid=True, grid=(1.0,)) == []
 
 
@@ -1129,7 +1148,7 @@ def written(tmp_path, capsys, **changes):
         "reference": {"images": 10_000, "origin": "nowhere"},
         "config": {"out": Path("x")},
     }
-    edm.write_report(summary, tmp_path)
+    neon.report.write_report(summary, tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert text.strip() in capsys.readouterr().out
     return entry, text, json.loads((tmp_path / "summary.json").read_text())
@@ -1159,7 +1178,7 @@ def test_row_shows_selection_and_final_distances(tmp_path, capsys):
     final = {
         "base": {"w": weights(0, 0, 0), "fd": 7.5, "std": None, "precision": 0.25, "recall": 1}
     }
-    models = {"base": edm.Candidate(weights(0, 0, 0), 6.5, None)}
+    models = {"base": neon.study.Candidate(weights(0, 0, 0), 6.5, None)}
     _, text, _ = written(tmp_path, capsys, final=final, models=models)
     assert cells(text, "base") == [
         "1",
@@ -1198,7 +1217,7 @@ def test_notes_of_the_report(tmp_path, capsys):
     ids=str,
 )
 def test_text_of_weights(w, text):
-    assert edm.weights_text(w) == text
+    assert neon.report.weights_text(w) == text
 
 
 @pytest.mark.parametrize(
@@ -1211,7 +1230,7 @@ def test_text_of_weights(w, text):
     ids=["few", "many", "equal"],
 )
 def test_weights_in_the_title_of_a_picture(w, text):
-    assert edm.weights_title(w) == text
+    assert neon.report.weights_title(w) == text
 
 
 def test_keys_of_a_snapshot_in_the_summary(tmp_path, capsys):
@@ -1236,7 +1255,7 @@ def test_keys_of_a_snapshot_in_the_summary(tmp_path, capsys):
 
 def test_rows_of_the_summary_hold_precision_and_recall():
     row = score_of(2.0, precision=0.25, recall=0.5, w=BEST)
-    entry = edm.Entry(1, {}, [], [row], {}, {}, [], [], {}, {}, [])
+    entry = neon.study.Entry(1, {}, [], [row], {}, {}, [], [], {}, {}, [])
     assert entry.as_json()["grid"] == [
         {
             **{"w": BEST, "fd": 2.0, "seconds": 0.5, "low": 2.0, "high": 2.0},
@@ -1250,7 +1269,7 @@ def test_summary_is_strict_json(tmp_path, capsys):
         return math.inf if w["enc"] == -1 else bowl(w)
 
     entry, _ = study_of(fd, final_repeats=2)
-    edm.write_report(
+    neon.report.write_report(
         {
             "score": "FD",
             "snapshots": [entry.as_json()],
@@ -1275,13 +1294,15 @@ def test_summary_is_strict_json(tmp_path, capsys):
     ids=str,
 )
 def test_strict_values(value, want):
-    assert edm.strict(value) == want
+    assert neon.report.strict(value) == want
 
 
 def test_summary_of_a_run(tmp_path, capsys):
     scorer = toy_scorer(tmp_path)
     c = config(tmp_path, final_repeats=2)
-    found = edm.summarise(c, ["--seed", "1"], [], scorer.judges, edm.seed_ledger(c), 0.5, CPU, 0.0)
+    found = neon.study.summarise(
+        c, ["--seed", "1"], [], scorer.judges, neon.study.seed_ledger(c), 0.5, CPU, 0.0
+    )
     assert found["command"] == "python edm_neon.py --seed 1"
     assert found["first_seeds"]["selection"] == 10_000
     assert found["first_seeds"]["final"] == [50_000, 50_120]
@@ -1294,8 +1315,8 @@ def test_summary_of_a_run(tmp_path, capsys):
 
 def test_summary_names_the_version_of_diffusers_where_it_is_used(tmp_path, monkeypatch):
     def versions():
-        ledger = edm.seed_ledger(c)
-        return edm.summarise(c, [], [], scorer.judges, ledger, 0.5, CPU, 0.0)["versions"]
+        ledger = neon.study.seed_ledger(c)
+        return neon.study.summarise(c, [], [], scorer.judges, ledger, 0.5, CPU, 0.0)["versions"]
 
     scorer, c = toy_scorer(tmp_path), config(tmp_path)
     monkeypatch.delitem(sys.modules, "diffusers", raising=False)
@@ -1309,7 +1330,7 @@ def test_summary_names_the_version_of_diffusers_where_it_is_used(tmp_path, monke
 def test_summary_without_real_images_has_no_floor(tmp_path):
     scorer = toy_scorer(tmp_path, real=False)
     c = config(tmp_path)
-    found = edm.summarise(c, [], [], scorer.judges, edm.seed_ledger(c), 0.5, CPU, 0.0)
+    found = neon.study.summarise(c, [], [], scorer.judges, neon.study.seed_ledger(c), 0.5, CPU, 0.0)
     assert found["floors"] == []
 
 
@@ -1319,12 +1340,14 @@ def test_network_that_is_saved_is_the_best_on_the_selection_seeds(tmp_path, best
     names = ("base", "global", "blockwise", "searched")
     scorer, model = toy_scorer(tmp_path), ToyModel()
     models = {
-        name: edm.Candidate(weights(i, i + 1, i), 1.0 if name == best else 2.0, scorer.merger)
+        name: neon.study.Candidate(
+            weights(i, i + 1, i), 1.0 if name == best else 2.0, scorer.merger
+        )
         for i, name in enumerate(names)
     }
     entry = SimpleNamespace(kimg=7, models=models)
     c = config(tmp_path, export_pt=True)
-    edm.save_merged(c, model, entry, scorer.parents)
+    neon.study.save_merged(c, model, entry, scorer.parents)
 
     w = models[best].w
     want = blend(*toy_pair(), w, lambda name: name[:3]).state_dict()
@@ -1339,15 +1362,15 @@ def test_network_that_is_saved_is_the_best_on_the_selection_seeds(tmp_path, best
 
 def test_plain_weights_are_written_on_request_alone(tmp_path):
     scorer = toy_scorer(tmp_path)
-    models = {"base": edm.Candidate(weights(0, 0, 0), 1.0, scorer.merger)}
-    edm.save_merged(config(tmp_path), ToyModel(), SimpleNamespace(kimg=7, models=models), {})
+    models = {"base": neon.study.Candidate(weights(0, 0, 0), 1.0, scorer.merger)}
+    neon.study.save_merged(config(tmp_path), ToyModel(), SimpleNamespace(kimg=7, models=models), {})
     assert not [*tmp_path.glob("*.pt")] and len([*tmp_path.glob("*.safetensors")]) == 1
 
 
 def test_saved_network_of_edm_is_read_back_with_its_recipe(tmp_path):
     base, aux, owners, merger = edm_merger("ncsnpp")
-    entry = SimpleNamespace(kimg=7, models={"blockwise": edm.Candidate(BEST, 1.0, merger)})
-    edm.save_merged(config(tmp_path), edm_model(), entry, {"aux_weights": "abc"})
+    entry = SimpleNamespace(kimg=7, models={"blockwise": neon.study.Candidate(BEST, 1.0, merger)})
+    neon.study.save_merged(config(tmp_path), edm_model(), entry, {"aux_weights": "abc"})
     path = tmp_path / "adaptive-neon-000007.safetensors"
     want = blend(base, aux, BEST, owners.get).state_dict()
     for name, tensor in edm.load_network(path).state_dict().items():
@@ -1367,7 +1390,10 @@ def test_batches_keep_the_order_of_the_seeds():
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_take_turns(monkeypatch, rank):
     """Every rank gets all results, in the order of the seeds."""
-    mine, theirs = edm.Processes("cpu", rank, 2), edm.Processes("cpu", 1 - rank, 2)
+    mine, theirs = (
+        neon.processes.Processes("cpu", rank, 2),
+        neon.processes.Processes("cpu", 1 - rank, 2),
+    )
 
     def work(part):
         return part.tolist()
@@ -1376,12 +1402,14 @@ def test_ranks_take_turns(monkeypatch, rank):
         others = [part.tolist() for part in np.array_split(np.arange(10), 5)[1 - rank :: 2]]
         gathered[rank], gathered[1 - rank] = results, others
 
-    monkeypatch.setattr(edm.dist, "all_gather_object", gather)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     parts = mine.map_batches(work, np.arange(10), 2)
     assert parts == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]] and theirs.world == 2
 
 
-@pytest.mark.parametrize("error", [edm.Diverged, edm.UserError, torch.OutOfMemoryError])
+@pytest.mark.parametrize(
+    "error", [neon.processes.Diverged, neon.files.UserError, torch.OutOfMemoryError]
+)
 def test_other_ranks_hear_of_an_error(monkeypatch, error):
     told = []
 
@@ -1392,28 +1420,32 @@ def test_other_ranks_hear_of_an_error(monkeypatch, error):
     def work(part):
         raise error("too bad")
 
-    monkeypatch.setattr(edm.dist, "all_gather_object", gather)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     with pytest.raises(error):
-        edm.Processes("cpu", 0, 2).map_batches(work, np.arange(4), 2)
+        neon.processes.Processes("cpu", 0, 2).map_batches(work, np.arange(4), 2)
     assert [type(outcome) for outcome in told] == [error]
 
 
 def test_divergence_on_another_rank_is_heard_of(monkeypatch):
     def gather(gathered, results):
-        gathered[:] = [results, edm.Diverged("not finite")]
+        gathered[:] = [results, neon.processes.Diverged("not finite")]
 
-    monkeypatch.setattr(edm.dist, "all_gather_object", gather)
-    with pytest.raises(edm.Diverged):
-        edm.Processes("cpu", 0, 2).map_batches(lambda part: 1, np.arange(4), 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with pytest.raises(neon.processes.Diverged):
+        neon.processes.Processes("cpu", 0, 2).map_batches(lambda part: 1, np.arange(4), 2)
 
 
 @pytest.mark.parametrize(
     "processes, workers",
-    [(edm.Processes("cpu"), 6), (edm.Processes("cpu", 0, 2), 1), (edm.Processes("cuda"), 1)],
+    [
+        (neon.processes.Processes("cpu"), 6),
+        (neon.processes.Processes("cpu", 0, 2), 1),
+        (neon.processes.Processes("cuda"), 1),
+    ],
     ids=["alone", "two ranks", "gpu"],
 )
 def test_batches_at_once(monkeypatch, processes, workers):
-    monkeypatch.setattr(edm.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
     assert processes.workers() == workers
 
 
@@ -1434,7 +1466,7 @@ def test_batches_at_once(monkeypatch, processes, workers):
 )
 def test_number_of_scores(options, counts):
     c = config(Path("."), **options)
-    scores, images, final, final_images = edm.count_images(c, BLOCKS)
+    scores, images, final, final_images = neon.cli.count_images(c, BLOCKS)
     assert (scores, final) == counts
     assert (images, final_images) == (100 * scores, 120 * final)
 
@@ -1454,31 +1486,33 @@ def test_hours_without_a_gpu_are_refused(seconds, options, refused):
     """11 scores of 100 images, 4 of 120 and 100 synthetic ones: 1,680 images."""
     c = config(Path("."), **options)
     if refused:
-        with pytest.raises(edm.UserError, match="about 3 hours of sampling alone: add --yes"):
-            edm.refuse_hours(c, seconds, BLOCKS)
+        with pytest.raises(
+            neon.files.UserError, match="about 3 hours of sampling alone: add --yes"
+        ):
+            neon.cli.refuse_hours(c, seconds, BLOCKS)
     else:
-        edm.refuse_hours(c, seconds, BLOCKS)
+        neon.cli.refuse_hours(c, seconds, BLOCKS)
 
 
 def test_hours_grow_with_the_blocks_of_the_partition():
     """Eight blocks: 256 points of 100 images instead of 8."""
     c = config(Path("."))
-    edm.refuse_hours(c, 1.0, BLOCKS)
-    with pytest.raises(edm.UserError, match="about 7 hours of sampling alone"):
-        edm.refuse_hours(c, 1.0, tuple("abcdefgh"))
+    neon.cli.refuse_hours(c, 1.0, BLOCKS)
+    with pytest.raises(neon.files.UserError, match="about 7 hours of sampling alone"):
+        neon.cli.refuse_hours(c, 1.0, tuple("abcdefgh"))
 
 
 def test_measuring_time_changes_no_setting():
     base, model = network(), edm_model()
-    sampler = edm.Sampler(model, base, CPU, 5, 32)
+    sampler = neon.sampling.Sampler(model, base, CPU, 5, 32)
     threads = torch.get_num_threads()
-    assert edm.time_sampling(sampler, "fp32")[0] > 0
+    assert neon.sampling.time_sampling(sampler, "fp32")[0] > 0
     assert torch.get_num_threads() == threads and (sampler.steps, sampler.batch) == (5, 32)
 
 
 # -------------------- command line
 def parse(tmp_path, *argv):
-    return edm.parse(["--preset", PRESET, "--out", str(tmp_path), *argv])
+    return neon.cli.parse(["--preset", PRESET, "--out", str(tmp_path), *argv])
 
 
 def test_options_are_the_presets_unless_given(tmp_path):

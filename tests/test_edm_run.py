@@ -1,5 +1,6 @@
 """edm_neon.py as a script: whole runs of the small preset, kills, ranks, bad input."""
 
+import fcntl
 import json
 import os
 import resource
@@ -10,8 +11,20 @@ import time
 
 import pytest
 import torch
-from edm_helpers import PRESET, SCRIPT, SIZE, SMALL, TORCHRUN, launch, lines, network, preset
+from edm_helpers import (
+    PRESET,
+    SCRIPT,
+    SIZE,
+    SMALL,
+    TORCHRUN,
+    launch,
+    lines,
+    network,
+    preset,
+    replace,
+)
 
+import adaptive_neon as neon
 import edm_neon as edm
 
 MODELS = ["base", "collapsed", "global", "blockwise", "searched"]
@@ -160,7 +173,7 @@ def test_signal_ends_a_run_in_one_line(tmp_path, number, code):
 
 def test_second_run_in_the_same_folder_is_refused(tmp_path):
     with open(tmp_path / ".lock", "w") as file:
-        edm.fcntl.flock(file, edm.fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         done = launch(*SMALL, "--out", tmp_path)
     assert done.returncode == 2 and f"another run works in {tmp_path}" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -168,12 +181,12 @@ def test_second_run_in_the_same_folder_is_refused(tmp_path):
 
 def test_what_a_killed_run_left_is_cleared(tmp_path):
     (tmp_path / ".part-x").mkdir()
-    with edm.Processes("cpu").alone_in(tmp_path, reads_only=False):
+    with neon.processes.Processes("cpu").alone_in(tmp_path, reads_only=False):
         assert not (tmp_path / ".part-x").exists()
 
 
 def test_plan_needs_no_lock(tmp_path):
-    with edm.Processes("cpu").alone_in(tmp_path, reads_only=True):
+    with neon.processes.Processes("cpu").alone_in(tmp_path, reads_only=True):
         assert not [*tmp_path.iterdir()]
 
 
@@ -282,7 +295,7 @@ def test_our_own_errors_are_traced_back(tmp_path, monkeypatch):
     def broken(c):
         raise NameError("a fault of ours")
 
-    monkeypatch.setattr(edm, "seed_ledger", broken)
+    replace(monkeypatch, "seed_ledger", broken)
     with pytest.raises(NameError):
         edm.main(["--preset", PRESET, "--out", str(tmp_path)])
 
@@ -293,10 +306,10 @@ def misfits(tmp_path):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (400, 3, 32, 32), dtype=torch.uint8, generator=generator)
     labels = torch.arange(400) % 10
-    edm.write_dataset(tmp_path / "plain.zip", images, None)
-    edm.write_dataset(tmp_path / "odd.zip", images[:, :, :30, :30], labels)
-    edm.write_dataset(tmp_path / "small.zip", images[:, :, :20, :20], labels)
-    edm.write_dataset(tmp_path / "few.zip", images[:50], labels[:50])
+    neon.images.write_dataset(tmp_path / "plain.zip", images, None)
+    neon.images.write_dataset(tmp_path / "odd.zip", images[:, :, :30, :30], labels)
+    neon.images.write_dataset(tmp_path / "small.zip", images[:, :, :20, :20], labels)
+    neon.images.write_dataset(tmp_path / "few.zip", images[:50], labels[:50])
     edm.save_network(network(), tmp_path / "base.safetensors", {})
     return tmp_path
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import fcntl
 import json
 import math
 import threading
@@ -15,6 +16,7 @@ from edm_helpers import (
     BEST,
     ToyFeatures,
     gaussian_score,
+    replace,
     score_of,
     standard_reference,
     toy_distance,
@@ -24,11 +26,12 @@ from edm_helpers import (
     weights,
 )
 
+import adaptive_neon as neon
 import edm_neon as edm
 import neon_ext
 
-SELECTION = edm.SeedSet("selection", 10_000, 100)
-FINAL = edm.SeedSet("final 1", 50_000, 100)
+SELECTION = neon.scores.SeedSet("selection", 10_000, 100)
+FINAL = neon.scores.SeedSet("final 1", 50_000, 100)
 BASE = weights(0, 0, 0)
 
 
@@ -58,14 +61,14 @@ def test_folds_leave_out_one_twentieth_of_the_seeds(tmp_path, fold):
 def test_score_says_what_it_is_of(tmp_path):
     score = toy_scorer(tmp_path).score(BEST, SELECTION)
     assert (score.snapshot, score.w, score.images, score.first_seed) == (1, BEST, 100, 10_000)
-    assert score.arithmetic == "fp32" and len(score.folds) == edm.FOLDS == 20
+    assert score.arithmetic == "fp32" and len(score.folds) == neon.stats.FOLDS == 20
 
 
 def test_precision_and_recall_of_a_score(tmp_path):
     scorer = toy_scorer(tmp_path)
     score = scorer.score(BEST, SELECTION)
     (found,) = scorer.features(BEST, SELECTION, [scorer.judge])
-    want = edm.precision_recall(scorer.judge.selection.real, found)
+    want = neon.judges.precision_recall(scorer.judge.selection.real, found)
     assert (score.precision, score.recall) == want
 
 
@@ -79,13 +82,13 @@ def test_final_scores_are_taken_in_the_confirming_precision(
     tmp_path, monkeypatch, seeds, precision
 ):
     scorer = toy_scorer(tmp_path, confirm_precision="bf16")
-    asked, real = [], edm.network_calls
+    asked, real = [], neon.sampling.network_calls
 
     def watched(net, precision, **options):
         asked.append(precision)
         return real(net, precision, **options)
 
-    monkeypatch.setattr(edm, "network_calls", watched)
+    replace(monkeypatch, "network_calls", watched)
     assert scorer.score(BEST, seeds).arithmetic == precision and asked == [precision]
 
 
@@ -117,7 +120,7 @@ def diverging(tmp_path, monkeypatch):
 def test_weights_that_make_the_sampler_diverge_score_infinity(tmp_path, monkeypatch, capsys):
     scorer = diverging(tmp_path, monkeypatch)
     score = scorer.score(weights(2, 2, 2), SELECTION)
-    assert score.fd == math.inf and score.folds == [math.inf] * edm.FOLDS
+    assert score.fd == math.inf and score.folds == [math.inf] * neon.stats.FOLDS
     assert score.precision is None and "diverges" in capsys.readouterr().out
 
 
@@ -131,7 +134,7 @@ def test_a_divergence_is_read_back(tmp_path, monkeypatch):
     score = diverging(tmp_path, monkeypatch).score(weights(2, 2, 2), SELECTION)
     (line,) = (tmp_path / "grid.jsonl").read_text().splitlines()
     assert json.loads(line)["fd"] is None
-    assert edm.ScoreLog(tmp_path).find(score.key, score.w, SELECTION) == score
+    assert neon.scores.ScoreLog(tmp_path).find(score.key, score.w, SELECTION) == score
 
 
 # -------------------- keys hold the content
@@ -184,7 +187,7 @@ def with_feature_weights(scorer):
 
 def with_reference(scorer):
     reference = dataclasses.replace(scorer.judge.selection, identity="other")
-    scorer.judge = edm.Judge(scorer.judge.features, reference, scorer.judge.final)
+    scorer.judge = neon.judges.Judge(scorer.judge.features, reference, scorer.judge.final)
 
 
 def with_device(scorer):
@@ -222,7 +225,7 @@ def test_key_depends_on_torch(scorer, monkeypatch):
 @pytest.mark.parametrize("version", ["SAMPLING_VERSION", "SCORING_VERSION"])
 def test_key_depends_on_the_version_of_the_code(scorer, monkeypatch, version):
     before = key(scorer)
-    monkeypatch.setattr(edm, version, "other")
+    replace(monkeypatch, version, "other")
     assert key(scorer) != before
 
 
@@ -239,19 +242,19 @@ def test_key_does_not_depend_on_batch_or_folder(scorer, tmp_path):
 def test_parents_are_hashes_of_the_weights():
     a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     b.load_state_dict(a.state_dict())
-    assert edm.weights_hash(a) == edm.weights_hash(b)
+    assert neon.keys.weights_hash(a) == neon.keys.weights_hash(b)
     b.bias.data[1] += 1e-6
-    assert edm.weights_hash(a) != edm.weights_hash(b)
+    assert neon.keys.weights_hash(a) != neon.keys.weights_hash(b)
 
 
 def test_hash_of_weights_includes_buffers_and_names():
     net, other = torch.nn.Module(), torch.nn.Module()
     for module, name in ((net, "a"), (other, "b")):
         module.register_buffer(name, torch.ones(2))
-    assert edm.weights_hash(net) != edm.weights_hash(other)
+    assert neon.keys.weights_hash(net) != neon.keys.weights_hash(other)
     other = torch.nn.Module()
     other.register_buffer("a", torch.zeros(2))
-    assert edm.weights_hash(net) != edm.weights_hash(other)
+    assert neon.keys.weights_hash(net) != neon.keys.weights_hash(other)
 
 
 @pytest.mark.parametrize(
@@ -265,14 +268,14 @@ def test_hash_of_weights_includes_buffers_and_names():
     ids=["shape", "dtype", "flat", "content"],
 )
 def test_hash_of_a_tensor(other):
-    assert edm.tensor_hash(torch.ones(2, 3)) == edm.tensor_hash(torch.ones(3, 2).T)
-    assert edm.tensor_hash(torch.ones(2, 3)) != edm.tensor_hash(other)
+    assert neon.keys.tensor_hash(torch.ones(2, 3)) == neon.keys.tensor_hash(torch.ones(3, 2).T)
+    assert neon.keys.tensor_hash(torch.ones(2, 3)) != neon.keys.tensor_hash(other)
 
 
 # -------------------- reference
 def reference(tmp_path, images, labels=None):
-    real = edm.RealImages(images, labels, "images.zip")
-    return edm.reference_from_images(real, ToyFeatures(), tmp_path / "reference.npz", "cpu")
+    real = neon.images.RealImages(images, labels, "images.zip")
+    return neon.judges.reference_from_images(real, ToyFeatures(), tmp_path / "reference.npz", "cpu")
 
 
 def test_reference_of_images(tmp_path):
@@ -299,7 +302,7 @@ def test_judge_is_its_features_and_its_reference(tmp_path):
     judge = toy_judge(tmp_path)
     other = ToyFeatures()
     other.identity = "other"
-    features = edm.Judge(other, judge.selection, judge.final)
+    features = neon.judges.Judge(other, judge.selection, judge.final)
     selection = dataclasses.replace(judge, selection=judge.final)
     for seeds, changed in ((SELECTION, True), (FINAL, False)):
         assert features.identity(seeds) != judge.identity(seeds)
@@ -310,7 +313,7 @@ def npz(tmp_path, **changes):
     content = {"mu": np.zeros(6), "sigma": np.eye(6), "features": "toy-6", "images": 900}
     content = {key: value for key, value in (content | changes).items() if value is not None}
     np.savez(tmp_path / "ref.npz", **content)
-    return edm.reference_from_file(tmp_path / "ref.npz", ToyFeatures(), "cpu")
+    return neon.judges.reference_from_file(tmp_path / "ref.npz", ToyFeatures(), "cpu")
 
 
 def test_reference_of_a_file(tmp_path):
@@ -331,7 +334,7 @@ def test_identity_of_a_file_is_its_content(tmp_path, change):
 def test_file_without_names_is_of_50_000_inception_features(tmp_path):
     np.savez(tmp_path / "ref.npz", mu=np.zeros(4), sigma=np.eye(4))
     features = SimpleNamespace(name="inception-0-tf1", kind="inception", dim=4)
-    found = edm.reference_from_file(tmp_path / "ref.npz", features, "cpu")
+    found = neon.judges.reference_from_file(tmp_path / "ref.npz", features, "cpu")
     assert found.facts["images"] == 50_000
 
 
@@ -347,7 +350,7 @@ def test_file_without_names_is_of_50_000_inception_features(tmp_path):
     ids=["features", "size", "nan", "shape", "missing"],
 )
 def test_statistics_that_do_not_fit_are_refused(tmp_path, change, message):
-    with pytest.raises(edm.UserError, match=message):
+    with pytest.raises(neon.files.UserError, match=message):
         npz(tmp_path, **change)
 
 
@@ -370,12 +373,12 @@ def test_floor_is_the_final_score_of_the_selections_images(tmp_path):
     ids=str,
 )
 def test_cifar10_statistics_are_for_cifar10_networks_or_asked_for(options, source):
-    c = edm.Config(**options)
+    c = neon.config.Config(**options)
     if source:
-        assert edm.reference_source(c, None) == source
+        assert neon.study.reference_source(c, None) == source
     else:
-        with pytest.raises(edm.UserError, match="--ref cifar10"):
-            edm.reference_source(c, None)
+        with pytest.raises(neon.files.UserError, match="--ref cifar10"):
+            neon.study.reference_source(c, None)
 
 
 # -------------------- precision and recall
@@ -385,16 +388,16 @@ def cloud(generator):
 
 
 def test_precision_and_recall_of_the_same_points(cloud):
-    assert edm.precision_recall(cloud, cloud) == (1, 1)
+    assert neon.judges.precision_recall(cloud, cloud) == (1, 1)
 
 
 def test_precision_and_recall_of_points_far_away(cloud):
-    assert edm.precision_recall(cloud, cloud + 100) == (0, 0)
+    assert neon.judges.precision_recall(cloud, cloud + 100) == (0, 0)
 
 
 def test_a_few_modes_have_precision_and_no_recall(cloud, generator):
     few = cloud[:20].repeat(10, 1) + 1e-4 * torch.randn(200, 4, generator=generator)
-    precision, recall = edm.precision_recall(cloud, few)
+    precision, recall = neon.judges.precision_recall(cloud, few)
     assert precision == 1 and recall < 0.6
 
 
@@ -414,14 +417,14 @@ def inside(points, manifold, k):
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_precision_and_recall_use_the_kth_other_neighbour(cloud, k, generator):
     real, fake = cloud[:40], 1.3 * torch.randn(50, 4, generator=generator) + 0.4
-    found = edm.precision_recall(real, fake, k)
+    found = neon.judges.precision_recall(real, fake, k)
     assert found == (inside(fake, real, k), inside(real, fake, k)) and found[0] != found[1]
 
 
 def test_precision_and_recall_use_five_neighbours(cloud, generator):
     fake = 1.3 * torch.randn(200, 4, generator=generator)
-    assert edm.precision_recall(cloud, fake) == edm.precision_recall(cloud, fake, 5)
-    assert edm.precision_recall(cloud, fake) != edm.precision_recall(cloud, fake, 4)
+    assert neon.judges.precision_recall(cloud, fake) == neon.judges.precision_recall(cloud, fake, 5)
+    assert neon.judges.precision_recall(cloud, fake) != neon.judges.precision_recall(cloud, fake, 4)
 
 
 # -------------------- the log
@@ -429,9 +432,9 @@ def test_precision_and_recall_use_five_neighbours(cloud, generator):
     "seeds, name",
     [
         (SELECTION, "grid.jsonl"),
-        (edm.SeedSet("search", 10_000_000, 100), "grid.jsonl"),
+        (neon.scores.SeedSet("search", 10_000_000, 100), "grid.jsonl"),
         (FINAL, "final.jsonl"),
-        (edm.SeedSet("final 2", 60_000, 100), "final.jsonl"),
+        (neon.scores.SeedSet("final 2", 60_000, 100), "final.jsonl"),
     ],
     ids=["selection", "search", "final", "second final"],
 )
@@ -453,8 +456,8 @@ def test_finished_score_is_read_back_and_not_taken_again(tmp_path, monkeypatch, 
     [
         (weights(1, 0.5, 1.4), SELECTION),
         (weights(0.5, 1, 1.5), SELECTION),
-        (BEST, edm.SeedSet("selection", 10_001, 100)),
-        (BEST, edm.SeedSet("selection", 10_000, 60)),
+        (BEST, neon.scores.SeedSet("selection", 10_001, 100)),
+        (BEST, neon.scores.SeedSet("selection", 10_000, 60)),
     ],
     ids=["weight", "blocks", "first seed", "images"],
 )
@@ -468,15 +471,15 @@ def test_another_judge_scores_again(tmp_path):
     before = scorer.score(BEST, SELECTION)
     images, labels = toy_images(BASE)
     again = toy_scorer(tmp_path)
-    real = edm.RealImages(images, labels, "toy")  # the same source, other images
-    reference = edm.reference_from_images(real, ToyFeatures(), None, "cpu")
-    again.judge = edm.Judge(ToyFeatures(), reference, reference)
+    real = neon.images.RealImages(images, labels, "toy")  # the same source, other images
+    reference = neon.judges.reference_from_images(real, ToyFeatures(), None, "cpu")
+    again.judge = neon.judges.Judge(ToyFeatures(), reference, reference)
     after = again.score(BEST, SELECTION)
     assert after.fd > 2 * before.fd
 
 
 def two_lines(tmp_path):
-    log = edm.ScoreLog(tmp_path)
+    log = neon.scores.ScoreLog(tmp_path)
     for fd in (1.5, 2.5):
         log.add(score_of(fd, w=weights(fd, 0, 0)), SELECTION)
     return tmp_path / "grid.jsonl"
@@ -486,7 +489,7 @@ def test_lines_are_strict_json_in_the_order_of_the_scores(tmp_path):
     lines = two_lines(tmp_path).read_text().splitlines()
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [row["fd"] for row in rows] == [1.5, 2.5]
-    assert set(rows[0]) == {field.name for field in dataclasses.fields(edm.Score)}
+    assert set(rows[0]) == {field.name for field in dataclasses.fields(neon.scores.Score)}
 
 
 def damage(old, new):
@@ -523,15 +526,15 @@ def test_damaged_line_is_refused_by_number(tmp_path, change):
     path = two_lines(tmp_path)
     first, second = path.read_text().splitlines()
     path.write_text(f"{first}\n{change(second)}\n")
-    with pytest.raises(edm.UserError, match="grid.jsonl, line 2, is damaged"):
-        edm.ScoreLog(tmp_path)
+    with pytest.raises(neon.files.UserError, match="grid.jsonl, line 2, is damaged"):
+        neon.scores.ScoreLog(tmp_path)
 
 
 def test_line_that_is_no_text_is_refused(tmp_path):
     path = two_lines(tmp_path)
     path.write_bytes(path.read_bytes() + b"\xff\xfe\n")
-    with pytest.raises(edm.UserError, match="line 3, is damaged"):
-        edm.ScoreLog(tmp_path)
+    with pytest.raises(neon.files.UserError, match="line 3, is damaged"):
+        neon.scores.ScoreLog(tmp_path)
 
 
 @pytest.mark.parametrize("length", [1, 50, None], ids=["a byte", "a part", "all but the line end"])
@@ -539,7 +542,7 @@ def test_tail_that_was_cut_off_is_scored_again(tmp_path, length):
     path = two_lines(tmp_path)
     whole = path.read_bytes()
     path.write_bytes(whole + whole.splitlines()[0][:length])
-    log = edm.ScoreLog(tmp_path)
+    log = neon.scores.ScoreLog(tmp_path)
     assert len(log.scores) == 2
     log.add(score_of(3.5, w=weights(3.5, 0, 0)), SELECTION)
     assert path.read_bytes().startswith(whole)
@@ -548,7 +551,7 @@ def test_tail_that_was_cut_off_is_scored_again(tmp_path, length):
 
 def test_two_writers_keep_their_lines_apart(tmp_path):
     def write(number):
-        log = edm.ScoreLog(tmp_path)
+        log = neon.scores.ScoreLog(tmp_path)
         for i in range(40):
             log.add(score_of(1.0 + i, w=weights(number, i, 0)), FINAL)
 
@@ -557,26 +560,26 @@ def test_two_writers_keep_their_lines_apart(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(edm.ScoreLog(tmp_path).scores) == 120
+    assert len(neon.scores.ScoreLog(tmp_path).scores) == 120
 
 
 def test_writer_waits_for_the_one_before(tmp_path):
     path = two_lines(tmp_path)
     before = path.read_bytes()
-    log = edm.ScoreLog(tmp_path)
+    log = neon.scores.ScoreLog(tmp_path)
     thread = threading.Thread(target=log.add, args=(score_of(3.5), SELECTION))
     with open(path, "rb") as file:
-        edm.fcntl.flock(file, edm.fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         thread.start()
         thread.join(0.3)
         assert thread.is_alive() and path.read_bytes() == before
     thread.join()
-    assert len(edm.ScoreLog(tmp_path).scores) == 3
+    assert len(neon.scores.ScoreLog(tmp_path).scores) == 3
 
 
 def test_line_of_another_key_is_not_found(tmp_path):
     two_lines(tmp_path)
-    log = edm.ScoreLog(tmp_path)
+    log = neon.scores.ScoreLog(tmp_path)
     assert log.find("key", weights(1.5, 0, 0), SELECTION).fd == 1.5
     assert log.find("other", weights(1.5, 0, 0), SELECTION) is None
 
@@ -601,14 +604,14 @@ def test_interval_is_the_jackknifes(sets, level):
         variance += 19 / 20 * ((d - d.mean()) ** 2).sum()
     half = scipy.stats.t.ppf(1 - level / 2, 19 * sets) * variance**0.5 / sets
     middle = np.mean([one.fd - other.fd for one, other in zip(ours, theirs, strict=True)])
-    found = edm.compare(ours, theirs, level)
+    found = neon.stats.compare(ours, theirs, level)
     assert found["difference"] == pytest.approx(middle)
     assert (found["low"], found["high"]) == pytest.approx((middle - half, middle + half))
 
 
 def test_interval_is_of_95_percent():
     ours, theirs = pair_of_scores(0)
-    assert edm.compare(ours, theirs) == edm.compare(ours, theirs, 0.05)
+    assert neon.stats.compare(ours, theirs) == neon.stats.compare(ours, theirs, 0.05)
 
 
 @pytest.mark.parametrize(
@@ -622,12 +625,12 @@ def test_interval_is_of_95_percent():
 )
 def test_verdict(scale, flip, verdict):
     ours, theirs = pair_of_scores(0, scale=scale)
-    assert edm.compare(*((theirs, ours) if flip else (ours, theirs)))["verdict"] == verdict
+    assert neon.stats.compare(*((theirs, ours) if flip else (ours, theirs)))["verdict"] == verdict
 
 
 def test_equal_scores():
     (one,), _ = pair_of_scores(0)
-    assert edm.compare([one], [one]) == {
+    assert neon.stats.compare([one], [one]) == {
         "difference": 0,
         "low": 0,
         "high": 0,
@@ -645,7 +648,7 @@ def test_equal_scores():
     ],
 )
 def test_comparison_with_a_model_that_diverges(ours, theirs, difference, verdict):
-    found = edm.compare([score_of(ours)], [score_of(theirs)])
+    found = neon.stats.compare([score_of(ours)], [score_of(theirs)])
     assert found["difference"] == found["low"] == found["high"] == difference
     assert found["verdict"] == verdict
 
@@ -658,7 +661,7 @@ def test_null_coverage():
             gaussian_score(prepared, torch.from_numpy(rng.normal(0.3, 1.2, (200, 3))))
             for _ in range(2)
         )
-        found = edm.compare([one], [other])
+        found = neon.stats.compare([one], [other])
         inside += found["low"] <= 0 <= found["high"]
     assert 180 <= inside <= 197
 
@@ -669,7 +672,7 @@ def test_common_noise_narrows_the_interval():
     near, far, alone = (
         gaussian_score(prepared, x) for x in (noise * 1.1, noise * 1.15, others * 1.15)
     )
-    paired, unpaired = edm.compare([near], [far]), edm.compare([near], [alone])
+    paired, unpaired = neon.stats.compare([near], [far]), neon.stats.compare([near], [alone])
     assert paired["verdict"] == "better"
     assert paired["high"] - paired["low"] < 0.3 * (unpaired["high"] - unpaired["low"])
 
@@ -740,7 +743,7 @@ def inception_weights():
 def inception(inception_weights, tmp_path_factory):
     path = tmp_path_factory.mktemp("inception") / "random.pth"
     torch.save(inception_weights, path)
-    return edm.InceptionFeatures(path)
+    return neon.features.InceptionFeatures(path)
 
 
 def test_inception_has_94_convolutions(inception):
@@ -787,16 +790,16 @@ def test_other_files_are_not_inception(inception_weights, tmp_path, fault):
     path.write_bytes(b"no")
     if fault in contents:
         torch.save(contents[fault], path)
-    with pytest.raises(edm.UserError, match="not the PyTorch port"):
-        edm.InceptionFeatures(path)
+    with pytest.raises(neon.files.UserError, match="not the PyTorch port"):
+        neon.features.InceptionFeatures(path)
 
 
 def test_resize_of_the_same_size_changes_nothing():
     x = torch.rand(1, 1, 299, 299)
-    torch.testing.assert_close(edm.InceptionFeatures.resize(x), x)
+    torch.testing.assert_close(neon.features.InceptionFeatures.resize(x), x)
 
 
 def test_resize_is_tensorflows():
-    ramp = edm.InceptionFeatures.resize(torch.arange(32.0).expand(1, 1, 32, 32))[0, 0, 0]
+    ramp = neon.features.InceptionFeatures.resize(torch.arange(32.0).expand(1, 1, 32, 32))[0, 0, 0]
     want = (torch.arange(299) * 32 / 299).clamp_max(31)
     torch.testing.assert_close(ramp, want, rtol=0, atol=1e-4)

@@ -15,6 +15,7 @@ from edm_helpers import (
     edm_scorer,
     gaussian_score,
     numbers_of,
+    replace,
     score_of,
     standard_reference,
     toy_distance,
@@ -22,30 +23,30 @@ from edm_helpers import (
     weights,
 )
 
-import edm_neon as edm
+import adaptive_neon as neon
 
-SELECTION = edm.SeedSet("selection", 10_000, 100)
+SELECTION = neon.scores.SeedSet("selection", 10_000, 100)
 BLOCKS = ("enc", "mid", "dec")
 
 
 # -------------------- grid
 def test_grid_is_every_product():
-    c = edm.Config(grid=(0.5, 1.0))
+    c = neon.config.Config(grid=(0.5, 1.0))
     want = [weights(*values) for values in itertools.product((0.5, 1.0), repeat=3)]
-    assert edm.grid_weights(c, BLOCKS) == want
+    assert neon.search.grid_weights(c, BLOCKS) == want
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_block_has_its_own_grid(block):
-    c = edm.Config(grid=(0.5, 1.0), **{f"grid_{block}": (2.0, 3.0, 4.0)})
-    found = edm.grid_weights(c, BLOCKS)
+    c = neon.config.Config(grid=(0.5, 1.0), **{f"grid_{block}": (2.0, 3.0, 4.0)})
+    found = neon.search.grid_weights(c, BLOCKS)
     values = {name: {w[name] for w in found} for name in BLOCKS}
     assert values == dict.fromkeys(BLOCKS, {0.5, 1.0}) | {block: {2.0, 3.0, 4.0}}
     assert len(found) == 12
 
 
 def test_blocks_of_another_name_have_the_common_grid():
-    assert len(edm.grid_weights(edm.Config(grid=(0.5, 1.0)), ("a", "b"))) == 4
+    assert len(neon.search.grid_weights(neon.config.Config(grid=(0.5, 1.0)), ("a", "b"))) == 4
 
 
 @pytest.mark.parametrize(
@@ -60,8 +61,8 @@ def test_blocks_of_another_name_have_the_common_grid():
     ],
 )
 def test_large_grid_is_left_to_a_search(points, search, placebo, left):
-    c = edm.Config(grid=tuple(range(points)), search=search, placebo=placebo)
-    assert len(edm.grid_weights(c, BLOCKS)) == left
+    c = neon.config.Config(grid=tuple(range(points)), search=search, placebo=placebo)
+    assert len(neon.search.grid_weights(c, BLOCKS)) == left
 
 
 @pytest.mark.parametrize(
@@ -75,25 +76,25 @@ def test_large_grid_is_left_to_a_search(points, search, placebo, left):
     ],
 )
 def test_endless_grid_is_refused(points, options, refused, capsys):
-    c = edm.Config(grid=tuple(range(points)), **options)
+    c = neon.config.Config(grid=tuple(range(points)), **options)
     if refused:
-        with pytest.raises(edm.UserError, match="10648 points"):
-            edm.check_grid(c, BLOCKS)
+        with pytest.raises(neon.files.UserError, match="10648 points"):
+            neon.search.check_grid(c, BLOCKS)
     else:
-        edm.check_grid(c, BLOCKS)
+        neon.search.check_grid(c, BLOCKS)
         announced = f"{points**3} points" in capsys.readouterr().out
         assert announced == (not options.get("search"))
 
 
 def test_grid_is_scored_on_the_seeds_given(tmp_path):
-    scores = edm.score_grid(config(tmp_path), toy_scorer(tmp_path), SELECTION, "grid")
-    assert [score.w for score in scores] == edm.grid_weights(config(tmp_path), BLOCKS)
+    scores = neon.search.score_grid(config(tmp_path), toy_scorer(tmp_path), SELECTION, "grid")
+    assert [score.w for score in scores] == neon.search.grid_weights(config(tmp_path), BLOCKS)
     assert {(score.first_seed, score.images) for score in scores} == {(10_000, 100)}
 
 
 def test_best_is_the_least_distance():
     scores = [score_of(2.0), score_of(math.inf), score_of(1.0), score_of(1.5)]
-    assert edm.best_of(scores) is scores[2]
+    assert neon.scores.best_of(scores) is scores[2]
 
 
 # -------------------- race
@@ -105,7 +106,7 @@ class Candidates:
 
     def score_all(self, all_weights, seeds, desc):
         self.asked.append((seeds, desc))
-        wave = np.tile([1.0, -1.0], edm.FOLDS // 2) / 19**0.5
+        wave = np.tile([1.0, -1.0], neon.stats.FOLDS // 2) / 19**0.5
         # The jackknife's standard error of these folds is the one that was asked for.
         return [score_of(fd, fd + error * wave, {"a": w}) for w, (fd, error) in self.rows]
 
@@ -114,7 +115,9 @@ def survivors(*rows, count=1000, level=None):
     """Weights that the race leaves of candidates 1, 2, ... at (distance, error)."""
     scorer = Candidates([*enumerate(rows, 1)])
     options = {} if level is None else {"level": level}
-    left = edm.race(scorer, [{"a": w} for w, _ in scorer.rows], SELECTION.start(count), **options)
+    left = neon.search.race(
+        scorer, [{"a": w} for w, _ in scorer.rows], SELECTION.start(count), **options
+    )
     return [w["a"] for w in left], scorer.asked
 
 
@@ -122,7 +125,7 @@ def test_errors_of_these_candidates():
     """Half the 95 % interval is 2.093 standard errors at 19 degrees of freedom."""
     scorer = Candidates([(1, (1.0, 0.0)), (2, (2.0, 0.3))])
     one, other = scorer.score_all(None, SELECTION, "")
-    found = edm.compare([other], [one])
+    found = neon.stats.compare([other], [one])
     assert found["high"] - found["difference"] == pytest.approx(2.093 * 0.3, rel=1e-3)
 
 
@@ -167,22 +170,24 @@ def test_race_keeps_the_best_and_drops_the_bad():
     """The true best is dropped in at most about 5 % of races; 40 races leave room to 5."""
     candidates = [{"a": a} for a in (1.0, 1.04, 1.08, 1.15, 1.3, 1.6)]
     seeds = SELECTION.start(2000)
-    left = [edm.race(Gaussians(seed), candidates, seeds) for seed in range(40)]
+    left = [neon.search.race(Gaussians(seed), candidates, seeds) for seed in range(40)]
     assert sum(candidates[0] not in w for w in left) <= 5
     assert not any({"a": 1.6} in w or {"a": 1.3} in w for w in left)
 
 
 def test_grid_after_a_race_holds_what_it_left_on_all_seeds(tmp_path, monkeypatch):
     left = [weights(0, 0, 0), weights(0, 1, 1)]
-    monkeypatch.setattr(edm, "race", lambda scorer, candidates, seeds: left)
+    replace(monkeypatch, "race", lambda scorer, candidates, seeds: left)
     c = config(tmp_path, race=True)
-    scores = edm.score_grid(c, toy_scorer(tmp_path), SELECTION, "grid")
+    scores = neon.search.score_grid(c, toy_scorer(tmp_path), SELECTION, "grid")
     assert [score.w for score in scores] == left and {score.images for score in scores} == {100}
 
 
 def test_without_race_nothing_is_dropped(tmp_path, monkeypatch):
-    monkeypatch.setattr(edm, "race", pytest.fail)
-    assert len(edm.score_grid(config(tmp_path), toy_scorer(tmp_path), SELECTION, "grid")) == 8
+    replace(monkeypatch, "race", pytest.fail)
+    assert (
+        len(neon.search.score_grid(config(tmp_path), toy_scorer(tmp_path), SELECTION, "grid")) == 8
+    )
 
 
 # -------------------- COBYQA
@@ -192,7 +197,7 @@ def cobyqa(tmp_path_factory):
     scorer = toy_scorer(out)
     c = config(out, search="cobyqa", evaluations=25, bounds=(-0.5, 1.2))
     scorer.score(BEST, SELECTION)  # the log holds a better score than the bounds allow
-    return scorer, edm.search_cobyqa(c, scorer, SELECTION, 2.0)
+    return scorer, neon.search.search_cobyqa(c, scorer, SELECTION, 2.0)
 
 
 def test_cobyqa_starts_at_the_global_weight_within_the_bounds(cobyqa):
@@ -206,13 +211,13 @@ def test_cobyqa_stays_within_its_bounds_and_evaluations(cobyqa):
 
 def test_cobyqa_ends_after_its_evaluations(tmp_path):
     c = config(tmp_path, search="cobyqa", evaluations=9)
-    assert len(edm.search_cobyqa(c, toy_scorer(tmp_path), SELECTION, 0.5)) == 9
+    assert len(neon.search.search_cobyqa(c, toy_scorer(tmp_path), SELECTION, 0.5)) == 9
 
 
 def test_cobyqa_returns_what_it_evaluated_itself(cobyqa):
     scorer, scores = cobyqa
     known = scorer.log.find(scorer.key(SELECTION), BEST, SELECTION)
-    assert known.fd < edm.best_of(scores).fd and known not in scores
+    assert known.fd < neon.scores.best_of(scores).fd and known not in scores
 
 
 def test_cobyqa_scores_on_the_selection_seeds(cobyqa):
@@ -221,7 +226,7 @@ def test_cobyqa_scores_on_the_selection_seeds(cobyqa):
 
 def test_cobyqa_finds_better_weights(cobyqa):
     scores = cobyqa[1]
-    assert edm.best_of(scores).fd < 0.8 * scores[0].fd
+    assert neon.scores.best_of(scores).fd < 0.8 * scores[0].fd
 
 
 def test_cobyqa_goes_on_after_a_divergence(tmp_path, monkeypatch):
@@ -229,7 +234,7 @@ def test_cobyqa_goes_on_after_a_divergence(tmp_path, monkeypatch):
     real = scorer.features
     monkeypatch.setattr(scorer, "features", lambda w, *a: None if w["enc"] > 1 else real(w, *a))
     c = config(tmp_path, search="cobyqa", evaluations=12)
-    scores = edm.search_cobyqa(c, scorer, SELECTION, 1.0)
+    scores = neon.search.search_cobyqa(c, scorer, SELECTION, 1.0)
     infinite = [math.isinf(score.fd) for score in scores]
     assert any(infinite) and not all(infinite) and len(scores) > 5
 
@@ -237,7 +242,7 @@ def test_cobyqa_goes_on_after_a_divergence(tmp_path, monkeypatch):
 def test_trials_answer_with_the_score_they_were_asked_for(tmp_path):
     scorer = toy_scorer(tmp_path)
     c = config(tmp_path, evaluations=2)
-    trials = edm.Trials(c, scorer, SELECTION, "trials")
+    trials = neon.search.Trials(c, scorer, SELECTION, "trials")
     answers = [trials.score(values) for values in ((0.0, 0.0, 0.0), (1.0, 0.5, 1.5))]
     assert answers == trials.scores == scorer.score_all([weights(0, 0, 0), BEST], SELECTION, "both")
     assert trials.bar.n == trials.bar.total == 2
@@ -253,7 +258,7 @@ def coordinate_search(out, monkeypatch, distance, start=1.0, **options):
 
     monkeypatch.setattr(scorer, "score", score)
     c = config(out, **{"search": "coordinate", "evaluations": 100, "bounds": (-1.0, 4.0)} | options)
-    scores = edm.search_coordinate(c, scorer, SELECTION, start)
+    scores = neon.search.search_coordinate(c, scorer, SELECTION, start)
     assert {(score.first_seed, score.images) for score in scores} == {(10_000, 100)}
     return [numbers_of(score.w) for score in scores]
 
@@ -287,16 +292,16 @@ def test_coordinate_search_stays_within_its_bounds(tmp_path, monkeypatch):
 
 def test_coordinate_search_finds_the_toys_weights(tmp_path):
     c = config(tmp_path, search="coordinate", evaluations=60)
-    scores = edm.search_coordinate(c, toy_scorer(tmp_path), SELECTION, 0.0)
-    assert len(scores) <= 60 and edm.best_of(scores).fd < 0.5 * scores[0].fd
+    scores = neon.search.search_coordinate(c, toy_scorer(tmp_path), SELECTION, 0.0)
+    assert len(scores) <= 60 and neon.scores.best_of(scores).fd < 0.5 * scores[0].fd
 
 
 def test_searches_by_name():
-    found = dict(edm.SEARCHES)
+    found = dict(neon.search.SEARCHES)
     assert found == {
-        "cobyqa": edm.search_cobyqa,
-        "coordinate": edm.search_coordinate,
-        "gradient": edm.search_gradient,
+        "cobyqa": neon.search.search_cobyqa,
+        "coordinate": neon.search.search_coordinate,
+        "gradient": neon.search.search_gradient,
     }
 
 
@@ -332,15 +337,15 @@ def gradient_search(out, monkeypatch, landscape=bowl, start=0.5, distance=None, 
         fd = landscape(w)[0] if distance is None else distance(w)
         return score_of(fd, w=w, first_seed=seeds.first, images=seeds.count)
 
-    monkeypatch.setattr(edm, "distance_and_gradient", prescribed)
+    replace(monkeypatch, "distance_and_gradient", prescribed)
     monkeypatch.setattr(scorer, "score", score)
     c = config(out, **{"search": "gradient", "evaluations": 30, "bounds": (-1.0, 4.0)} | options)
-    return edm.search_gradient(c, scorer, SELECTION, start), asked
+    return neon.search.search_gradient(c, scorer, SELECTION, start), asked
 
 
 def test_gradient_search_finds_the_least_point(tmp_path, monkeypatch):
     scores, _ = gradient_search(tmp_path, monkeypatch)
-    np.testing.assert_allclose(numbers_of(edm.best_of(scores).w), LEAST, atol=1e-3)
+    np.testing.assert_allclose(numbers_of(neon.scores.best_of(scores).w), LEAST, atol=1e-3)
     assert len(scores) < 30
 
 
@@ -407,7 +412,7 @@ def test_search_ends_after_six_points_without_gain(tmp_path, monkeypatch, gain_u
 
 def test_a_search_without_gain_returns_its_start(tmp_path, monkeypatch):
     scores, _ = gradient_search(tmp_path, monkeypatch, distance=lambda w: abs(w["enc"] - 0.5))
-    assert edm.best_of(scores).w == weights(0.5, 0.5, 0.5)
+    assert neon.scores.best_of(scores).w == weights(0.5, 0.5, 0.5)
 
 
 def test_gradient_search_goes_on_after_a_divergence(tmp_path, monkeypatch):
@@ -419,7 +424,7 @@ def test_gradient_search_goes_on_after_a_divergence(tmp_path, monkeypatch):
     scores, _ = gradient_search(tmp_path, monkeypatch, walled, start=0.9)
     values = [score.fd for score in scores]
     assert math.inf in values and values.index(math.inf) < len(values) - 1
-    assert 1.0 < edm.best_of(scores).w["enc"] <= 1.2
+    assert 1.0 < neon.scores.best_of(scores).w["enc"] <= 1.2
 
 
 @pytest.mark.parametrize(
@@ -445,24 +450,24 @@ def found_by_gradient(tmp_path_factory):
     scorer = toy_scorer(out)
     c = config(out, search="gradient", evaluations=6)
     scorer.score(BEST, SELECTION)
-    return scorer, edm.search_gradient(c, scorer, SELECTION, 0.0)
+    return scorer, neon.search.search_gradient(c, scorer, SELECTION, 0.0)
 
 
 def test_gradient_search_finds_better_weights(found_by_gradient):
     scorer, scores = found_by_gradient
-    assert edm.best_of(scores).fd < 0.6 * scorer.score(weights(0, 0, 0), SELECTION).fd
+    assert neon.scores.best_of(scores).fd < 0.6 * scorer.score(weights(0, 0, 0), SELECTION).fd
 
 
 def test_gradient_search_returns_what_it_evaluated_itself(found_by_gradient):
     scorer, scores = found_by_gradient
     known = scorer.log.find(scorer.key(SELECTION), BEST, SELECTION)
-    assert known.fd < edm.best_of(scores).fd and known not in scores and len(scores) == 6
+    assert known.fd < neon.scores.best_of(scores).fd and known not in scores and len(scores) == 6
 
 
 @pytest.mark.parametrize("stops", [(1,), (2, 4)], ids=str)
 def test_gradient_search_resumes_to_the_same_end(found_by_gradient, tmp_path, monkeypatch, stops):
     c = config(tmp_path, search="gradient", evaluations=6)
-    real, calls = edm.distance_and_gradient, []
+    real, calls = neon.search.distance_and_gradient, []
 
     def dying(*args, **options):
         calls.append(1)
@@ -470,11 +475,11 @@ def test_gradient_search_resumes_to_the_same_end(found_by_gradient, tmp_path, mo
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    monkeypatch.setattr(edm, "distance_and_gradient", dying)
+    replace(monkeypatch, "distance_and_gradient", dying)
     for _ in stops:
         with pytest.raises(KeyboardInterrupt):
-            edm.search_gradient(c, toy_scorer(tmp_path), SELECTION, 0.0)
-    scores = edm.search_gradient(c, toy_scorer(tmp_path), SELECTION, 0.0)
+            neon.search.search_gradient(c, toy_scorer(tmp_path), SELECTION, 0.0)
+    scores = neon.search.search_gradient(c, toy_scorer(tmp_path), SELECTION, 0.0)
     assert [(score.w, score.fd) for score in scores] == [
         (score.w, score.fd) for score in found_by_gradient[1]
     ]
@@ -512,12 +517,12 @@ def test_damaged_state_of_a_search_is_refused(tmp_path, monkeypatch):
     gradient_search(tmp_path, monkeypatch)
     (path,) = tmp_path.glob("search-*.pt")
     path.write_bytes(b"no")
-    with pytest.raises(edm.UserError, match="search-.*is damaged, delete it"):
+    with pytest.raises(neon.files.UserError, match="search-.*is damaged, delete it"):
         gradient_search(tmp_path, monkeypatch)
 
 
 # -------------------- the gradient
-SEEDS = edm.SeedSet("search", 10_000_000, 20)
+SEEDS = neon.scores.SeedSet("search", 10_000_000, 20)
 
 
 @torch.no_grad()
@@ -534,7 +539,7 @@ def check_gradient(scorer, blocks, h=0.02, seeds=SEEDS):
     error of h^2."""
     everything = scorer.merger.blocks
     w = dict(zip(everything, np.linspace(0.3, 1.2, len(everything)), strict=True))
-    fd, gradient = edm.distance_and_gradient(scorer, w, seeds, "fp32", rounding=False)
+    fd, gradient = neon.search.distance_and_gradient(scorer, w, seeds, "fp32", rounding=False)
     assert fd == pytest.approx(distance(scorer, w, seeds), rel=1e-4)
     largest = max(abs(value) for value in gradient.values())
     for block in blocks:
@@ -556,7 +561,9 @@ def test_gradient_over_layers_is_the_central_difference(tmp_path):
 
 
 def test_gradient_of_another_model_is_the_central_difference(tmp_path):
-    check_gradient(toy_scorer(tmp_path), BLOCKS, seeds=edm.SeedSet("search", 10_000_000, 90))
+    check_gradient(
+        toy_scorer(tmp_path), BLOCKS, seeds=neon.scores.SeedSet("search", 10_000_000, 90)
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -568,7 +575,9 @@ def test_a_block_that_sampling_does_not_use_has_gradient_zero(tmp_path):
     scorer = edm_scorer(tmp_path)
     owners = {name: "augment" if "map_augment" in name else "rest" for name in scorer.merger.owners}
     scorer = scorer.with_owners(owners)
-    _, gradient = edm.distance_and_gradient(scorer, {"augment": 1, "rest": 0.5}, SEEDS, "fp32")
+    _, gradient = neon.search.distance_and_gradient(
+        scorer, {"augment": 1, "rest": 0.5}, SEEDS, "fp32"
+    )
     assert gradient["augment"] == 0 and gradient["rest"] != 0
 
 
@@ -576,7 +585,9 @@ def test_gradient_does_not_depend_on_the_batch(tmp_path):
     found = []
     for batch in (7, 20):
         scorer = edm_scorer(tmp_path, batch=batch)
-        found.append(edm.distance_and_gradient(scorer, BEST, SEEDS, "fp32", rounding=False)[1])
+        found.append(
+            neon.search.distance_and_gradient(scorer, BEST, SEEDS, "fp32", rounding=False)[1]
+        )
     for block in BLOCKS:
         assert found[0][block] == pytest.approx(found[1][block], rel=1e-3)
 
@@ -584,15 +595,17 @@ def test_gradient_does_not_depend_on_the_batch(tmp_path):
 def test_distance_of_the_gradient_is_the_score(tmp_path):
     """With rounding, which is passed straight through."""
     scorer = toy_scorer(tmp_path)
-    fd, _ = edm.distance_and_gradient(scorer, BEST, SELECTION, "fp32")
+    fd, _ = neon.search.distance_and_gradient(scorer, BEST, SELECTION, "fp32")
     assert fd == pytest.approx(toy_distance(scorer, BEST, SELECTION.seeds), rel=1e-5)
-    assert fd != edm.distance_and_gradient(scorer, BEST, SELECTION, "fp32", rounding=False)[0]
+    assert (
+        fd != neon.search.distance_and_gradient(scorer, BEST, SELECTION, "fp32", rounding=False)[0]
+    )
 
 
 def test_rounding_hardly_changes_the_gradient(tmp_path):
     scorer, w = toy_scorer(tmp_path), weights(0, 0, 0)
     found = [
-        numbers_of(edm.distance_and_gradient(scorer, w, SELECTION, "fp32", rounding)[1])
+        numbers_of(neon.search.distance_and_gradient(scorer, w, SELECTION, "fp32", rounding)[1])
         for rounding in (True, False)
     ]
     np.testing.assert_allclose(*found, atol=0.05 * np.abs(found[1]).max())
@@ -602,27 +615,27 @@ def test_where_the_sampler_diverges_the_gradient_is_zero(tmp_path, monkeypatch):
     scorer = toy_scorer(tmp_path)
     net = scorer.merger.net
     net.offset.fill_(math.nan)
-    fd, gradient = edm.distance_and_gradient(scorer, BEST, SEEDS, "fp32")
+    fd, gradient = neon.search.distance_and_gradient(scorer, BEST, SEEDS, "fp32")
     assert fd == math.inf and gradient == dict.fromkeys(BLOCKS, 0.0)
 
 
 def test_network_needs_no_gradients_after_a_search(tmp_path):
     scorer = toy_scorer(tmp_path)
-    edm.distance_and_gradient(scorer, BEST, SEEDS, "fp32")
+    neon.search.distance_and_gradient(scorer, BEST, SEEDS, "fp32")
     assert not any(p.requires_grad for p in scorer.merger.net.parameters())
     assert "forward" not in vars(scorer.merger.net)
 
 
 def test_activations_of_one_network_call_at_a_time(tmp_path, monkeypatch):
     """Pass one needs none; pass two wraps the network once, checkpointed."""
-    asked, real = [], edm.network_calls
+    asked, real = [], neon.sampling.network_calls
 
     def watched(net, precision, checkpointed=False):
         asked.append((precision, checkpointed))
         return real(net, precision, checkpointed)
 
-    monkeypatch.setattr(edm, "network_calls", watched)
-    edm.distance_and_gradient(toy_scorer(tmp_path), BEST, SEEDS, "bf16")
+    replace(monkeypatch, "network_calls", watched)
+    neon.search.distance_and_gradient(toy_scorer(tmp_path), BEST, SEEDS, "bf16")
     assert asked == [("bf16", False), ("bf16", True)]
 
 
@@ -635,8 +648,8 @@ def test_gradient_pass_halves_its_batch_where_memory_ends(tmp_path, monkeypatch)
             raise torch.OutOfMemoryError
         return part.tolist()
 
-    monkeypatch.setattr(edm.Processes, "workers", lambda self: 1)
-    parts = edm.halving(work, np.arange(10), 16, edm.Processes("cpu"))
+    monkeypatch.setattr(neon.processes.Processes, "workers", lambda self: 1)
+    parts = neon.search.halving(work, np.arange(10), 16, neon.processes.Processes("cpu"))
     assert [seed for part in parts for seed in part] == list(range(10))
     assert sizes[:2] == [(16, 10), (8, 5)] and all(size <= 4 for _, size in sizes[2:])
 
@@ -645,18 +658,18 @@ def test_gradient_pass_that_fits_with_no_batch_ends(monkeypatch):
     def work(batch, part):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(edm.Processes, "workers", lambda self: 1)
+    monkeypatch.setattr(neon.processes.Processes, "workers", lambda self: 1)
     with pytest.raises(torch.OutOfMemoryError):
-        edm.halving(work, np.arange(10), 16, edm.Processes("cpu"))
+        neon.search.halving(work, np.arange(10), 16, neon.processes.Processes("cpu"))
 
 
 # -------------------- seeds of the search
 def test_search_seeds_are_those_of_nothing_else():
-    assert dataclasses.astuple(edm.search_seeds(50)) == ("search", 10_000_000, 50)
+    assert dataclasses.astuple(neon.search.search_seeds(50)) == ("search", 10_000_000, 50)
 
 
 def test_seed_set():
-    seeds = edm.SeedSet("selection", 5, 3)
+    seeds = neon.scores.SeedSet("selection", 5, 3)
     assert seeds.seeds.tolist() == [5, 6, 7] and seeds.last == 7 and not seeds.is_final
     assert dataclasses.astuple(seeds.start(2)) == ("selection", 5, 2)
-    assert SimpleNamespace(final=edm.SeedSet("final 3", 0, 1)).final.is_final
+    assert SimpleNamespace(final=neon.scores.SeedSet("final 3", 0, 1)).final.is_final

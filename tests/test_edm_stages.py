@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from edm_helpers import PRESET, ToyFeatures, ToyModel, blend, lines, preset, real_toys
+from edm_helpers import PRESET, ToyFeatures, ToyModel, blend, lines, preset, real_toys, replace
 
+import adaptive_neon as neon
 import edm_neon as edm
 
 TOY = (
@@ -21,7 +22,7 @@ def toys():
     """The preset's images and features, and the model, are the toy's."""
     real = real_toys()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(edm, "get_model", lambda c, processes: ToyModel())
+        replace(patch, "get_model", lambda c, processes: ToyModel())
         patch.setattr(preset, "real_images", lambda c: real)
         patch.setattr(preset, "features", lambda c: ToyFeatures())
         yield
@@ -46,11 +47,11 @@ def toy_entries(toy_run):
 )
 def test_labels_of_a_run(toys, tmp_path, monkeypatch, options, labels):
     def stop(sampler, precision):
-        raise edm.UserError(f"labels are {sampler.labels}")
+        raise neon.files.UserError(f"labels are {sampler.labels}")
 
-    monkeypatch.setattr(edm, "time_sampling", stop)
-    with pytest.raises(edm.UserError, match=f"labels are {labels}"):
-        edm.run([*TOY, "--out", str(tmp_path), *options])
+    replace(monkeypatch, "time_sampling", stop)
+    with pytest.raises(neon.files.UserError, match=f"labels are {labels}"):
+        neon.cli.run([*TOY, "--out", str(tmp_path), *options])
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +148,9 @@ def test_base_of_a_run_is_its_sweeps_zero(toy_run, toy_entries):
 def test_synthetic_set_is_trained_on_not_the_real_one(toy_run):
     (path,) = toy_run.glob("synthetic-*.zip")
     (base,) = toy_run.glob("base-*.safetensors")
-    images, labels = edm.read_dataset(path)
+    images, labels = neon.images.read_dataset(path)
     net = ToyModel().load(base)
-    sampler = edm.Sampler(ToyModel(), net, edm.Processes("cpu"), 1, 100)
+    sampler = neon.sampling.Sampler(ToyModel(), net, neon.processes.Processes("cpu"), 1, 100)
     want, want_labels = sampler.images(range(100))
     assert (images.int() - want.int()).abs().max() <= 1 and torch.equal(labels, want_labels)
 
@@ -164,8 +165,8 @@ def test_pictures_of_every_snapshot(toy_run):
 
 def test_pictures_of_all_models_are_from_the_same_seeds(toys, tmp_path, monkeypatch):
     taken = []
-    monkeypatch.setattr(edm, "plot_report", lambda figures, out: None)
-    monkeypatch.setattr(edm, "figures_of", lambda summary, samples: taken.append(samples))
+    replace(monkeypatch, "plot_report", lambda figures, out: None)
+    replace(monkeypatch, "figures_of", lambda summary, samples: taken.append(samples))
     edm.main([*TOY, "--snapshot", "1", "--out", str(tmp_path)])
     (samples,) = taken
     entry = json.loads((tmp_path / "summary.json").read_text())["snapshots"][0]
@@ -175,14 +176,14 @@ def test_pictures_of_all_models_are_from_the_same_seeds(toys, tmp_path, monkeypa
     assert [*samples[1]] == [*entry["final"]]
     for name, images in samples[1].items():
         net = blend(*nets, entry[name]["w"], lambda name: name[:3])
-        sampler = edm.Sampler(ToyModel(), net, edm.Processes("cpu"), 1, 64)
+        sampler = neon.sampling.Sampler(ToyModel(), net, neon.processes.Processes("cpu"), 1, 64)
         want, _ = sampler.images(range(50_000, 50_064))
         assert (images.int() - want.int()).abs().max() <= 1
 
 
 def test_hours_are_estimated_for_the_blocks_of_the_partition(toys, tmp_path, monkeypatch):
     estimated = []
-    monkeypatch.setattr(edm, "refuse_hours", lambda c, seconds, blocks: estimated.append(blocks))
+    replace(monkeypatch, "refuse_hours", lambda c, seconds, blocks: estimated.append(blocks))
     edm.main([*TOY, "--placebo", "0", "--partition", "layers", "--plan", "--out", str(tmp_path)])
     layers = {
         ToyModel().layer(name) for name, _ in ToyModel().create(None, None, None).named_parameters()
@@ -191,9 +192,9 @@ def test_hours_are_estimated_for_the_blocks_of_the_partition(toys, tmp_path, mon
 
 
 def test_toy_run_again_takes_no_score(toy_run, monkeypatch):
-    monkeypatch.setattr(edm.Scorer, "features", pytest.fail)
-    monkeypatch.setattr(edm, "distance_and_gradient", pytest.fail)
-    monkeypatch.setattr(edm, "train", pytest.fail)
+    monkeypatch.setattr(neon.scores.Scorer, "features", pytest.fail)
+    replace(monkeypatch, "distance_and_gradient", pytest.fail)
+    replace(monkeypatch, "train", pytest.fail)
     edm.main([*TOY, "--out", str(toy_run)])
 
 
@@ -202,11 +203,11 @@ STAGES = [
     (edm, "get_synthetic", 0, "before the synthetic set"),
     (edm, "write_dataset", 0, "synthetic set"),
     (ToyModel, "loss", 60, "self-training"),
-    (edm.ScoreLog, "add", 3, "sweep"),
-    (edm.ScoreLog, "add", 8, "grid"),
+    (neon.scores.ScoreLog, "add", 3, "sweep"),
+    (neon.scores.ScoreLog, "add", 8, "grid"),
     (edm, "distance_and_gradient", 1, "search, gradient"),
-    (edm.ScoreLog, "add", 2, "search, score"),
-    (edm.ScoreLog, "add", 5, "final scores"),
+    (neon.scores.ScoreLog, "add", 2, "search, score"),
+    (neon.scores.ScoreLog, "add", 5, "final scores"),
     (edm, "compare", 2, "final comparison"),
     (edm, "save_merged", 1, "repaired network"),
     (edm, "write_report", 0, "report"),

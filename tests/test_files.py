@@ -1,12 +1,14 @@
 """edm_neon.py's files: model files of others, images and labels, downloads. Nothing in them is
 run."""
 
+import fcntl
 import http.server
 import io
 import json
 import multiprocessing
 import os
 import pickle
+import pickletools
 import re
 import resource
 import struct
@@ -24,8 +26,10 @@ import PIL.Image
 import pytest
 import safetensors.torch
 import torch
+from edm_helpers import replace
 from torch import nn
 
+import adaptive_neon as neon
 import edm_neon as edm
 
 torch.set_num_threads(1)
@@ -64,7 +68,7 @@ def same(net, other):
 
 
 def refused(path, message="refused"):
-    with pytest.raises(edm.UserError, match=message) as error:
+    with pytest.raises(neon.files.UserError, match=message) as error:
         edm.load_network(path)
     text = str(error.value)
     assert text.startswith(f"network {path} is refused, nothing in it was run (")
@@ -239,13 +243,13 @@ EMPTY_SET TUPLE
 TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD
 BINPERSID MEMOIZE BINPUT
 LONG_BINPUT BINGET LONG_BINGET""".split()
-OTHERS = [op for op in edm.pickletools.opcodes if op.name not in ADMITTED]
+OTHERS = [op for op in pickletools.opcodes if op.name not in ADMITTED]
 
 
 @pytest.mark.parametrize("opcode", OTHERS, ids=[op.name for op in OTHERS])
 def test_other_opcodes_are_refused(tmp_path, opcode):
     arguments = {"STRING": b"'a'\n", "LONG": b"1L\n", "INST": b"a\nb\n"}
-    lines = opcode.arg is not None and opcode.arg.n == edm.pickletools.UP_TO_NEWLINE
+    lines = opcode.arg is not None and opcode.arg.n == pickletools.UP_TO_NEWLINE
     argument = arguments.get(opcode.name, b"1\n" if lines else b"\0" * 8)
     (tmp_path / "net.pkl").write_bytes(
         b"\x80\x04}})" + opcode.code.encode("latin1") + argument + b"."
@@ -426,7 +430,7 @@ def work_in_child(path, results):
     try:
         edm.load_network(path)
         results.send("loaded")
-    except edm.UserError as error:
+    except neon.files.UserError as error:
         results.send(f"refused: {error}")
 
 
@@ -491,7 +495,7 @@ def test_hostile_pickles_end_in_one_line(tmp_path, name):
 
 
 def test_text_counts_as_the_memory_it_takes(tmp_path, monkeypatch):
-    monkeypatch.setattr(edm, "SPARE_BYTES", 0)
+    replace(monkeypatch, "SPARE_BYTES", 0)
     wide = ("a" * 1000 + "\U0001f600").encode()  # one wide character makes all of them wide
     (tmp_path / "net.pkl").write_bytes(b"\x80\4X" + struct.pack("<I", len(wide)) + wide + b".")
     refused(tmp_path / "net.pkl", "more memory")
@@ -630,7 +634,7 @@ def test_other_networks_of_edm_are_named(tmp_path, arguments):
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
 def test_what_is_no_file_is_not_opened(tmp_path, make):
     make(tmp_path / "net.pkl")
-    with pytest.raises(edm.UserError, match="does not exist or is no file"):
+    with pytest.raises(neon.files.UserError, match="does not exist or is no file"):
         edm.load_network(tmp_path / "net.pkl")
 
 
@@ -687,7 +691,7 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path):
         path.write_bytes(flipped)
         try:
             loaded = edm.load_network(path)
-        except edm.UserError:
+        except neon.files.UserError:
             continue
         assert same(loaded, network()) and loaded.config == network().config, position
 
@@ -742,14 +746,14 @@ def equal(a, b):
 @pytest.mark.parametrize("archive", [True, False], ids=["archive", "old format"])
 def test_state_files_are_read_as_torch_reads_them(tmp_path, archive):
     torch.save(training_state(), tmp_path / "s.pt", _use_new_zipfile_serialization=archive)
-    ours = edm.checked_torch_load(tmp_path / "s.pt")
+    ours = neon.pickles.checked_torch_load(tmp_path / "s.pt")
     assert equal(ours, torch.load(tmp_path / "s.pt", weights_only=True))
 
 
 def test_tensors_of_one_storage_stay_views_of_it(tmp_path):
     x = torch.zeros(4)
     torch.save([x, x[1:]], tmp_path / "s.pt")
-    whole, part = edm.checked_torch_load(tmp_path / "s.pt")
+    whole, part = neon.pickles.checked_torch_load(tmp_path / "s.pt")
     part.fill_(1)
     assert whole.tolist() == [0, 1, 1, 1]
 
@@ -761,8 +765,11 @@ def test_state_files_that_are_cut_off_are_refused(tmp_path, archive):
     data = path.read_bytes()
     for end in range(0, len(data), 100):
         path.write_bytes(data[:end])
-        with pytest.raises(edm.UserError, match="cannot be read"), edm.reading("it cannot be read"):
-            edm.checked_torch_load(path)
+        with (
+            pytest.raises(neon.files.UserError, match="cannot be read"),
+            neon.files.reading("it cannot be read"),
+        ):
+            neon.pickles.checked_torch_load(path)
 
 
 def test_a_flipped_bit_in_an_archive_is_found(tmp_path):
@@ -775,9 +782,9 @@ def test_a_flipped_bit_in_an_archive_is_found(tmp_path):
         flipped[position] ^= 1 << int(rng.integers(8))
         path.write_bytes(flipped)
         try:
-            with edm.reading("refused"):
-                loaded = edm.checked_torch_load(path)
-        except edm.UserError:
+            with neon.files.reading("refused"):
+                loaded = neon.pickles.checked_torch_load(path)
+        except neon.files.UserError:
             continue
         assert equal(loaded, state), position
 
@@ -793,8 +800,8 @@ def archive_of(data, compress=zipfile.ZIP_STORED, **files):
 
 def state_in_child(path, results):
     def load(path):
-        with edm.reading("it cannot be read"):
-            edm.checked_torch_load(path)
+        with neon.files.reading("it cannot be read"):
+            neon.pickles.checked_torch_load(path)
 
     edm.load_network = load  # in this process only
     work_in_child(path, results)
@@ -850,21 +857,24 @@ def test_hostile_state_files_end_in_one_line(tmp_path, name, reason):
     ids=["plain", "control", "direction", "surrogate", "letters", "long"],
 )
 def test_text_of_others_is_printable(raw, shown):
-    assert edm.printable(raw) == shown
+    assert neon.files.printable(raw) == shown
 
 
 @pytest.mark.parametrize(
     "error", [OSError, ValueError, KeyError, EOFError, RuntimeError, SyntaxError, zlib.error]
 )
 def test_faults_of_files_become_one_line(error):
-    with pytest.raises(edm.UserError, match=r"^it is bad \(") as caught, edm.reading("it is bad"):
+    with (
+        pytest.raises(neon.files.UserError, match=r"^it is bad \(") as caught,
+        neon.files.reading("it is bad"),
+    ):
         raise error("first\nsecond")
     assert isinstance(caught.value.__cause__, error) and str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("error", [NameError, AttributeError, AssertionError, KeyboardInterrupt])
 def test_faults_of_ours_stay_what_they_are(error):
-    with pytest.raises(error), edm.reading("it is bad"):
+    with pytest.raises(error), neon.files.reading("it is bad"):
         raise error("ours")
 
 
@@ -877,15 +887,17 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         raise RuntimeError("no space")
 
     with pytest.raises(OSError, match="is the disk full"):
-        edm.write_atomically(path, write)
+        neon.files.write_atomically(path, write)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def written(folder):
-    edm.write_atomically(folder / "text", "text")
+    neon.files.write_atomically(folder / "text", "text")
     edm.save_network(network(), folder / "net.safetensors", {})
-    edm.write_dataset(folder / "set.zip", torch.zeros(2, 1, 4, 4, dtype=torch.uint8), None)
-    edm.write_atomically(folder / "state.pt", lambda part: torch.save({"a": torch.ones(2)}, part))
+    neon.images.write_dataset(folder / "set.zip", torch.zeros(2, 1, 4, 4, dtype=torch.uint8), None)
+    neon.files.write_atomically(
+        folder / "state.pt", lambda part: torch.save({"a": torch.ones(2)}, part)
+    )
 
 
 @pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600)], ids=["022", "077"])
@@ -904,7 +916,7 @@ def test_orphans_of_a_kill_are_removed(tmp_path):
     (tmp_path / ".part-x").mkdir()
     (tmp_path / ".part-x/half").touch()
     (tmp_path / "kept").touch()
-    edm.remove_orphans(tmp_path)
+    neon.files.remove_orphans(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
@@ -999,7 +1011,7 @@ MAKERS = {"zip": lambda folder, files: zipped(folder / "set.zip", files), "folde
 def test_images_are_read_to_the_byte(tmp_path, name, maker):
     raw, picture = GOOD_IMAGES[name]
     picture = picture or GREY.point(lambda v: v // 16 * 17)
-    images, labels = edm.read_dataset(MAKERS[maker](tmp_path, {"a/1.png": raw}))
+    images, labels = neon.images.read_dataset(MAKERS[maker](tmp_path, {"a/1.png": raw}))
     want = torch.from_numpy(np.atleast_3d(np.array(picture))).permute(2, 0, 1)
     assert torch.equal(images, want[None]) and images.is_contiguous() and labels is None
 
@@ -1009,12 +1021,12 @@ def test_images_are_read_to_the_byte(tmp_path, name, maker):
 def test_images_of_other_kinds_are_refused_by_name(tmp_path, name, maker):
     raw, message = BAD_IMAGES[name]
     path = MAKERS[maker](tmp_path, {"a/0.png": encoded(RGB), "a/1.png": raw})
-    with pytest.raises(edm.UserError, match=f"cannot be read: a/1.png .*{message}"):
-        edm.read_dataset(path)
+    with pytest.raises(neon.files.UserError, match=f"cannot be read: a/1.png .*{message}"):
+        neon.images.read_dataset(path)
 
 
 def test_content_decides_what_an_image_is(tmp_path):
-    images, _ = edm.read_dataset(
+    images, _ = neon.images.read_dataset(
         zipped(tmp_path / "set.zip", {"1.jpg": encoded(RGB), "2": encoded(RGB)})
     )
     assert len(images) == 2
@@ -1022,13 +1034,13 @@ def test_content_decides_what_an_image_is(tmp_path):
 
 def test_images_come_in_the_order_of_their_names(tmp_path):
     files = {f"{i}.png": encoded(PIL.Image.new("L", (2, 2), i)) for i in (3, 1, 2)}
-    images, _ = edm.read_dataset(zipped(tmp_path / "set.zip", files))
+    images, _ = neon.images.read_dataset(zipped(tmp_path / "set.zip", files))
     assert images[:, 0, 0, 0].tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["__MACOSX/a/._1.png", "a/._1.png", ".DS_Store", "a/Thumbs.db"])
 def test_what_operating_systems_add_is_skipped(tmp_path, capsys, name):
-    images, _ = edm.read_dataset(
+    images, _ = neon.images.read_dataset(
         zipped(tmp_path / "set.zip", {"1.png": encoded(RGB), name: b"no image"})
     )
     assert len(images) == 1 and capsys.readouterr().err == ""
@@ -1036,20 +1048,20 @@ def test_what_operating_systems_add_is_skipped(tmp_path, capsys, name):
 
 def test_other_files_are_counted_aloud(tmp_path, capsys):
     files = {"1.png": encoded(RGB), "README.md": b"text", "x\x1b[31m.csv": b"text"}
-    images, _ = edm.read_dataset(zipped(tmp_path / "set.zip", files))
+    images, _ = neon.images.read_dataset(zipped(tmp_path / "set.zip", files))
     assert len(images) == 1 and "2 files that are no images" in capsys.readouterr().err
 
 
 def test_a_set_without_images_is_refused(tmp_path):
-    with pytest.raises(edm.UserError, match="no PNG or JPEG images"):
-        edm.read_dataset(zipped(tmp_path / "set.zip", {"a.txt": b"text"}))
+    with pytest.raises(neon.files.UserError, match="no PNG or JPEG images"):
+        neon.images.read_dataset(zipped(tmp_path / "set.zip", {"a.txt": b"text"}))
 
 
 @pytest.mark.parametrize("name", ["a.png", "dataset.json"])
 def test_entries_of_zeros_are_not_read(tmp_path, name):
     files = {"0.png": encoded(RGB), name: b"\0" * (513 << 20)}
-    with pytest.raises(edm.UserError, match=f"{name} has {513 << 20} bytes, more than"):
-        edm.read_dataset(zipped(tmp_path / "set.zip", files, zipfile.ZIP_DEFLATED))
+    with pytest.raises(neon.files.UserError, match=f"{name} has {513 << 20} bytes, more than"):
+        neon.images.read_dataset(zipped(tmp_path / "set.zip", files, zipfile.ZIP_DEFLATED))
 
 
 def test_an_entry_larger_than_it_says_is_refused(tmp_path):
@@ -1061,8 +1073,8 @@ def test_an_entry_larger_than_it_says_is_refused(tmp_path):
     size = len(encoded(RGB, compress_level=0))
     old, new = struct.pack("<I", size + 10**6), struct.pack("<I", size)
     path.write_bytes(path.read_bytes().replace(old, new))
-    with pytest.raises(edm.UserError, match="a.png .*CRC"):
-        edm.read_dataset(path)
+    with pytest.raises(neon.files.UserError, match="a.png .*CRC"):
+        neon.images.read_dataset(path)
 
 
 def test_an_entry_that_is_there_twice_is_refused(tmp_path):
@@ -1072,8 +1084,8 @@ def test_an_entry_that_is_there_twice_is_refused(tmp_path):
     ):
         for _ in range(2):
             archive.writestr("1.png", encoded(RGB))
-    with pytest.raises(edm.UserError, match="1.png is in it twice"):
-        edm.read_dataset(tmp_path / "set.zip")
+    with pytest.raises(neon.files.UserError, match="1.png is in it twice"):
+        neon.images.read_dataset(tmp_path / "set.zip")
 
 
 def test_encrypted_entries_are_refused(tmp_path):
@@ -1082,14 +1094,14 @@ def test_encrypted_entries_are_refused(tmp_path):
     data[6] |= 1
     data[data.index(b"PK\1\2") + 8] |= 1
     path.write_bytes(data)
-    with pytest.raises(edm.UserError, match="1.png .*encrypted"):
-        edm.read_dataset(path)
+    with pytest.raises(neon.files.UserError, match="1.png .*encrypted"):
+        neon.images.read_dataset(path)
 
 
 def test_other_compressions_are_refused(tmp_path):
     path = zipped(tmp_path / "set.zip", {"1.png": encoded(RGB)}, zipfile.ZIP_LZMA)
-    with pytest.raises(edm.UserError, match="1.png is neither stored nor deflated"):
-        edm.read_dataset(path)
+    with pytest.raises(neon.files.UserError, match="1.png is neither stored nor deflated"):
+        neon.images.read_dataset(path)
 
 
 @pytest.mark.parametrize(
@@ -1098,14 +1110,14 @@ def test_other_compressions_are_refused(tmp_path):
 def test_what_is_no_dataset_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "set.zip").write_bytes(content)
-    with pytest.raises(edm.UserError, match="set.zip cannot be read"):
-        edm.read_dataset(tmp_path / "set.zip")
+    with pytest.raises(neon.files.UserError, match="set.zip cannot be read"):
+        neon.images.read_dataset(tmp_path / "set.zip")
 
 
 def test_a_pipe_as_dataset_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "set.zip")
-    with pytest.raises(edm.UserError, match="neither a file nor a folder"):
-        edm.read_dataset(tmp_path / "set.zip")
+    with pytest.raises(neon.files.UserError, match="neither a file nor a folder"):
+        neon.images.read_dataset(tmp_path / "set.zip")
 
 
 @pytest.mark.parametrize(
@@ -1114,14 +1126,14 @@ def test_a_pipe_as_dataset_is_not_opened(tmp_path):
 def test_a_folder_with_what_is_no_file_is_refused(tmp_path, make):
     in_folder(tmp_path, {"0.png": encoded(RGB)})
     make(tmp_path / "1.png")
-    with pytest.raises(edm.UserError, match="1.png is no file"):
-        edm.read_dataset(tmp_path)
+    with pytest.raises(neon.files.UserError, match="1.png is no file"):
+        neon.images.read_dataset(tmp_path)
 
 
 def test_names_in_messages_are_printable(tmp_path):
     path = zipped(tmp_path / "set.zip", {"\x1b[31m\nx.png": b"no"})
-    with pytest.raises(edm.UserError) as error:
-        edm.read_dataset(path)
+    with pytest.raises(neon.files.UserError) as error:
+        neon.images.read_dataset(path)
     assert str(error.value).isprintable()
 
 
@@ -1148,7 +1160,7 @@ def rows(*labels):
     ids=["integers", "whole floats", "another order", "byte-order mark", "null"],
 )
 def test_labels_are_read(tmp_path, index, labels):
-    _, found = edm.read_dataset(labelled(tmp_path, index))
+    _, found = neon.images.read_dataset(labelled(tmp_path, index))
     assert (
         found is None
         if labels is None
@@ -1186,13 +1198,13 @@ def test_labels_are_read(tmp_path, index, labels):
     "another-key array short number string half empty binary brackets digits".split(),
 )
 def test_bad_labels_are_one_line(tmp_path, index, message):
-    with pytest.raises(edm.UserError, match=f"cannot be read.*{message}") as error:
-        edm.read_dataset(labelled(tmp_path, index))
+    with pytest.raises(neon.files.UserError, match=f"cannot be read.*{message}") as error:
+        neon.images.read_dataset(labelled(tmp_path, index))
     assert str(error.value).isprintable()
 
 
 def test_labels_without_images_are_counted_aloud(tmp_path, capsys):
-    _, labels = edm.read_dataset(labelled(tmp_path, rows(0, 1, 2, 3, 4)))
+    _, labels = neon.images.read_dataset(labelled(tmp_path, rows(0, 1, 2, 3, 4)))
     assert labels.tolist() == [0, 1, 2] and "2 labels without an image" in capsys.readouterr().err
 
 
@@ -1202,23 +1214,23 @@ def test_labels_that_are_not_at_the_top_are_refused(tmp_path):
         {"a/0.png": encoded(RGB), "a/dataset.json": json.dumps(rows(1)).encode()},
     )
     with pytest.raises(
-        edm.UserError, match="dataset.json must be at the top, not at a/dataset.json"
+        neon.files.UserError, match="dataset.json must be at the top, not at a/dataset.json"
     ):
-        edm.read_dataset(path)
+        neon.images.read_dataset(path)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_datasets_come_back_to_the_byte(tmp_path, channels):
     images = torch.randint(0, 256, (5, channels, 8, 8), dtype=torch.uint8)
-    edm.write_dataset(tmp_path / "set.zip", images, torch.arange(5) * 3)
-    found, labels = edm.read_dataset(tmp_path / "set.zip")
+    neon.images.write_dataset(tmp_path / "set.zip", images, torch.arange(5) * 3)
+    found, labels = neon.images.read_dataset(tmp_path / "set.zip")
     assert torch.equal(found, images) and labels.tolist() == [0, 3, 6, 9, 12]
 
 
 def test_datasets_are_the_same_bytes(tmp_path):
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     for name in ("a.zip", "b.zip"):
-        edm.write_dataset(tmp_path / name, images, torch.arange(5))
+        neon.images.write_dataset(tmp_path / name, images, torch.arange(5))
         time.sleep(2.1)  # a zip's clock has two seconds
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
 
@@ -1268,14 +1280,17 @@ def files_of(cache):
 
 def test_a_url_is_downloaded_once(server):
     server.answers["/net.pkl"] = sends(b"content")
-    paths = [edm.fetch(f"{server.url}/net.pkl", "a network") for _ in range(2)]
+    paths = [neon.files.fetch(f"{server.url}/net.pkl", "a network") for _ in range(2)]
     assert paths[0] == paths[1] and paths[0].read_bytes() == b"content" and len(server.asked) == 1
 
 
 def test_two_addresses_are_two_files(server):
     for name in ("a", "b"):
         server.answers[f"/{name}/model.safetensors"] = sends(name.encode())
-    a, b = (edm.fetch(f"{server.url}/{name}/model.safetensors", "a network") for name in ("a", "b"))
+    a, b = (
+        neon.files.fetch(f"{server.url}/{name}/model.safetensors", "a network")
+        for name in ("a", "b")
+    )
     assert (a.read_bytes(), b.read_bytes()) == (b"a", b"b") and a.name.endswith(
         "-model.safetensors"
     )
@@ -1283,14 +1298,14 @@ def test_two_addresses_are_two_files(server):
 
 def test_two_queries_are_two_files(server):
     server.answers["/net"] = lambda handler: sends(handler.path.encode())(handler)
-    a, b = (edm.fetch(f"{server.url}/net?id={i}", "a network") for i in (1, 2))
+    a, b = (neon.files.fetch(f"{server.url}/net?id={i}", "a network") for i in (1, 2))
     assert a.read_bytes() != b.read_bytes()
 
 
 @pytest.mark.parametrize("path", ["/", "/..", "/%2e%2e%2fx", "/a%00b", "/" + "x" * 300, "/%1b[31m"])
 def test_names_in_the_cache_are_plain(path, tmp_path, monkeypatch):
     monkeypatch.setenv("NEON_CACHE", str(tmp_path))
-    found = edm.cache_path(f"http://host{path}")
+    found = neon.files.cache_path(f"http://host{path}")
     assert (
         found.parent == tmp_path
         and len(found.name) < 100
@@ -1299,7 +1314,7 @@ def test_names_in_the_cache_are_plain(path, tmp_path, monkeypatch):
 
 
 def refuse(path):
-    raise edm.UserError("it is not what was asked for")
+    raise neon.files.UserError("it is not what was asked for")
 
 
 BAD_SERVERS = {
@@ -1326,47 +1341,47 @@ BAD_SERVERS = {
 @pytest.mark.parametrize("name", BAD_SERVERS)
 def test_bad_servers_are_one_line_and_leave_nothing(server, tmp_path, monkeypatch, name):
     server.answers["/net.pkl"], how, message = BAD_SERVERS[name]
-    monkeypatch.setattr(edm, "SILENCE", 1)
+    replace(monkeypatch, "SILENCE", 1)
     with pytest.raises(
-        edm.UserError, match=f"cannot download a network from http.*{message}"
+        neon.files.UserError, match=f"cannot download a network from http.*{message}"
     ) as error:
-        edm.fetch(f"{server.url}/net.pkl", "a network", **how)
+        neon.files.fetch(f"{server.url}/net.pkl", "a network", **how)
     assert str(error.value).isprintable() and files_of(tmp_path / "cache") == []
 
 
 def test_no_connection_names_the_place_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("NEON_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
-    with pytest.raises(edm.UserError) as error:
-        edm.fetch("http://127.0.0.1:9/net.pkl", "a network")
-    place = edm.cache_path("http://127.0.0.1:9/net.pkl")
+    with pytest.raises(neon.files.UserError) as error:
+        neon.files.fetch("http://127.0.0.1:9/net.pkl", "a network")
+    place = neon.files.cache_path("http://127.0.0.1:9/net.pkl")
     assert f"put the file at {place}" in str(error.value) and "--preset glyphs" in str(error.value)
 
 
 def test_a_file_put_into_the_cache_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("NEON_CACHE", str(tmp_path))
-    edm.cache_path("http://127.0.0.1:9/net.pkl").write_text("mine")
-    assert edm.fetch("http://127.0.0.1:9/net.pkl", "a network").read_text() == "mine"
+    neon.files.cache_path("http://127.0.0.1:9/net.pkl").write_text("mine")
+    assert neon.files.fetch("http://127.0.0.1:9/net.pkl", "a network").read_text() == "mine"
 
 
 def test_a_complete_cache_needs_no_lock(tmp_path, monkeypatch):
     monkeypatch.setenv("NEON_CACHE", str(tmp_path))
-    edm.cache_path("http://127.0.0.1:9/net.pkl").write_text("mine")
+    neon.files.cache_path("http://127.0.0.1:9/net.pkl").write_text("mine")
     (tmp_path / "lock").mkdir()  # cannot be opened, as in a folder without permission to write
-    assert edm.fetch("http://127.0.0.1:9/net.pkl", "a network").read_text() == "mine"
+    assert neon.files.fetch("http://127.0.0.1:9/net.pkl", "a network").read_text() == "mine"
 
 
 def test_a_damaged_file_in_the_cache_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("NEON_CACHE", str(tmp_path))
-    edm.cache_path("http://127.0.0.1:9/net.pkl").write_text("mine")
-    with pytest.raises(edm.UserError, match="is damaged .*: delete it"):
-        edm.fetch("http://127.0.0.1:9/net.pkl", "a network", sha256_start="00")
+    neon.files.cache_path("http://127.0.0.1:9/net.pkl").write_text("mine")
+    with pytest.raises(neon.files.UserError, match="is damaged .*: delete it"):
+        neon.files.fetch("http://127.0.0.1:9/net.pkl", "a network", sha256_start="00")
 
 
 def test_the_check_sees_the_whole_file(server):
     seen = []
     server.answers["/net.pkl"] = sends(b"content" * 10**5)
-    edm.fetch(
+    neon.files.fetch(
         f"{server.url}/net.pkl", "a network", check=lambda path: seen.append(path.stat().st_size)
     )
     assert seen == [7 * 10**5]
@@ -1375,12 +1390,12 @@ def test_the_check_sees_the_whole_file(server):
 def test_orphans_of_a_killed_download_are_removed(server, tmp_path):
     server.answers["/net.pkl"] = sends(b"content")
     (tmp_path / "cache/.part-x").mkdir(parents=True)
-    path = edm.fetch(f"{server.url}/net.pkl", "a network")
+    path = neon.files.fetch(f"{server.url}/net.pkl", "a network")
     assert files_of(tmp_path / "cache") == [path.name]
 
 
 def fetch_in_child(url):
-    edm.fetch(url, "a network")
+    neon.files.fetch(url, "a network")
 
 
 def test_two_processes_download_once(server):
@@ -1401,18 +1416,18 @@ def test_without_locks_the_download_still_works(server, monkeypatch):
         raise OSError("no locks available")
 
     server.answers["/net.pkl"] = sends(b"content")
-    monkeypatch.setattr(edm.fcntl, "flock", fail)
-    assert edm.fetch(f"{server.url}/net.pkl", "a network").read_bytes() == b"content"
+    monkeypatch.setattr(fcntl, "flock", fail)
+    assert neon.files.fetch(f"{server.url}/net.pkl", "a network").read_bytes() == b"content"
 
 
 def test_a_path_is_used_as_it_is(tmp_path):
     (tmp_path / "net.pkl").touch()
-    assert edm.fetch(str(tmp_path / "net.pkl"), "a network") == tmp_path / "net.pkl"
+    assert neon.files.fetch(str(tmp_path / "net.pkl"), "a network") == tmp_path / "net.pkl"
 
 
 @pytest.mark.parametrize(
     "source", ["/nowhere/net.pkl", "ftp://host/net.pkl", "x" * 5000], ids=["path", "ftp", "long"]
 )
 def test_a_path_that_is_not_there_is_named(source):
-    with pytest.raises(edm.UserError, match="a network .*(does not exist|cannot be read)"):
-        edm.fetch(source, "a network")
+    with pytest.raises(neon.files.UserError, match="a network .*(does not exist|cannot be read)"):
+        neon.files.fetch(source, "a network")

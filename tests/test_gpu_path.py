@@ -9,6 +9,7 @@ import torch
 from edm_helpers import CIFAR as TINY
 from edm_helpers import NCSNPP as NCSN
 
+import adaptive_neon as neon
 import edm_neon as edm
 import neon_ext
 
@@ -39,7 +40,7 @@ def test_the_sampler_stays_on_its_device(options):
     labels = there(2, 10) if net.label_dim else None
     images = edm.edm_sampler(net, there(2, 3, 16, 16), labels, 3)
     assert images.device.type == "meta" and images.shape == (2, 3, 16, 16)
-    assert edm.to_pixels(images).to(torch.uint8).device.type == "meta"
+    assert neon.sampling.to_pixels(images).to(torch.uint8).device.type == "meta"
 
 
 @pytest.mark.parametrize("options", [{}, NCSN], ids=["ddpmpp", "ncsnpp"])
@@ -69,10 +70,10 @@ def compiled():
     """A sampler of the padded and compiled kind, and one of the plain kind."""
     torch._dynamo.reset()
     base = network()
-    model = edm.EdmModel(edm.PRESETS["cifar10"], edm.Config(device="cpu"))
-    processes = edm.Processes("cpu")
-    fast = edm.Sampler(model, base, processes, 2, 4, compiled=True)
-    plain = edm.Sampler(model, base, processes, 2, 4)
+    model = edm.EdmModel(edm.PRESETS["cifar10"], neon.config.Config(device="cpu"))
+    processes = neon.processes.Processes("cpu")
+    fast = neon.sampling.Sampler(model, base, processes, 2, 4, compiled=True)
+    plain = neon.sampling.Sampler(model, base, processes, 2, 4)
     fast.images(range(4))
     return fast, plain, base
 
@@ -100,12 +101,14 @@ def test_an_incomplete_batch_makes_no_new_graph(compiled):
 def test_rewritten_weights_reach_the_compiled_code_without_a_new_graph(compiled):
     fast, plain, base = compiled
     other = network(1)
-    owners = edm.partition_owners(fast.model, base, "paper")
+    owners = neon.blocks.partition_owners(fast.model, base, "paper")
     before = graphs()
     for w in (-1.0, 0.5):
         images = []
         for sampler in (fast, plain):
-            edm.Merger(base, other, owners, sampler).set(dict.fromkeys(("enc", "mid", "dec"), w))
+            neon.blocks.Merger(base, other, owners, sampler).set(
+                dict.fromkeys(("enc", "mid", "dec"), w)
+            )
             images.append(sampler.images(range(4))[0].int())
         assert (images[0] - images[1]).abs().max() <= 1
     assert graphs() == before
@@ -117,7 +120,7 @@ def test_gradients_pass_the_compiled_network(compiled):
     for sampler in (fast, plain):
         sampler.net.load_state_dict(base.state_dict())
         sampler.net.requires_grad_(True)
-        with edm.network_calls(sampler.net, "fp32", checkpointed=True):
+        with neon.sampling.network_calls(sampler.net, "fp32", checkpointed=True):
             images, _ = sampler.floats(range(2), 2)
         weight = sampler.net.model.map_layer0.weight
         grads.append(torch.autograd.grad(images.square().sum(), weight)[0])
@@ -135,7 +138,7 @@ def test_a_gradient_halves_its_batch_where_memory_ends():
             raise torch.OutOfMemoryError("no memory")
         return len(part)
 
-    parts = edm.halving(work, np.arange(8), 8, edm.Processes("cpu", world=1))
+    parts = neon.search.halving(work, np.arange(8), 8, neon.processes.Processes("cpu", world=1))
     assert sum(parts) == 8 and set(seen) == {8, 4, 2}
 
 
@@ -144,7 +147,7 @@ def test_one_image_that_does_not_fit_is_an_error():
         raise torch.OutOfMemoryError("no memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        edm.halving(work, np.arange(4), 4, edm.Processes("cpu"))
+        neon.search.halving(work, np.arange(4), 4, neon.processes.Processes("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,7 @@ def test_one_image_that_does_not_fit_is_an_error():
 def test_tf32_is_set_by_the_pass_not_by_history(precision, tf32):
     net = network()
     torch.backends.cuda.matmul.allow_tf32 = not tf32
-    with edm.network_calls(net, precision):
+    with neon.sampling.network_calls(net, precision):
         assert torch.backends.cuda.matmul.allow_tf32 is tf32
         assert torch.backends.cudnn.allow_tf32 is tf32
 
@@ -162,7 +165,7 @@ def test_half_precision_is_left_behind_after_the_pass():
     net = network()
     x, sigma = torch.randn(2, 3, 16, 16), torch.ones(2)
     exact = net(x, sigma)
-    with edm.network_calls(net, "bf16"):
+    with neon.sampling.network_calls(net, "bf16"):
         rough = net(x, sigma)
     assert torch.equal(net(x, sigma), exact)
     assert rough.dtype == torch.float32 and 0 < float((rough - exact).abs().max()) < 0.2

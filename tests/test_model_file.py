@@ -1,21 +1,28 @@
 """--model FILE.py: what is wrong with a file is one line; what is right goes through all stages."""
 
+import copy
+import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from edm_helpers import replace
 
+import adaptive_neon as neon
 import edm_neon as edm
+import neon_ext
 
 SCRIPT = Path(edm.__file__)
-ADAPTER = SCRIPT.parent / "adapters" / "flow_glyphs.py"
+ADAPTER = SCRIPT.parent / "examples" / "flow_glyphs.py"
 FOLDER = tempfile.TemporaryDirectory()
 REAL = Path(FOLDER.name) / "real.zip"
 SIZE = 8
@@ -79,10 +86,10 @@ def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
     (folder / "mine.py").write_text(GOOD)
     torch.manual_seed(0)
-    net = edm.FileModel(folder / "mine.py").file.create()
+    net = neon.modelfile.FileModel(folder / "mine.py").file.create()
     torch.save(net.state_dict(), folder / "base.pt")
     images = torch.randint(0, 255, (400, 1, SIZE, SIZE), dtype=torch.uint8)
-    edm.write_dataset(REAL, images, torch.arange(400) % 10)
+    neon.images.write_dataset(REAL, images, torch.arange(400) % 10)
     return folder
 
 
@@ -99,8 +106,8 @@ def write(tmp_path, changes="", name="mine.py"):
 
 def model_and_base(path, seed=0, **options):
     """A model file and a network of it with BatchNorm statistics of its own."""
-    model = edm.FileModel(path)
-    c = edm.Config(**{"out": path.parent, "device": "cpu", "precision": "fp32", **options})
+    model = neon.modelfile.FileModel(path)
+    c = neon.config.Config(**{"out": path.parent, "device": "cpu", "precision": "fp32", **options})
     torch.manual_seed(seed)
     net = model.file.create()
     for buffer in net.buffers():
@@ -425,7 +432,7 @@ def test_a_wrong_file_is_one_line(case, shared, out, tmp_path, capsys, settings_
     base = () if "--train-base" in options else ("--base", shared / "base.pt")
     path = write(tmp_path, changes)
     line = refused(capsys, *SHORT, "--model", path, *base, *options, "--out", out)
-    assert edm.re.search(message, line), line
+    assert re.search(message, line), line
 
 
 def test_a_missing_file_and_a_missing_base(tmp_path, capsys):
@@ -447,7 +454,9 @@ def test_a_relative_path_has_line_numbers_too(tmp_path, capsys, monkeypatch):
 
 def test_memory_errors_stay_what_they_are(tmp_path):
     """The gradient search halves its batch on them."""
-    model = edm.FileModel(write(tmp_path, sample_is("raise torch.OutOfMemoryError('full')")))
+    model = neon.modelfile.FileModel(
+        write(tmp_path, sample_is("raise torch.OutOfMemoryError('full')"))
+    )
     with pytest.raises(torch.OutOfMemoryError):
         model.sample(None, None, None, 1)
 
@@ -498,18 +507,20 @@ def test_other_networks_pass_the_start_check_and_come_back(changes, tmp_path):
     assert model.example.dtype == torch.uint8
     model.save(base, tmp_path / "network.safetensors", {"kimg": 1})
     again = model.load_like(base, tmp_path / "network.safetensors")
-    assert edm.weights_hash(again) == edm.weights_hash(base)
+    assert neon.keys.weights_hash(again) == neon.keys.weights_hash(base)
     assert not again.training
-    owners = edm.partition_owners(model, base, "layers")
-    assert len(owners) == len(edm.movable_parameters(base))
+    owners = neon.blocks.partition_owners(model, base, "layers")
+    assert len(owners) == len(neon.blocks.movable_parameters(base))
 
 
 def merged(path, w, **options):
     """The sampler's network of two networks of a file, merged with the weights w."""
     model, base, c = model_and_base(path, **options)
     _, aux, _ = model_and_base(path, seed=1)
-    sampler = edm.Sampler(model, base, edm.Processes("cpu"), 2, 20)
-    merger = edm.Merger(base, aux, edm.partition_owners(model, base, "paper"), sampler)
+    sampler = neon.sampling.Sampler(model, base, neon.processes.Processes("cpu"), 2, 20)
+    merger = neon.blocks.Merger(
+        base, aux, neon.blocks.partition_owners(model, base, "paper"), sampler
+    )
     return base, aux, merger.set(w), merger
 
 
@@ -533,26 +544,31 @@ def test_tied_parameters_have_one_owner(tmp_path):
 
 
 def test_layers_are_modules_and_weight_norm_stays_together(tmp_path):
-    model = edm.FileModel(write(tmp_path))
+    model = neon.modelfile.FileModel(write(tmp_path))
     assert model.layer("a.b.c.d.weight") == "a.b.c"
     assert model.layer("gain") == "gain"
     assert model.layer("head.parametrizations.weight.original0") == "head"
     assert model.layer("head.bias") == "head"
-    assert edm.FileModel(write(tmp_path, "\ndef layer(name):\n    return 'x'\n")).layer("a") == "x"
+    assert (
+        neon.modelfile.FileModel(write(tmp_path, "\ndef layer(name):\n    return 'x'\n")).layer("a")
+        == "x"
+    )
 
 
 def test_block_is_asked(tmp_path):
     model, base, _ = model_and_base(write(tmp_path))
-    owners = edm.partition_owners(model, base, "paper")
+    owners = neon.blocks.partition_owners(model, base, "paper")
     assert set(owners.values()) == {"in", "out"}
     assert owners["body.weight"] == "in" and owners["gain"] == "out"
 
 
 def test_half_precision_of_containers():
-    pair = edm.FileModel  # any class: only containers are opened
+    pair = neon.modelfile.FileModel  # any class: only containers are opened
     half = torch.ones(2, dtype=torch.bfloat16)
-    named = edm.NamedTuple("Out", [("x", torch.Tensor), ("n", int)])
-    out = edm.as_float32({"a": half, "b": [half, (half,)], "c": named(half, 3), "d": pair})
+    named = NamedTuple("Out", [("x", torch.Tensor), ("n", int)])  # noqa: UP014
+    out = neon.sampling.as_float32(
+        {"a": half, "b": [half, (half,)], "c": named(half, 3), "d": pair}
+    )
     assert out["a"].dtype == out["b"][0].dtype == out["b"][1][0].dtype == torch.float32
     assert out["c"].x.dtype == torch.float32 and out["c"].n == 3 and out["d"] is pair
 
@@ -561,9 +577,9 @@ def test_autocast_and_checkpointing_wrap_several_inputs(tmp_path):
     model, base, _ = model_and_base(
         write(tmp_path, sample_is("return net(z=noise, labels=labels)"))
     )
-    noise, labels = edm.draw_noise((4,), 10, range(3), "cpu")
+    noise, labels = neon.sampling.draw_noise((4,), 10, range(3), "cpu")
     exact = base(noise, labels).detach()
-    with edm.network_calls(base, "bf16", checkpointed=True):
+    with neon.sampling.network_calls(base, "bf16", checkpointed=True):
         images = model.sample(base, noise, labels, 1)
         images.sum().backward()
     assert images.dtype == torch.float32
@@ -583,32 +599,34 @@ class Pixels:
 
 def scorer_of(path, out, partition="layers", batch=12):
     model, base, c = model_and_base(path)
-    c = edm.dataclasses.replace(c, out=out, partition=partition)
+    c = dataclasses.replace(c, out=out, partition=partition)
     model.start_check(base, c, trained=True)
     torch.manual_seed(7)
-    aux = edm.copy.deepcopy(base)
-    for parameter in edm.movable_parameters(aux).values():
+    aux = copy.deepcopy(base)
+    for parameter in neon.blocks.movable_parameters(aux).values():
         parameter.data += 0.02 * torch.randn_like(parameter)
-    sampler = edm.Sampler(model, base, edm.Processes("cpu"), 2, batch)
-    merger = edm.Merger(base, aux, edm.partition_owners(model, base, partition), sampler)
+    sampler = neon.sampling.Sampler(model, base, neon.processes.Processes("cpu"), 2, batch)
+    merger = neon.blocks.Merger(
+        base, aux, neon.blocks.partition_owners(model, base, partition), sampler
+    )
     torch.manual_seed(3)
     real = torch.randn(200, 7).double() * 0.4
-    prepared = edm.neon_ext.FrechetReference(*edm.neon_ext.feature_moments(real), 200)
-    reference = edm.Reference(prepared, None, {}, "r")
-    judge = edm.Judge(Pixels(), reference, reference)
-    return edm.Scorer(merger, [judge], sampler, edm.ScoreLog(out), {}, 1, c)
+    prepared = neon_ext.FrechetReference(*neon_ext.feature_moments(real), 200)
+    reference = neon.judges.Reference(prepared, None, {}, "r")
+    judge = neon.judges.Judge(Pixels(), reference, reference)
+    return neon.scores.Scorer(merger, [judge], sampler, neon.scores.ScoreLog(out), {}, 1, c)
 
 
 @pytest.mark.parametrize("file", ["own", "adapter"])
 def test_the_gradient_over_layers_is_that_of_central_differences(file, tmp_path):
     path = write(tmp_path) if file == "own" else ADAPTER
     scorer = scorer_of(path, tmp_path)
-    seeds = edm.SeedSet("search", 500, 24)
+    seeds = neon.scores.SeedSet("search", 500, 24)
     w = {block: 0.3 * i - 0.5 for i, block in enumerate(scorer.merger.blocks)}
-    _, gradient = edm.distance_and_gradient(scorer, w, seeds, "fp32", rounding=False)
+    _, gradient = neon.search.distance_and_gradient(scorer, w, seeds, "fp32", rounding=False)
 
     def distance(w):
-        return edm.distance_and_gradient(scorer, w, seeds, "fp32", rounding=False)[0]
+        return neon.search.distance_and_gradient(scorer, w, seeds, "fp32", rounding=False)[0]
 
     scale = max(abs(value) for value in gradient.values())
     for block in w:
@@ -620,9 +638,9 @@ def test_the_gradient_over_layers_is_that_of_central_differences(file, tmp_path)
 
 # ---------------------------------------------------------------- keys
 def test_the_identity_is_the_content(tmp_path):
-    first = edm.FileModel(write(tmp_path)).identity
-    assert edm.FileModel(write(tmp_path, name="renamed.py")).identity == first
-    assert edm.FileModel(write(tmp_path, "# a comment\n")).identity != first
+    first = neon.modelfile.FileModel(write(tmp_path)).identity
+    assert neon.modelfile.FileModel(write(tmp_path, name="renamed.py")).identity == first
+    assert neon.modelfile.FileModel(write(tmp_path, "# a comment\n")).identity != first
 
 
 def test_the_identity_has_modules_beside_the_file(tmp_path):
@@ -631,7 +649,7 @@ def test_the_identity_has_modules_beside_the_file(tmp_path):
         folder = tmp_path / str(i)
         folder.mkdir()
         (folder / "beside_it.py").write_text(text)
-        found.append(edm.FileModel(write(folder, "\nimport beside_it\n")).identity)
+        found.append(neon.modelfile.FileModel(write(folder, "\nimport beside_it\n")).identity)
         sys.modules.pop("beside_it")
         sys.path.remove(str(folder))
     assert found[0] != found[1]
@@ -654,11 +672,11 @@ def test_the_identity_has_the_base_and_networks_that_the_file_holds(shared, tmp_
 def test_a_folder_is_hashed_by_content(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").write_text("1")
-    first = edm.content_hash(tmp_path / "a")
+    first = neon.keys.content_hash(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert edm.content_hash(tmp_path / "b") == first
+    assert neon.keys.content_hash(tmp_path / "b") == first
     (tmp_path / "b" / "x").write_text("2")
-    assert edm.content_hash(tmp_path / "b") != first
+    assert neon.keys.content_hash(tmp_path / "b") != first
 
 
 # ---------------------------------------------------------------- training
@@ -668,12 +686,12 @@ def test_a_trained_base_has_the_statistics_of_batchnorm(tmp_path):
         torch.randint(0, 255, (64, 1, SIZE, SIZE), dtype=torch.uint8),
         torch.arange(64) % 10,
     )
-    recipe = edm.Recipe("base", batch=16, lr=1e-3, ramp_kimg=0, ema_kimg=0.01, seed=0)
+    recipe = neon.train.Recipe("base", batch=16, lr=1e-3, ramp_kimg=0, ema_kimg=0.01, seed=0)
     saved = []
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    edm.train(
-        model, net, images, labels, recipe, edm.Processes("cpu"), tmp_path / "s.pt", [0.1],
-        lambda ema, kimg: saved.append(edm.copy.deepcopy(ema)),
+    neon.train.train(
+        model, net, images, labels, recipe, neon.processes.Processes("cpu"), tmp_path / "s.pt", [0.1],
+        lambda ema, kimg: saved.append(copy.deepcopy(ema)),
     )  # fmt: skip
     ema = saved[0]
     assert torch.equal(ema.norm.running_var, net.norm.running_var)
@@ -685,7 +703,7 @@ def test_a_trained_base_has_the_statistics_of_batchnorm(tmp_path):
 def test_a_model_without_classes_trains_without_labels(tmp_path):
     path = write(tmp_path, "\nCLASSES = 0\n" + loss_is("assert labels is None\n    return x"))
     x = torch.ones(2)
-    assert edm.FileModel(path).loss(None, x, torch.tensor([3, 1])) is x
+    assert neon.modelfile.FileModel(path).loss(None, x, torch.tensor([3, 1])) is x
 
 
 def test_encode_is_repeatable_and_keeps_no_graph(tmp_path):
@@ -695,11 +713,11 @@ def test_encode_is_repeatable_and_keeps_no_graph(tmp_path):
         "def encode(images):\n"
         "    return W * images / 127.5 - 1 + torch.randn(len(images), 1, 1, 1)\n",
     )
-    model = edm.FileModel(path)
+    model = neon.modelfile.FileModel(path)
     images = torch.zeros(300, 1, SIZE, SIZE, dtype=torch.uint8)
-    first, second = (edm.encode_once(model, images, "cpu", 3) for _ in range(2))
+    first, second = (neon.train.encode_once(model, images, "cpu", 3) for _ in range(2))
     assert torch.equal(first, second) and not first.requires_grad and len(first) == 300
-    assert not torch.equal(first, edm.encode_once(model, images, "cpu", 4))
+    assert not torch.equal(first, neon.train.encode_once(model, images, "cpu", 4))
 
 
 # ---------------------------------------------------------------- whole runs
@@ -710,8 +728,8 @@ def run(*argv):
 def results(folder):
     """What a run found, without times."""
     entry = json.loads((folder / "summary.json").read_text())["snapshots"]
-    text = edm.re.sub(r'"seconds": [^,}]*', "", json.dumps(entry))
-    return json.loads(edm.re.sub(r", }", "}", edm.re.sub(r", ,", ",", text)))
+    text = re.sub(r'"seconds": [^,}]*', "", json.dumps(entry))
+    return json.loads(re.sub(r", }", "}", re.sub(r", ,", ",", text)))
 
 
 RUN = ("--train-base", "1", "--base-lr", "0.01", "--lr", "0.003")
@@ -730,7 +748,7 @@ def test_a_run_from_base_to_report(out, tmp_path):
 
     # What is saved is the best network by the selection seeds, and load() reads it.
     best = min((entry[name]["fd"], name) for name in entry["final"])[1]
-    model = edm.FileModel(path)
+    model = neon.modelfile.FileModel(path)
     repaired = model.read(out / "adaptive-neon-000001")
     (base_path,) = out.glob("base-*.safetensors")
     (aux_path,) = out.glob("self-*/network-snapshot-000001.safetensors")
@@ -749,10 +767,10 @@ def test_a_run_from_base_to_report(out, tmp_path):
 
 
 def test_aux_of_ours_and_aux_that_load_reads_are_the_same(shared, out, tmp_path):
-    model = edm.FileModel(shared / "mine.py")
+    model = neon.modelfile.FileModel(shared / "mine.py")
     base = model.load(shared / "base.pt")
-    aux = edm.copy.deepcopy(base)
-    for parameter in edm.movable_parameters(aux).values():
+    aux = copy.deepcopy(base)
+    for parameter in neon.blocks.movable_parameters(aux).values():
         parameter.data += 0.05
     torch.save(aux.state_dict(), tmp_path / "aux.pt")
     model.save(aux, tmp_path / "aux.safetensors", {})
@@ -771,10 +789,10 @@ def test_safetensors_of_others_go_to_load(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"theirs": torch.ones(2)}, tmp_path / "x.safetensors")
-    assert edm.own_snapshot(tmp_path / "x.safetensors") is None
+    assert neon.modelfile.own_snapshot(tmp_path / "x.safetensors") is None
     path = write(tmp_path, "\ndef load(path):\n    raise ValueError('mine to read')\n")
-    with pytest.raises(edm.UserError, match="mine to read"):
-        edm.FileModel(path).load_like(None, tmp_path / "x.safetensors")
+    with pytest.raises(neon.files.UserError, match="mine to read"):
+        neon.modelfile.FileModel(path).load_like(None, tmp_path / "x.safetensors")
 
 
 def test_a_snapshot_of_another_network_is_refused(tmp_path):
@@ -782,7 +800,7 @@ def test_a_snapshot_of_another_network_is_refused(tmp_path):
     base.head = torch.nn.Linear(16, 3)
     model.save(base, tmp_path / "x.safetensors", {})
     _, other, _ = model_and_base(write(tmp_path))
-    with pytest.raises(edm.UserError, match=r"head.weight has shape \(3, 16\)"):
+    with pytest.raises(neon.files.UserError, match=r"head.weight has shape \(3, 16\)"):
         model.load_like(other, tmp_path / "x.safetensors")
 
 
@@ -801,7 +819,7 @@ def test_features_of_ones_own(shared, out, tmp_path):
 def test_features_keep_a_graph_only_for_images_that_need_one(tmp_path):
     net = "\nF = nn.Linear(64, 5)\ndef features(images):\n    return F(images.flatten(1) / 128)\n"
     images = torch.rand(4, 1, SIZE, SIZE) * 255
-    features = edm.FileFeatures(edm.FileModel(write(tmp_path, net)), images)
+    features = neon.features.FileFeatures(neon.modelfile.FileModel(write(tmp_path, net)), images)
     assert not features(images).requires_grad
     assert features(images.requires_grad_()).requires_grad
     with torch.no_grad():
@@ -815,7 +833,7 @@ def test_a_kill_after_any_write_changes_nothing(shared, tmp_path, monkeypatch):
 
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     run(*options, "--out", straight)
-    real = edm.write_atomically
+    real = neon.files.write_atomically
     kills = 0
 
     def write_and_die(path, content):
@@ -824,7 +842,7 @@ def test_a_kill_after_any_write_changes_nothing(shared, tmp_path, monkeypatch):
         if not known and path.suffix != ".png":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(edm, "write_atomically", write_and_die)
+    replace(monkeypatch, "write_atomically", write_and_die)
     for _ in range(40):
         try:
             run(*options, "--out", killed)
@@ -865,11 +883,11 @@ def test_two_ranks_find_what_one_finds(shared, out, tmp_path):
 # ---------------------------------------------------------------- the example
 def test_the_example_names_every_layer(tmp_path):
     model, base, _ = model_and_base(ADAPTER)
-    blocks = edm.partition_owners(model, base, "paper")
-    layers = edm.partition_owners(model, base, "layers")
+    blocks = neon.blocks.partition_owners(model, base, "paper")
+    layers = neon.blocks.partition_owners(model, base, "layers")
     assert set(blocks.values()) == {"enc", "mid", "dec"}
     assert set(layers.values()) == {"embeddings", *(f"block {i}" for i in range(4)), "output"}
-    assert len(edm.block_order(layers)) == 6
+    assert len(neon.blocks.block_order(layers)) == 6
 
 
 def test_the_example_keeps_the_seams_promises(tmp_path):
@@ -877,13 +895,15 @@ def test_the_example_keeps_the_seams_promises(tmp_path):
     model.start_check(base, c, trained=False)
     assert tuple(model.image_shape(base)) == model.file.SHAPE
     model.save(base, tmp_path / "x.safetensors", {})
-    assert edm.weights_hash(model.load(tmp_path / "x.safetensors")) == edm.weights_hash(base)
+    assert neon.keys.weights_hash(model.load(tmp_path / "x.safetensors")) == neon.keys.weights_hash(
+        base
+    )
 
 
 def test_the_example_flows_along_its_velocity(tmp_path):
     """Euler steps of a constant velocity end in noise + velocity; the loss is zero for a network
     that knows the velocity."""
-    model = edm.FileModel(ADAPTER)
+    model = neon.modelfile.FileModel(ADAPTER)
     noise = torch.randn(3, *model.file.SHAPE)
     images = model.file.sample(lambda x, t, labels: torch.ones_like(x), noise, None, 5)
     torch.testing.assert_close(images, noise + 1)

@@ -32,6 +32,12 @@ import safetensors
 import safetensors.torch
 import torch
 
+from .files import UserError, printable
+from .keys import key_of
+from .modelfile import FileModel
+
+NETWORKS = (".pkl", ".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # files, not names on a hub
+
 # Raised whenever the same folder would give other images or another loss: cached results are then
 # made again.
 VERSION = 1
@@ -819,3 +825,56 @@ def hash_files(files):
                 content.update(chunk)
         total.update(content.digest())
     return total.hexdigest()
+
+
+class DiffusersModel(FileModel):
+    """A pipeline of Hugging Face diffusers as --base."""
+
+    def __init__(self, c):
+        self.path = Path(c.base)
+        try:
+            self.path = Path(resolve(c.base))
+            self.file = DiffusersPipeline(self.path, c.guidance)
+            self.file.to(c.device)
+            self.content = key_of(self.file.identity())
+        except (ValueError, OSError) as error:
+            raise UserError(self.one_line(f"--base {printable(c.base)}", error)) from error
+        self.encodes = self.file.vae is not None
+
+    def fetch(self, source, what):
+        if source != str(self.path) and not Path(source).exists():
+            try:
+                return Path(resolve(source))
+            except (ValueError, OSError) as error:
+                raise UserError(f"{what} {source}: {printable(error, 400)}") from error
+        return Path(source)
+
+    def call(self, name, *args):
+        """The adapter says in words of its own what is wrong with a folder."""
+        try:
+            return getattr(self.file, name)(*args)
+        except (ValueError, OSError) as error:
+            raise UserError(self.one_line(self.path, error)) from error
+
+    def one_line(self, place, error):
+        """The adapter's text, which mostly begins with the place itself."""
+        text = printable(error, 400)
+        return text if str(self.path) in text else f"{place}: {text}"
+
+    def load(self, path):
+        return self.read(path)
+
+    def read(self, path):
+        return self.checked_network(self.call("load", path), "load")
+
+    def export(self, net, path, recipe):
+        plain = copy.deepcopy(net).cpu()
+        vars(plain).pop("forward", None)  # the compiled one
+        self.call("save", plain, path, recipe)
+
+
+def is_pipeline(source):
+    """A folder of diffusers, or a name on its hub."""
+    if Path(source).exists():
+        return (Path(source) / "model_index.json").is_file()
+    return re.fullmatch(r"[\w-]+/[\w.-]+", source) is not None and not source.endswith(NETWORKS)

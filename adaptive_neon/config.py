@@ -1,0 +1,237 @@
+"""The configuration: every field is an option."""
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .features import INCEPTION
+from .search import MAX_POINTS
+from .stats import FOLDS
+
+
+class Preset:
+    """Data, features and defaults that belong together."""
+
+    name = ""
+    defaults: dict = {}
+    threads = 0  # CPU threads of one batch; 0: all
+    small = False  # networks that need no more than a CPU's caches
+    streams: dict = {}  # of real images that are drawn here; the numbers that seed them
+    bases: dict = {}  # {name of --base: address}
+    statistics = ""  # address of the real data's, without --data and --ref
+    origin = ""  # of these statistics, in words
+
+    def model(self, c):
+        """The built-in model."""
+        raise NotImplementedError
+
+    def untrained(self):
+        """A network of the size that --base names, before it is downloaded."""
+        raise NotImplementedError
+
+    def real_images(self, c):
+        """RealData, or None without --data."""
+        raise NotImplementedError
+
+    def judges(self, c):
+        """{name: function that gives the features} of the judges that only this preset has."""
+        return {}
+
+    def features(self, c):
+        """The feature network that decides."""
+        raise NotImplementedError
+
+
+def numbers(text, kind=float):
+    """Different numbers in increasing order, from text separated by commas."""
+    try:
+        values = tuple(sorted({kind(part) for part in text.split(",")}))
+    except ValueError:
+        values = ()
+    if not values or not all(math.isfinite(value) for value in values):
+        raise argparse.ArgumentTypeError(f"give numbers separated by commas, not {text!r}")
+    return values
+
+
+def integers(text):
+    return numbers(text, int)
+
+
+def sweep_values(text):
+    """start:stop:step -> the values, both ends included."""
+    try:
+        start, stop, step = (float(part) for part in text.split(":"))
+        points = (stop - start) / step if step > 0 else math.inf
+    except ValueError:
+        points = math.inf
+    if not 0 <= points < MAX_POINTS:
+        raise argparse.ArgumentTypeError(f"give start:stop:step with a positive step, not {text!r}")
+    return tuple(np.arange(start, stop + step / 2, step).round(6).tolist())
+
+
+def read_partition(text):
+    """The name of a partition, or the content of a JSON file {glob: block}, both strings."""
+    if text in ("paper", "structural", "layers"):
+        return text
+    message = f"{text} is not paper, structural, layers or a JSON file {{glob: block}}"
+    try:
+        table = json.loads(Path(text).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise argparse.ArgumentTypeError(message) from None
+    if not isinstance(table, dict) or not all(isinstance(block, str) for block in table.values()):
+        raise argparse.ArgumentTypeError(f"{message}: its blocks must be strings")
+    return table
+
+
+def judge_name(text):
+    """One --judge or --select-with; they add up."""
+    return (text,)
+
+
+def option(default, text, kind=None, choices=None, low=-math.inf, high=math.inf):
+    """A field of Config. kind: from the option's text to its value; low, high: allowed range of
+    each number."""
+    kind = kind or type(default)
+    metadata = {"help": text, "kind": kind, "choices": choices, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
+
+GPU = torch.cuda.is_available()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """--select-images 2000 sets select_images. Defaults: NEON's for CIFAR-10, at the paper's batch
+    of 64 (snapshots 550, 1051, 1551, ... are multiples of 782 x 64 images). kimg: 1000 images."""
+
+    # What is studied
+    preset: str = option("cifar10", "data, features and defaults", choices=("cifar10", "glyphs"))
+    model: str = option("", "Python file of a model of your own (see adapters/)")
+    base: str = option(
+        "", "cond, uncond, a path or URL (.pkl of EDM, .safetensors of this program)"
+    )
+    aux: str = option("", "existing self-trained network, or a folder of network-snapshot-*")
+    data: str = option("", "real images: EDM dataset zip or folder")
+    ref: str = option("", "npz with mu and sigma of the real features, path or URL, or cifar10")
+    partition: str = option(
+        "paper", "paper, structural, layers, or JSON file {glob: block}", read_partition
+    )
+
+    # Training: the base, if it is trained here, and the self-training
+    snapshot: tuple = option(
+        (1551,), "self-training lengths in kimg, by commas", integers, low=1, high=1e8
+    )
+    train_base: float = option(
+        0.0, "train the base from scratch for this many kimg", low=0, high=1e8
+    )
+    base_lr: float = option(1e-3, "learning rate of --train-base", low=0, high=1e3)
+    synthetic: int = option(6000, "images in the synthetic set", low=2 * FOLDS, high=1e8)
+    batch: int = option(64, "training batch", low=1, high=1e6)
+    lr: float = option(1e-4, "self-training learning rate", low=0, high=1e3)
+    ramp_kimg: float = option(
+        10_000.0, "the learning rate grows linearly over this", low=0, high=1e9
+    )
+    ema_kimg: float = option(500.0, "half-life of the weight average", low=0, high=1e9)
+    dropout: float = option(0.13, "in training, of EDM's networks", low=0, high=0.99)
+    augment: float = option(0.12, "probability of EDM's augmentations; 0: none", low=0, high=1)
+    train_precision: str = option("fp32", "of training", choices=("fp32", "tf32", "bf16"))
+    seed: int = option(0, "of training", low=0, high=2**32)
+    training_seeds: int = option(
+        1, "repeat base and self-training with this many seeds", low=1, high=1000
+    )
+
+    # Sampling
+    steps: int = option(18, "sampler steps", low=1, high=10_000)
+    labels: str = option(
+        "balanced",
+        "classes of the sampled images: equal shares, less noise in every score, or EDM's draws",
+        choices=("balanced", "random"),
+    )
+    guidance: float = option(1.0, "classifier-free, of diffusers' DiT; 1: none", low=1, high=1e3)
+    sample_batch: int = option(256, "images sampled at once", low=1, high=1e6)
+    precision: str = option("tf32" if GPU else "fp32", "of sampling", choices=PRECISIONS)
+    confirm_precision: str = option(
+        "", "of the final comparison, default --precision", choices=PRECISIONS
+    )
+    device: str = option("cuda" if GPU else "cpu", "where", choices=("cuda", "cpu"))
+    threads: int = option(
+        0, "CPU threads of one batch; 0: 1 for small presets, else all", low=0, high=1024
+    )
+
+    # Scoring
+    select_images: int = option(
+        10_000, "images per score of the selection", low=2 * FOLDS, high=1e8
+    )
+    final_images: int = option(
+        50_000, "images per score of the final comparison", low=2 * FOLDS, high=1e8
+    )
+    final_repeats: int = option(1, "disjoint sets of final seeds", low=1, high=1000)
+    protocol: str = option(
+        "disjoint",
+        "paper: 2,000 seeds, trained on, random labels",
+        choices=("disjoint", "paper"),
+    )
+    detector: str = option(INCEPTION, "Inception weights (PyTorch port)")
+    judge: tuple = option(
+        (),
+        "one more feature network of the final comparison, repeatable: random-conv, pixels, "
+        "FILE.py with features(images), classifier-2 and mlp of glyphs, or none",
+        judge_name,
+    )
+    select_with: tuple = option(
+        (),
+        "select in the usual features joined with this network's, one of the names or files of "
+        "--judge; repeatable",
+        judge_name,
+    )
+
+    # Search over the block weights
+    grid: tuple = option(
+        (0.75, 1.0, 1.25), "weights of the grid, for every block", numbers, low=-1e6, high=1e6
+    )
+    grid_enc: tuple = option((), "other weights for the encoder", numbers, low=-1e6, high=1e6)
+    grid_mid: tuple = option((), "other weights for the middle", numbers, low=-1e6, high=1e6)
+    grid_dec: tuple = option((), "other weights for the decoder", numbers, low=-1e6, high=1e6)
+    sweep: tuple = option(
+        (), "also these global weights, start:stop:step", sweep_values, low=-1e6, high=1e6
+    )
+    race: bool = option(False, "drop grid points that are surely worse after a fifth of the seeds")
+    placebo: int = option(
+        0, "this many random partitions go through the same grid", low=0, high=1000
+    )
+    search: str = option(
+        "",
+        "after the grid; gradient scales to layers",
+        choices=("cobyqa", "coordinate", "gradient"),
+    )
+    search_partition: str = option(
+        "",
+        "blocks of the search, default --partition: layers beside a grid over three blocks",
+        read_partition,
+    )
+    evaluations: int = option(
+        12,
+        "of the search: scores, or gradients of --search gradient",
+        low=1,
+        high=100_000,
+    )
+    bounds: tuple = option((-2.0, 6.0), "of the search, low,high", numbers, low=-1e6, high=1e6)
+
+    # The run
+    out: Path = option(None, "folder of the results, default runs/<preset>", Path)
+    export_pt: bool = option(False, "also the merged weights as a plain state dict")
+    plan: bool = option(False, "print blocks, drift and a time estimate, then stop")
+    yes: bool = option(False, "run even if it takes very long")
+
+    def grid_of(self, block):
+        """The grid's weights for one block."""
+        own = {"enc": self.grid_enc, "mid": self.grid_mid, "dec": self.grid_dec}
+        return own.get(block) or self.grid

@@ -1,0 +1,247 @@
+"""Feature networks: what a distance between images is measured in."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import neon_ext
+
+from .files import UserError, reading, reason_of
+from .keys import key_of, tensor_hash, weights_hash
+from .pickles import checked_torch_load
+
+INCEPTION = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
+
+
+class InceptionFeatures(nn.Module):
+    """Inception-v3 of the FID graph: uint8 [N, 3, H, W] (or float in [0, 255]) -> pool [N, 2048]
+    float32. path: the public PyTorch port of its weights (pt_inception-2015-12-05). TF1-style
+    resize to 299 and (v - 128) / 128: comparable with EDM's FID. Batch normalisation is folded into
+    the convolutions."""
+
+    dim = 2048
+    score = "FID"
+    kind = "inception"
+    # Chains of convolutions side by side: name of the chain, its length; then a pooled branch.
+    MIXED = {
+        "5b": {"1x1": 1, "5x5": 2, "3x3dbl": 3},
+        "5c": {"1x1": 1, "5x5": 2, "3x3dbl": 3},
+        "5d": {"1x1": 1, "5x5": 2, "3x3dbl": 3},
+        "6a": {"3x3": 1, "3x3dbl": 3},
+        "6b": {"1x1": 1, "7x7": 3, "7x7dbl": 5},
+        "6c": {"1x1": 1, "7x7": 3, "7x7dbl": 5},
+        "6d": {"1x1": 1, "7x7": 3, "7x7dbl": 5},
+        "6e": {"1x1": 1, "7x7": 3, "7x7dbl": 5},
+        "7a": {"3x3": 2, "7x7x3": 4},
+        "7b": {"1x1": 1, "3x3": 2, "3x3dbl": 3},
+        "7c": {"1x1": 1, "3x3": 2, "3x3dbl": 3},
+    }
+
+    def __init__(self, path):
+        super().__init__()
+        with reading(f"{path} is not the PyTorch port of the FID Inception"):
+            weights = checked_torch_load(path)
+            for key in [key for key in weights if key.endswith(".conv.weight")]:
+                name = key.removesuffix(".conv.weight").replace(".", "_")
+                bn = key.replace("conv.weight", "bn.")
+                scale = (
+                    weights[f"{bn}weight"].double()
+                    / (weights[f"{bn}running_var"].double() + 1e-3).sqrt()
+                )
+                bias = weights[f"{bn}bias"].double() - weights[f"{bn}running_mean"].double() * scale
+                self.register_buffer(
+                    name, (weights[key].double() * scale.view(-1, 1, 1, 1)).float()
+                )
+                self.register_buffer(f"{name}_bias", bias.float())
+            try:
+                self(torch.zeros(1, 3, 8, 8))  # every layer is there and fits
+            except AttributeError as error:
+                raise KeyError(str(error)) from error
+        self.name = f"inception-{weights_hash(self)[:8]}-tf1"
+        self.identity = weights_hash(self)
+
+    def conv(self, x, name, stride=1, padding=None):
+        """Convolution and ReLU; by default stride 1 keeps the size and stride 2 is unpadded."""
+        weight, bias = getattr(self, name), getattr(self, f"{name}_bias")
+        if padding is None:
+            padding = [k // 2 for k in weight.shape[2:]] if stride == 1 else 0
+        return F.relu(F.conv2d(x, weight, bias, stride, padding))
+
+    def mixed(self, x, block):
+        stride = 2 if block in ("6a", "7a") else 1
+        outs = []
+        for branch, length in self.MIXED[block].items():
+            prefix = f"Mixed_{block}_branch{branch}"
+            h = x
+            for i in range(1, length):
+                h = self.conv(h, f"{prefix}_{i}")
+            last = f"{prefix}_{length}" if length > 1 else prefix
+            # These chains end in two convolutions side by side.
+            split = block in ("7b", "7c") and length > 1
+            for end in ("a", "b") if split else ("",):
+                outs.append(self.conv(h, last + end, stride))
+
+        if stride == 2:
+            return torch.cat([*outs, F.max_pool2d(x, 3, 2)], 1)
+        if block == "7c":
+            pooled = F.max_pool2d(x, 3, 1, 1)
+        else:
+            pooled = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        return torch.cat([*outs, self.conv(pooled, f"Mixed_{block}_branch_pool")], 1)
+
+    @staticmethod
+    def resize(x, size=299):
+        """TensorFlow 1's bilinear: source coordinate j * W / 299, no half-pixel shift; x, then y;
+        float32."""
+        for axis in (3, 2):
+            n = x.shape[axis]
+            at = torch.arange(size, dtype=torch.float32, device=x.device) * (n / size)
+            low = at.floor().long().clamp_max(n - 1)
+            part = (at - low).view([size if a == axis else 1 for a in range(4)])
+            first = x.index_select(axis, low)
+            x = first + (x.index_select(axis, (low + 1).clamp_max(n - 1)) - first) * part
+        return x
+
+    def forward(self, images):
+        x = (self.resize(images.float()) - 128).expand(-1, 3, -1, -1) / 128
+        x = self.conv(x, "Conv2d_1a_3x3", 2)
+        x = self.conv(x, "Conv2d_2a_3x3", padding=0)
+        x = F.max_pool2d(self.conv(x, "Conv2d_2b_3x3"), 3, 2)
+        x = self.conv(x, "Conv2d_3b_1x1")
+        x = F.max_pool2d(self.conv(x, "Conv2d_4a_3x3", padding=0), 3, 2)
+        for block in self.MIXED:
+            x = self.mixed(x, block)
+        return x.mean((2, 3))
+
+
+class RandomConvFeatures(nn.Module):
+    """Convolutions with random weights from a fixed seed: uint8 [N, C, H, W] -> [N, 64]."""
+
+    dim = 64
+    name = kind = "random-conv"
+    score = "FD (random convolutions, 64-d)"
+
+    def __init__(self, channels):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(20_06)
+            layers = []
+            for c_in, c_out, stride in ((channels, 32, 1), (32, 64, 2), (64, 64, 2)):
+                layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.ReLU()]
+                nn.init.kaiming_normal_(layers[-2].weight)
+            self.body = nn.Sequential(*layers)
+        self.eval().requires_grad_(False)
+        self.identity = key_of(str(self.body), weights_hash(self))
+
+    def forward(self, images):
+        return self.body(images.float() / 127.5 - 1).mean((2, 3))
+
+
+class PixelFeatures(nn.Module):
+    """Pixels, in the leading principal components of real images: uint8 [N, C, H, W] -> [N, 32] or
+    fewer. images: uint8 [N, C, H, W] that no score compares with. Sides above 16 are averaged down
+    to it."""
+
+    name = kind = "pixels"
+
+    def __init__(self, images, most=32, side=16):
+        super().__init__()
+        self.side = (min(images.shape[2], side), min(images.shape[3], side))
+        x = torch.cat([self.vectors(part).double() for part in images.split(1000)])  # [N, P]
+        mean, cov = neon_ext.feature_moments(x)
+        _, vectors = torch.linalg.eigh(cov)  # in ascending order
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("components", vectors[:, -most:].float())
+        self.dim = self.components.shape[1]
+        self.score = f"FD (pixels, {self.dim} principal components)"
+        self.identity = weights_hash(self)
+
+    def vectors(self, images):
+        return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, self.side).flatten(1)
+
+    def forward(self, images):
+        return (self.vectors(images) - self.mean) @ self.components
+
+
+class FileFeatures:
+    """features(images) of a model file: uint8-valued [N, C, H, W] -> [N, D]."""
+
+    def __init__(self, model, example):
+        found = model.call("features", example)
+        if not isinstance(found, torch.Tensor) or found.ndim != 2 or len(found) != len(example):
+            raise UserError(f"{model.path}: features() must give a tensor [{len(example)}, D]")
+        if not found.is_floating_point() or not found.isfinite().all():
+            raise UserError(f"{model.path}: features() must give finite floating-point numbers")
+        self.model, self.dim = model, found.shape[1]
+        self.kind = self.name = f"{model.path.stem}-{self.dim}"
+        self.score = f"FD (features of {model.path.name}, {self.dim}-d)"
+        self.identity = model.identity
+
+    def __call__(self, images):
+        # No graph of the feature network's own parameters, in worker threads neither.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+            found = self.model.call("features", images)
+        if found.shape != (len(images), self.dim) or found.device != images.device:
+            raise UserError(
+                f"{self.model.path}: features() of {len(images)} images on {images.device} gave "
+                f"{list(found.shape)} on {found.device}, not [{len(images)}, {self.dim}] there"
+            )
+        if not found.isfinite().all():
+            raise UserError(f"{self.model.path}: features() are not finite for some images")
+        return found
+
+    def to(self, device):
+        return self
+
+
+class JointFeatures:
+    """Several feature networks as one: their features side by side, each network's scaled to the
+    same total variance over real images, so that their units do not matter; the mean variance of
+    a feature is 1. images: uint8 [N, C, H, W] that no score compares with."""
+
+    def __init__(self, parts, images, device):
+        self.parts = parts
+        self.dim = sum(part.dim for part in parts)
+        self.scales = []
+        for part in parts:
+            found = features_of_images(images, part, device)
+            variance = float(found.double().var(0).sum())
+            if variance == 0:
+                raise UserError(f"the features {part.name} are the same for all real images")
+            self.scales.append((self.dim / len(parts) / variance) ** 0.5)
+        self.name = self.kind = "+".join(part.name for part in parts)
+        self.score = f"FD ({self.name}, {self.dim}-d)"
+        self.identity = key_of([part.identity for part in parts], tensor_hash(images))
+
+    def __call__(self, images):
+        found = [part(images) * scale for part, scale in zip(self.parts, self.scales, strict=True)]
+        return torch.cat(found, 1)
+
+
+def check_differentiable(features, images, what):
+    """Of a gradient search: joined with others, features without a gradient would be left out of
+    the sum without a word. images: uint8-valued [N, C, H, W]; what: their name in the message."""
+    with torch.enable_grad():
+        pixels = images.detach().float().requires_grad_(True)
+        size = features(pixels).double().square().sum()
+        gradient = None
+        try:
+            if size.requires_grad:
+                (gradient,) = torch.autograd.grad(size, pixels, allow_unused=True)
+        except RuntimeError as error:
+            raise UserError(
+                f"--search gradient: the gradient through {what} fails: {reason_of(error)}"
+            ) from error
+    if gradient is None or not gradient.any() or not gradient.isfinite().all():
+        raise UserError(
+            f"--search gradient: no gradient comes through {what}, or one that is not finite"
+        )
+
+
+@torch.no_grad()
+def features_of_images(images, features, device):
+    """Features [N, D] of uint8 images [N, C, H, W]."""
+    return torch.cat([features(part.to(device)) for part in images.split(256)])

@@ -1,0 +1,252 @@
+"""What is wrong with input, in one line; files that are whole or not there; downloads."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import http.client
+import os
+import pickle
+import re
+import shutil
+import socket
+import struct
+import sys
+import tempfile
+import urllib.parse
+import zipfile
+import zlib
+from functools import partial
+from pathlib import Path
+
+import PIL.Image
+import safetensors
+import torch
+
+
+class UserError(Exception):
+    """Something the user can mend: printed as one line, exit code 2."""
+
+
+MOST_BYTES = 8 << 30  # of a file
+
+
+class Refused(ValueError):
+    """What is wrong with a file, in words for its owner; reading() adds which file it is."""
+
+
+# What libraries raise for files that are not as they should be. NameError, AttributeError and
+# AssertionError are faults of this program and stay tracebacks.
+FILE_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    EOFError,
+    MemoryError,
+    RuntimeError,  # torch, nesting, encrypted zip entries
+    SyntaxError,  # PIL, for a broken PNG
+    pickle.PickleError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    http.client.HTTPException,
+    safetensors.SafetensorError,
+    PIL.Image.DecompressionBombError,
+)
+
+
+SILENCE = 30  # seconds without a byte that end a download
+
+
+def printable(text, most=100):
+    """Text of a file or a server for a message: one line, cut off, control characters escaped."""
+    text = str(text)[: most + 1]
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def reason_of(error):
+    """The first line of an error: our own words as they are, those of a library with its type."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, (Refused, UserError)):
+        return printable(line, 500)
+    return f"{type(error).__name__}: {printable(line)}"
+
+
+@contextlib.contextmanager
+def reading(what):
+    """Whatever is wrong with a file ends in one line that begins with `what`; the cause is kept."""
+    try:
+        yield
+    except FILE_ERRORS as error:
+        raise UserError(f"{what} ({reason_of(error)})") from error
+
+
+def file_bytes(path):
+    """The content of a regular file that can be a network's: a pipe would never end."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is no file")
+    if path.stat().st_size > MOST_BYTES:
+        raise Refused(f"it is larger than {MOST_BYTES >> 30} GB")
+    return path.read_bytes()
+
+
+def write_atomically(path, write):
+    """Text, or what write(temporary path) leaves, then rename: either the old or the new."""
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
+        part = Path(folder) / path.name  # torch.save writes the name into the file
+        try:
+            if isinstance(write, str):
+                part.write_text(write, "utf-8")
+            else:
+                write(part)
+        except RuntimeError as error:  # torch's and safetensors' for a full disk
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{path} cannot be written, is the disk full? ({reason})") from error
+        os.replace(part, path)
+
+
+def remove_orphans(folder):
+    """Temporary folders that a killed run has left."""
+    for part in folder.glob(".part-*"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def file_hash(path):
+    """The first 16 hexadecimal digits of the file's SHA-256."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()[:16]
+
+
+def kind_of(head):
+    """What a file is that is not what it should be, from its first bytes, in words."""
+    start = head[:512].lstrip(b"\xef\xbb\xbf\0 \t\r\n").lower()
+    if not head:
+        return "an empty file"
+    if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")) or b"<html" in start:
+        return "an HTML page (a login or error page?)"
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS (run `git lfs pull`)"
+    kinds = {
+        b"PK\x03\x04": "a zip archive (torch.save?)",
+        b"\x1f\x8b": "a gzip file",
+        b"{": "JSON",
+        b"\x80": "a pickle",
+    }
+    for first, kind in kinds.items():
+        if head.startswith(first):
+            return kind
+    if not start:
+        return "zeros or blanks"
+    return f"a file that begins with {printable(repr(head[:16]))}"
+
+
+@contextlib.contextmanager
+def one_at_a_time(path):
+    """Other processes wait here until this one is done; False: the file system has no locks."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except BlockingIOError:
+            print(f"waiting for the download of another process ({path})", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            locked = True
+        except OSError:
+            locked = False  # the rename is atomic: at worst both processes download
+        yield locked
+
+
+def cache_path(url):
+    """Where the file of a URL is kept: its name, after a hash of the whole address."""
+    name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
+    name = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)[-80:] or "file"
+    cache = Path(os.environ.get("NEON_CACHE") or Path.home() / ".cache/adaptive-neon")
+    return cache / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
+
+
+def download(url, sha256_start, check, part):
+    """The file at the URL into `part`, if it is what was asked for."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE)
+    try:
+        torch.hub.download_url_to_file(url, str(part))
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+    # A login page answers 200 as the file does.
+    with open(part, "rb") as file:
+        came = kind_of(file.read(512))
+    problem = None
+    if came.startswith(("an HTML", "an empty", "a pointer")):
+        problem = "it was not kept"
+    elif not file_hash(part).startswith(sha256_start[:16]):
+        problem = f"its SHA-256 does not begin with {sha256_start}"
+    elif check is not None:
+        try:
+            check(part)
+        except (UserError, *FILE_ERRORS) as error:
+            problem = reason_of(error.__cause__ or error)
+    if problem is not None:
+        size = part.stat().st_size
+        raise Refused(f"what came is {came}, {size} bytes: {problem}")
+
+
+def fetch(
+    source,
+    what,
+    sha256_start="",
+    check=None,
+    advice="check the address, or put the file at {target}; --preset glyphs needs no download",
+):
+    """A path as it is; a URL's file from the cache (NEON_CACHE), one download at a time.
+
+    sha256_start: first hexadecimal digits of the file's SHA-256. check(path) raises if the file is
+    not what was asked for; then it is not kept. UserError: what came instead, and the advice."""
+    if not re.match("https?://", source, re.IGNORECASE):
+        with reading(f"{what} {source} cannot be read"):
+            if not Path(source).exists():
+                raise UserError(f"{what} {source} does not exist")
+        return Path(source)
+
+    target = cache_path(source)
+    shown = printable(source, 300)
+    with reading(f"cannot download {what} from {shown}: {advice.format(target=target)}"):
+        if not target.exists():  # a cache that is complete may be read-only
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with one_at_a_time(target.parent / "lock") as locked:
+                if locked:
+                    remove_orphans(target.parent)
+                if not target.exists():  # no other process was faster
+                    write_atomically(target, partial(download, source, sha256_start, check))
+    with reading(f"{what} {target} cannot be read"):
+        if not file_hash(target).startswith(sha256_start[:16]):
+            raise UserError(
+                f"{what} {target} is damaged (SHA-256 is not {sha256_start}...): delete it"
+            )
+    return target
+
+
+def lock(file, wait=True):
+    """Keep other processes out until the file is closed; BlockingIOError if one is in and `wait` is
+    False. A file system that knows no locks goes without."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+
+def is_safetensors(path):
+    """Whether the file begins as .safetensors do: the length of its header, then JSON."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < 10**8

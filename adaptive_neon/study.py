@@ -1,0 +1,757 @@
+"""The method: from a base network to a verdict."""
+
+import dataclasses
+import itertools
+import math
+import os
+import platform
+import re
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import scipy
+import torch
+
+import neon_ext
+
+from .blocks import placebo_owners
+from .features import (
+    FileFeatures,
+    InceptionFeatures,
+    JointFeatures,
+    PixelFeatures,
+    RandomConvFeatures,
+    check_differentiable,
+)
+from .files import UserError, remove_orphans, write_atomically
+from .images import read_dataset, write_dataset
+from .judges import judge_of_file, judge_of_images
+from .keys import SAMPLING_VERSION, TRAINING_VERSION, key_of, weights_hash
+from .modelfile import JudgeFile
+from .sampling import allow_tf32, network_calls
+from .scores import FINAL_SEED, SELECT_SEED, SeedSet, best_of
+from .search import SEARCHES, score_grid, search_seeds
+from .stats import as_shares, compare, fd_interval, holm, kernel_interval, mean_and_spread
+from .train import Recipe, train
+
+
+def base_source(c, preset):
+    """Where the base network comes from; empty: it is trained here."""
+    if c.train_base and not c.base:
+        return ""
+    return c.base if c.model else preset.bases.get(c.base or "cond", c.base)
+
+
+def get_base(c, preset, model, real, processes):
+    """The base network: given, downloaded, or trained from scratch (untrained for a plan)."""
+    if c.base or not c.train_base:
+        source = base_source(c, preset)
+        if c.model and not c.base:
+            raise UserError(
+                f"--model {c.model} needs --base FILE for its load(), or --train-base KIMG"
+            )
+        path = processes.one_by_one(partial(model.fetch, source, "the base network"))
+        base = model.load(path)
+        check_model(c, model, base, real)
+        return base
+
+    if real is None:
+        raise UserError("--train-base needs --data ZIP or folder of images")
+    recipe = Recipe(
+        name="base",
+        batch=c.batch,
+        lr=c.base_lr,
+        ramp_kimg=c.train_base / 20,
+        ema_kimg=c.train_base / 20,
+        seed=c.seed,
+        ramp_ratio=0.05,
+        precision=c.train_precision,
+    )
+    torch.manual_seed(c.seed)
+    net = model.create(real.training.images, real.training.labels, c)
+    check_model(c, model, net, real, trained=False)
+
+    initial = weights_hash(net)
+    inputs = {
+        "initial": initial,
+        "kimg": c.train_base,
+        "data": real.training.identity,
+        "model": model.training_identity,
+    }
+    key = key_of(TRAINING_VERSION, inputs, dataclasses.asdict(recipe))
+    path = c.out / f"base-{key}.safetensors"
+    state_path = c.out / f"base-{key}.pt"
+    if c.plan and not path.exists():
+        return net
+    if not processes.decide(path.exists):
+
+        def save(ema, kimg):
+            model.save(ema, path, {"trained": dataclasses.asdict(recipe), "kimg": kimg})
+
+        train(
+            model,
+            net,
+            real.training.images,
+            real.training.labels,
+            recipe,
+            processes,
+            state_path,
+            [c.train_base],
+            save,
+        )
+    if processes.rank == 0:
+        state_path.unlink(missing_ok=True)
+    base = model.load_like(net, path)
+    check_model(c, model, base, real)
+    return base
+
+
+def get_synthetic(c, base, path, sampler):
+    """Images of the base at seeds 0, 1, ... with their classes, as an EDM dataset zip."""
+    processes = sampler.processes
+    if not processes.decide(path.exists):
+        seeds = np.arange(c.synthetic)
+        with network_calls(sampler.net, c.precision):  # which still is the base
+            parts = processes.map_batches(sampler.images, seeds, sampler.batch, "synthetic set")
+        if processes.rank == 0:
+            images = torch.cat([images.cpu() for images, _ in parts])
+            labels = torch.cat([labels.cpu() for _, labels in parts]) if sampler.classes else None
+            write_dataset(path, images, labels)
+        processes.barrier()
+    return read_dataset(path)
+
+
+def get_snapshots(c, model, base, sampler):
+    """{kimg: path} of self-trained networks: existing (--aux) or trained here; a plan trains
+    nothing."""
+    if c.aux:
+        return given_snapshots(c, model, sampler.processes)
+    processes = sampler.processes
+    recipe = Recipe(
+        name="self-training",
+        batch=c.batch,
+        lr=c.lr,
+        ramp_kimg=c.ramp_kimg,
+        ema_kimg=c.ema_kimg,
+        seed=c.seed + 1,
+        precision=c.train_precision,
+    )
+    data_key = key_of(
+        SAMPLING_VERSION,
+        weights_hash(base),
+        model.identity,
+        c.synthetic,
+        c.labels,
+        c.steps,
+        c.device,
+        c.precision,
+    )
+    key = key_of(TRAINING_VERSION, data_key, model.training_identity, dataclasses.asdict(recipe))
+    folder = c.out / f"self-{key}"
+    paths = {kimg: folder / f"network-snapshot-{kimg:06d}.safetensors" for kimg in c.snapshot}
+    if c.plan or processes.decide(lambda: all(path.exists() for path in paths.values())):
+        return paths
+
+    images, labels = get_synthetic(c, base, c.out / f"synthetic-{data_key}.zip", sampler)
+    folder.mkdir(exist_ok=True)
+    remove_orphans(folder)
+    parents = {
+        "base_weights": weights_hash(base),
+        "synthetic": data_key,
+        "training": dataclasses.asdict(recipe),
+    }
+
+    def save(ema, kimg):
+        model.save(ema, paths[kimg], {**parents, "kimg": kimg})
+
+    net = model.trainable(base, c)
+    train(
+        model,
+        net,
+        images,
+        labels,
+        recipe,
+        processes,
+        folder / "training-state.pt",
+        c.snapshot,
+        save,
+    )
+    if not processes.decide(lambda: all(path.exists() for path in paths.values())):
+        raise UserError(
+            f"the saved training in {folder} is already past one of --snapshot "
+            f"{', '.join(map(str, c.snapshot))}: delete its training-state.pt to train again"
+        )
+    return paths
+
+
+def given_snapshots(c, model, processes):
+    """{kimg: path} from --aux: one network, or a folder of network-snapshot-*."""
+    folder = Path(c.aux)
+    if not folder.is_dir() or not any(folder.glob("network-snapshot-*")):
+        path = processes.one_by_one(partial(model.fetch, c.aux, "the self-trained network"))
+        return {c.snapshot[0]: path}
+    files = {}
+    for path in sorted(folder.glob("network-snapshot-*.*")):
+        files[path.stem.removeprefix("network-snapshot-")] = path
+    wanted = {kimg: files.get(f"{kimg:06d}") for kimg in c.snapshot}
+    if None in wanted.values():
+        raise UserError(
+            f"--aux {folder} has snapshots {[*files]}, not all of --snapshot {c.snapshot}"
+        )
+    return wanted
+
+
+def check_model(c, model, base, real, trained=True):
+    """The model keeps the seam's promises and makes images like the real ones; before anything long
+    begins."""
+    model.start_check(base, c, trained)
+    if real is None:
+        return
+    shape = tuple(model.image_shape(base))
+    theirs = tuple(real.training.images.shape[1:])
+    if shape != theirs:
+        raise UserError(
+            f"the base makes images of shape {shape} (channels, height, width), the real ones of "
+            f"{real.training.source} are {theirs}: choose other --data, or another --preset than "
+            f"{c.preset}"
+        )
+
+
+def save_merged(c, model, entry, parents):
+    """The best network on the selection seeds with its recipe, and on request as a plain state
+    dict."""
+    name = min(entry.models, key=lambda name: entry.models[name].fd)
+    best = entry.models[name]
+    path = c.out / f"adaptive-neon-{entry.kimg:06d}"
+    partition = c.partition
+    if name == "searched" and c.search_partition:
+        partition = c.search_partition
+    recipe = {"model": name, "w": best.w, "partition": partition, **parents}
+    model.export(best.merger.set(best.w), path, recipe)
+    if c.export_pt:
+        state = {name: tensor.cpu() for name, tensor in best.merger.net.state_dict().items()}
+        write_atomically(path.with_suffix(".pt"), partial(torch.save, state))
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A model of the final comparison: its weights by block and its distance on the selection
+    seeds."""
+
+    w: dict
+    fd: float
+    merger: object  # the Merger that cuts the networks into these blocks
+    w_global: float | None = None  # the one weight of all blocks, of "global" alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One snapshot's results."""
+
+    kimg: int
+    blocks: dict  # {block: tensors, parameters, drift}
+    sweep: list  # [Score] of global weights
+    grid: list  # [Score] of the block-wise grid; empty if there was none
+    models: dict  # {base, collapsed, global, blockwise, searched: Candidate}
+    final: dict  # {model: final_comparison()}
+    placebo: list  # best of each random partition, against global
+    warnings: list
+    parts: dict  # {part of the selection's joint features: facts, score, final_comparison()}
+    judges: dict  # {judge that no selection saw: the same}
+    claims: list  # [Claim]
+
+    def as_json(self):
+        def short(score):
+            row = {"w": score.w, "fd": score.fd, "seconds": score.seconds}
+            row |= fd_interval([score])
+            if score.precision is not None:
+                row |= {"precision": score.precision, "recall": score.recall}
+            return row
+
+        sweep = [short(score) | {"w_global": next(iter(score.w.values()))} for score in self.sweep]
+        models = {}
+        for name, candidate in self.models.items():
+            models[name] = {"w": candidate.w, "fd": candidate.fd}
+            if candidate.w_global is not None:
+                models[name]["w_global"] = candidate.w_global
+        return {
+            "kimg": self.kimg,
+            "blocks": self.blocks,
+            "grid": [short(score) for score in self.grid],
+            "sweep": sweep,
+            **models,
+            "final": self.final,
+            "placebo": self.placebo,
+            "warnings": self.warnings,
+            "parts": self.parts,
+            "judges": self.judges,
+            "claims": [
+                dataclasses.asdict(claim) | {"sentence": claim.sentence()} for claim in self.claims
+            ],
+        }
+
+
+def study(c, scorer, searcher, model, ledger):
+    """Sweep, grid, search and placebo on the selection seeds; then the winners once more on seeds
+    that no selection has seen -> Entry. searcher: a Scorer of the blocks that are searched over."""
+    blocks = scorer.merger.blocks
+    selection = ledger.selection
+
+    # Global weights: the base is 0, the collapsed network -1 and no candidate.
+    values = sorted({-1.0, 0.0, *c.grid, *c.sweep})
+    sweep = scorer.score_all(
+        [dict.fromkeys(blocks, value) for value in values], selection, "global weight"
+    )
+    by_value = dict(zip(values, sweep, strict=True))
+    if not math.isfinite(by_value[0.0].fd):
+        raise UserError("the base network's images are not finite: are its weights sound?")
+    w_global = min((value for value in values if value != -1), key=lambda value: by_value[value].fd)
+
+    merger = scorer.merger
+    models = {
+        "base": Candidate(by_value[0.0].w, by_value[0.0].fd, merger),
+        "collapsed": Candidate(by_value[-1.0].w, by_value[-1.0].fd, merger),
+        "global": Candidate(by_value[w_global].w, by_value[w_global].fd, merger, w_global),
+    }
+
+    # One weight per block: a grid, unless it is left to a search; each returns what it scored
+    # itself.
+    grid = score_grid(c, scorer, selection, "grid")
+    if grid:
+        winner = best_of(grid)
+        models["blockwise"] = Candidate(winner.w, winner.fd, merger)
+    if c.search:
+        winner = best_of(SEARCHES[c.search](c, searcher, selection, w_global))
+        models["searched"] = Candidate(winner.w, winner.fd, searcher.merger)
+
+    # The winners on the final seeds, and the best of every random partition: all judges see the
+    # same images.
+    finals = {judge.name: {} for judge in scorer.judges}
+    for name, candidate in models.items():
+        cut = searcher if name == "searched" else scorer
+        add_finals(finals, name, cut, candidate.w, ledger)
+    placebo = []
+    for k in range(1, c.placebo + 1):
+        random_blocks = scorer.with_owners(placebo_owners(scorer.merger, model, k - 1))
+        winner = best_of(score_grid(c, random_blocks, selection, f"random blocks {k}"))
+        add_finals(finals, f"random blocks {k}", random_blocks, winner.w, ledger)
+        own = finals[scorer.judge.name]
+        gain = compare(own[f"random blocks {k}"], own["global"])
+        placebo.append({"w": winner.w, "fd": winner.fd, "against_global": gain})
+
+    own = finals[scorer.judge.name]
+    final = final_comparison({name: own[name] for name in models})
+    parts, judges = {}, {}
+    for judge in scorer.judges[1:]:
+        found = finals[judge.name]
+        if judge.is_part:
+            del finals[judge.name]  # no claim counts what the selection has seen
+        where = parts if judge.is_part else judges
+        where[judge.name] = judge.facts | {
+            "score": judge.features.score,
+            "final": final_comparison(found),
+        }
+    return Entry(
+        kimg=scorer.kimg,
+        blocks=scorer.merger.table(),
+        sweep=sweep,
+        grid=grid,
+        models=models,
+        final=final,
+        placebo=placebo,
+        warnings=warnings_of(c, models, final, bool(grid), scorer.judge),
+        parts=parts,
+        judges=judges,
+        claims=claims_of(finals),
+    )
+
+
+def add_finals(finals, name, scorer, w, ledger):
+    """Scores of one model on every final seed set, into {judge: {model: [Score]}}."""
+    for judge in scorer.judges:
+        finals[judge.name][name] = []
+    for seeds in ledger.finals:
+        scores = scorer.scores(w, seeds, scorer.judges, f"final: {name}")
+        for judge, score in zip(scorer.judges, scores, strict=True):
+            finals[judge.name][name].append(score)
+
+
+def final_comparison(finals):
+    """{model: [Score] of every final seed set} -> mean, all values, spread, paired differences."""
+    results = {}
+    for name, scores in finals.items():
+        values = [score.fd for score in scores]
+        result = {"w": scores[0].w, "images": scores[0].images, "all": values}
+        result["fd"] = float(np.mean(values))
+        result |= fd_interval(scores)
+        if all(score.precision is not None for score in scores):
+            result["precision"] = float(np.mean([score.precision for score in scores]))
+            result["recall"] = float(np.mean([score.recall for score in scores]))
+        if all(score.kernel is not None for score in scores):
+            result["kernel"] = kernel_interval(scores)
+        result["std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        if name != "base":
+            result["against_base"] = compare(scores, finals["base"])
+        if name not in ("base", "global"):
+            result["against_global"] = compare(scores, finals["global"])
+        results[name] = result
+    return results
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """That one model of a snapshot is better than another: in the features it was selected with,
+    and in judges that no selection saw."""
+
+    model: str
+    against: str
+    own: dict  # compare(), and the difference as a share of the other's distance
+    judges: dict  # {judge: the same}
+    better: list  # judges in which the gain holds, corrected for their number (Holm)
+    worse: list
+
+    def sentence(self):
+        text = f"{self.model} against {self.against}: {self.own['verdict']} in its own features"
+        if not self.judges:
+            return text
+        return (
+            f"{text}; of {len(self.judges)} judges that no selection saw, better in "
+            f"{len(self.better)} and worse in {len(self.worse)} (95%, Holm's correction)"
+        )
+
+
+CLAIMS = (
+    ("global", "base"),
+    ("blockwise", "base"),
+    ("searched", "base"),
+    ("blockwise", "global"),
+    ("searched", "global"),
+    ("searched", "blockwise"),
+)
+
+
+def claims_of(finals, level=0.05):
+    """{judge: {model: [Score]}}, the first judge the one that was selected with -> [Claim]."""
+    own, *unseen = finals
+    models = finals[own]
+    pairs = [pair for pair in CLAIMS if pair[0] in models and pair[1] in models]
+    for name in models:
+        if name.startswith("random blocks"):
+            pairs.append((name, "global"))
+            if "blockwise" in models:
+                pairs.append(("blockwise", name))
+
+    claims = []
+    for model, against in pairs:
+        gains = {}
+        for judge, scores in finals.items():
+            gain = compare(scores[model], scores[against], level)
+            theirs = float(np.mean([score.fd for score in scores[against]]))
+            gains[judge] = gain | as_shares(gain, theirs)
+        held = holm([gains[judge]["p"] for judge in unseen], level)
+        holding = [judge for judge, holds in zip(unseen, held, strict=True) if holds]
+        claims.append(
+            Claim(
+                model=model,
+                against=against,
+                own=gains.pop(own),
+                judges=gains,
+                better=[judge for judge in holding if gains[judge]["difference"] < 0],
+                worse=[judge for judge in holding if gains[judge]["difference"] > 0],
+            )
+        )
+    return claims
+
+
+def warnings_of(c, models, final, had_grid, judge):
+    """What a careful reader would want to know."""
+    notes = []
+    if had_grid:
+        for block, value in models["blockwise"].w.items():
+            values = c.grid_of(block)
+            if len(values) > 1 and value in (values[0], values[-1]):
+                notes.append(f"w_{block} = {value:g} lies on the edge of the grid")
+    dim = judge.features.dim
+    if c.select_images <= dim:
+        notes.append(
+            f"{c.select_images} selection images for {dim} features: the covariance is singular"
+        )
+    real = min(judge.selection.facts["images"], judge.final.facts["images"])
+    if real <= dim:
+        notes.append(f"{real} real images for {dim} features: the covariance is singular")
+
+    for name in ("blockwise", "searched"):
+        if name not in final:
+            continue
+        # Both gains in shares of the base: the seed sets differ in size, and so in bias.
+        against, base = final[name]["against_base"], final["base"]["fd"]
+        promised = models[name].fd / models["base"].fd - 1
+        if promised < against["low"] / base:
+            notes.append(
+                f"{name} is {-promised:.1%} below the base on the selection seeds and "
+                f"{-against['difference'] / base:.1%} on the final ones: selection noise"
+            )
+        loss = final["base"].get("precision", 0) - final[name].get("precision", 0)
+        if loss > 0.01 and against["difference"] < 0:
+            notes.append(f"{name}: precision falls while the distance falls")
+    for name, candidate in models.items():
+        if not math.isfinite(candidate.fd):
+            notes.append(f"{name}: the sampler diverges")
+    return notes
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    selection: SeedSet
+    finals: list
+    streams: dict  # of generated real images, where there are any
+
+    def as_json(self):
+        firsts = {
+            "selection": self.selection.first,
+            "final": [seeds.first for seeds in self.finals],
+        }
+        return firsts | ({"real_streams": self.streams} if self.streams else {})
+
+
+def seed_ledger(c, streams):
+    """Disjoint seeds for synthetic, selection, final and search sets; the paper's overlap is
+    announced."""
+    paper = c.protocol == "paper"
+    synthetic = SeedSet("synthetic", 0, c.synthetic)
+    selection = SeedSet("selection", 0 if paper else SELECT_SEED, c.select_images)
+    finals = []
+    for repeat in range(c.final_repeats):
+        first = FINAL_SEED + repeat * c.final_images
+        finals.append(SeedSet(f"final {repeat + 1}", first, c.final_images))
+    sets = [synthetic, selection, *finals]
+    if c.search == "gradient":
+        sets.append(search_seeds(c.select_images))
+
+    for one, other in itertools.combinations(sets, 2):
+        announced = paper and (one.purpose, other.purpose) == ("synthetic", "selection")
+        if one.first <= other.last and other.first <= one.last and not announced:
+            raise UserError(
+                f"seeds of the {one.purpose} set ({one.first}-{one.last}) and the {other.purpose} "
+                f"set ({other.first}-{other.last}) overlap: fewer --synthetic, --select-images, "
+                "--final-images or --final-repeats"
+            )
+    if max(seeds.last for seeds in sets) >= 2**32:
+        raise UserError("the run needs more than 2^32 seeds, which repeat: fewer images")
+    if paper:
+        print(
+            "--protocol paper: selection seeds 0-1999 overlap the synthetic training set, and "
+            "2,000 images are fewer than 2,048 features: the covariance is singular"
+        )
+    return Ledger(selection, finals, streams)
+
+
+def check_judges(c, preset, real):
+    """Refuse a --judge or --select-with without real images, or whose file is missing or wrong,
+    before anything is trained."""
+    if c.select_with and c.ref:
+        raise UserError(
+            "--select-with needs real images, whose features are joined: leave --ref out"
+        )
+    for option, names in (("--judge", judge_names(c)), ("--select-with", c.select_with)):
+        if names and real is None:
+            raise UserError(f"{option} {names[0]} compares with real images: give --data")
+        for name in names:
+            if name not in ("random-conv", "pixels", *preset.judges(c)):
+                JudgeFile(name, option)
+
+
+def judge_names(c):
+    """Judges that no selection sees."""
+    return [name for name in dict.fromkeys(c.judge) if name not in ("none", *c.select_with)]
+
+
+def get_judges(c, preset, model, base, real, processes):
+    """What decides, then what only judges. The first: the features of the model's own file, or the
+    preset's, or these joined with --select-with, which then follow one by one; then those of
+    --judge. With their references."""
+    allow_tf32(c.precision)
+
+    def build():
+        own = (model.own_features(base) or preset.features(c)).to(c.device)
+        if c.device == "cuda" and isinstance(own, InceptionFeatures):
+            own.to(memory_format=torch.channels_last)  # its convolutions follow their weights
+
+        # The feature networks, before their references are computed.
+        selecting, unseen = [own], []
+        for name in dict.fromkeys(c.select_with):
+            selecting.append(judge_features(name, c, preset, real, "--select-with").to(c.device))
+        for name in judge_names(c):
+            unseen.append(judge_features(name, c, preset, real).to(c.device))
+        names = [features.name for features in selecting + unseen]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(
+                    f"--judge, --select-with: there are two feature networks named {name}"
+                )
+
+        # The references: of what decides, of its parts, of what only judges.
+        if c.ref or real is None:
+            judges = [judge_of_file(own, real, *reference_source(c, preset, model), c)]
+        elif len(selecting) == 1:
+            judges = [judge_of_images(own, real, c.device, c.out)]
+        else:
+            images = real.training.images
+            if c.search == "gradient":
+                for part in selecting:
+                    few = images[:4].to(c.device)
+                    check_differentiable(part, few, f"the features {part.name}")
+            joint = JointFeatures(selecting, images, c.device)
+            judges = [judge_of_images(joint, real, c.device, c.out)]
+            judges += [judge_of_images(part, real, c.device, is_part=True) for part in selecting]
+        judges += [judge_of_images(features, real, c.device) for features in unseen]
+        return judges
+
+    return processes.one_by_one(build)
+
+
+def judge_features(name, c, preset, real, option="--judge"):
+    """The feature network of one --judge or --select-with."""
+    images = real.training.images
+    own = preset.judges(c)
+    if name in own:
+        return own[name]()
+    if name == "random-conv":
+        return RandomConvFeatures(images.shape[1])
+    if name == "pixels":
+        return PixelFeatures(images)
+    return FileFeatures(JudgeFile(name, option), images[:4].to(c.device))
+
+
+def reference_source(c, preset, model):
+    """--ref; CIFAR-10's own statistics only for EDM's CIFAR-10 networks, or when they are asked
+    for."""
+    if c.ref and c.ref != "cifar10":
+        return c.ref, ""
+    if not c.ref and (c.model or c.base not in ("", *preset.bases, *preset.bases.values())):
+        raise UserError(
+            "a network of your own needs real images or statistics to be scored against: give "
+            "--data IMAGES or --ref STATISTICS.npz (--ref cifar10 for CIFAR-10's own)"
+        )
+    return preset.statistics, preset.origin
+
+
+def summarise(c, argv, entries, judges, ledger, seconds, processes, begin):
+    """What summary.json holds."""
+    judge = judges[0]
+    apart = judge.selection is not judge.final and judge.selection.real is not None
+    most = len(judge.selection.real) if apart else 0
+    counts = sorted({min(c.select_images, most), min(c.final_images, most)} - {0})
+    machine = torch.cuda.get_device_name() if c.device == "cuda" else f"{os.cpu_count()} cores"
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+    }
+    if "diffusers" in sys.modules:
+        versions["diffusers"] = getattr(sys.modules["diffusers"], "__version__", "unknown")
+    return {
+        "command": " ".join(["python edm_neon.py", *argv]),
+        "config": dataclasses.asdict(c),
+        "score": judge.features.score,
+        "judges": [judge.name for judge in judges if not judge.is_part],
+        "reference": judge.facts,
+        "snapshots": [entry.as_json() for entry in entries],
+        "floors": [judge.floor(count) for count in counts],
+        "seconds_per_image": seconds,
+        "first_seeds": ledger.as_json(),
+        "machine": machine,
+        "threads": torch.get_num_threads(),
+        "world": processes.world,
+        "neon_ext": neon_ext.build_config(),
+        "versions": versions,
+        "seconds_total": time.perf_counter() - begin,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class OverSeeds:
+    """One claim over training seeds (and random partitions), in the features of the selection and
+    in the judges that no selection saw."""
+
+    kimg: float
+    model: str
+    against: str
+    own_verdicts: list  # one a seed (and partition)
+    own_relative: list  # differences as shares of the other's distance
+    cases: int  # verdicts of judges that no selection saw
+    better: int  # of them, corrected for the number of judges
+    worse: int
+    relative: list  # mean over those judges, one a seed (and partition)
+
+    @classmethod
+    def of(cls, kimg, model, against, claims):
+        """claims: as_json() of this claim, one a seed (and partition)."""
+        relative = []
+        for claim in claims:
+            gains = [gain["relative_difference"] for gain in claim["judges"].values()]
+            if gains:
+                relative.append(float(np.mean(gains)))
+        return cls(
+            kimg=kimg,
+            model=model,
+            against=against,
+            own_verdicts=[claim["own"]["verdict"] for claim in claims],
+            own_relative=[claim["own"]["relative_difference"] for claim in claims],
+            cases=sum(len(claim["judges"]) for claim in claims),
+            better=sum(len(claim["better"]) for claim in claims),
+            worse=sum(len(claim["worse"]) for claim in claims),
+            relative=relative,
+        )
+
+    def sentence(self):
+        better = self.own_verdicts.count("better")
+        text = (
+            f"{self.model} is better than {self.against} in {better} of {len(self.own_verdicts)} "
+            f"in its own features ({mean_and_spread(self.own_relative)})"
+        )
+        if not self.cases:
+            return text
+        return (
+            f"{text} and in {self.better} of {self.cases} cases of the judges that no selection "
+            f"saw, worse in {self.worse} ({mean_and_spread(self.relative)})"
+        )
+
+
+def claims_over_seeds(summaries):
+    """[OverSeeds] of every snapshot and claim; all random partitions are one."""
+    groups = {}
+    for summary in summaries:
+        for entry in summary["snapshots"]:
+            for claim in entry["claims"]:
+                sides = (claim["model"], claim["against"])
+                names = [re.sub(r"(random blocks) \d+", r"\1", name) for name in sides]
+                groups.setdefault((entry["kimg"], *names), []).append(claim)
+    return [OverSeeds.of(*key, claims) for key, claims in groups.items()]
+
+
+def summarise_seeds(c, argv, summaries, begin):
+    """summary.json of several training seeds; those of each seed lie in its folder."""
+    seeds = []
+    for k, summary in enumerate(summaries):
+        seeds.append({"folder": f"seed-{k}", "seed": summary["config"]["seed"]})
+    first = summaries[0]
+    same = ("score", "judges", "reference", "machine", "threads", "world", "neon_ext", "versions")
+    over = []
+    for claim in claims_over_seeds(summaries):
+        over.append(dataclasses.asdict(claim) | {"sentence": claim.sentence()})
+    return {
+        "command": " ".join(["python edm_neon.py", *argv]),
+        "config": dataclasses.asdict(c),
+        **{key: first[key] for key in same},
+        "kimg": [entry["kimg"] for entry in first["snapshots"]],
+        "seeds": seeds,
+        "final": [[e["final"] for e in summary["snapshots"]] for summary in summaries],
+        "claims": [[e["claims"] for e in summary["snapshots"]] for summary in summaries],
+        "over_seeds": over,
+        "seconds_total": time.perf_counter() - begin,
+    }
