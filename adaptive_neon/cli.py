@@ -29,7 +29,6 @@ from .sampling import Sampler, network_calls, time_sampling
 from .scores import ScoreLog, Scorer
 from .search import check_grid, grid_points
 from .study import (
-    base_source,
     check_judges,
     get_base,
     get_judges,
@@ -66,9 +65,9 @@ def study_all(c, preset, argv, processes, begin):
     model = get_model(c, preset, processes)
     real = processes.one_by_one(partial(preset.real_images, c))
     check_judges(c, preset, real)
-    if base_source(c, preset) in preset.bases.values():
+    if c.base in preset.bases.values():
         refuse_download(c, preset, model, processes)
-    base = get_base(c, preset, model, real, processes)
+    base = get_base(c, model, real, processes)
     sampler = Sampler(model, base, processes, c.steps, c.sample_batch, c.labels)
     seconds, compilation = time_sampling(sampler, c.precision)
     owners = partition_owners(model, base, c.partition)
@@ -272,6 +271,8 @@ def parse(argv, presets, doc):
         defaults["labels"] = "random"
         given["select_images"] = 2000
     c = Config(**{**defaults, **given})
+    if not c.model and (c.base or not c.train_base):
+        c = dataclasses.replace(c, base=preset.bases.get(c.base or "cond", c.base))
     if c.device == "cpu" and c.precision == "tf32":
         c = dataclasses.replace(c, precision="fp32")
     check_combinations(c)

@@ -38,22 +38,14 @@ from .stats import as_shares, compare, fd_interval, holm, kernel_interval, mean_
 from .train import Recipe, train
 
 
-def base_source(c, preset):
-    """Where the base network comes from; empty: it is trained here."""
-    if c.train_base and not c.base:
-        return ""
-    return c.base if c.model else preset.bases.get(c.base or "cond", c.base)
-
-
-def get_base(c, preset, model, real, processes):
+def get_base(c, model, real, processes):
     """The base network: given, downloaded, or trained from scratch (untrained for a plan)."""
     if c.base or not c.train_base:
-        source = base_source(c, preset)
         if c.model and not c.base:
             raise UserError(
                 f"--model {c.model} needs --base FILE for its load(), or --train-base KIMG"
             )
-        path = processes.one_by_one(partial(model.fetch, source, "the base network"))
+        path = processes.one_by_one(partial(model.fetch, c.base, "the base network"))
         base = model.load(path)
         check_model(c, model, base, real)
         return base
@@ -517,7 +509,7 @@ class Ledger:
         return firsts | ({"real_streams": self.streams} if self.streams else {})
 
 
-def seed_ledger(c, streams):
+def seed_ledger(c, streams=None):
     """Disjoint seeds for synthetic, selection, final and search sets; the paper's overlap is
     announced."""
     paper = c.protocol == "paper"
@@ -546,7 +538,7 @@ def seed_ledger(c, streams):
             "--protocol paper: selection seeds 0-1999 overlap the synthetic training set, and "
             "2,000 images are fewer than 2,048 features: the covariance is singular"
         )
-    return Ledger(selection, finals, streams)
+    return Ledger(selection, finals, streams or {})
 
 
 def check_judges(c, preset, real):
@@ -631,7 +623,7 @@ def reference_source(c, preset, model):
     for."""
     if c.ref and c.ref != "cifar10":
         return c.ref, ""
-    if not c.ref and (c.model or c.base not in ("", *preset.bases, *preset.bases.values())):
+    if not c.ref and (c.model or c.base not in preset.bases.values()):
         raise UserError(
             "a network of your own needs real images or statistics to be scored against: give "
             "--data IMAGES or --ref STATISTICS.npz (--ref cifar10 for CIFAR-10's own)"

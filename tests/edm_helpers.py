@@ -361,9 +361,17 @@ def numbers_of(w):
 
 
 def replace(monkeypatch, name, value):
-    """Put `value` in the place of a function or constant wherever the engine or the script uses it."""
+    """Put `value` in the place of a function or constant wherever it is used."""
     modules = [edm, *(module for module in vars(neon).values() if inspect.ismodule(module))]
     found = [module for module in modules if hasattr(module, name)]
     assert found, name
     for module in found:
         monkeypatch.setattr(module, name, value)
+
+
+def parse(argv):
+    return neon.cli.parse(argv, edm.PRESETS, edm.__doc__)
+
+
+def preset_of(c):
+    return edm.PRESETS[c.preset]

@@ -26,6 +26,7 @@ from edm_helpers import (
     edm_model,
     network,
     pair,
+    parse,
     real_toys,
     replace,
     score_of,
@@ -1511,13 +1512,13 @@ def test_measuring_time_changes_no_setting():
 
 
 # -------------------- command line
-def parse(tmp_path, *argv):
-    return neon.cli.parse(["--preset", PRESET, "--out", str(tmp_path), *argv])
+def parsed(tmp_path, *argv):
+    return parse(["--preset", PRESET, "--out", str(tmp_path), *argv])
 
 
 def test_options_are_the_presets_unless_given(tmp_path):
     defaults = edm.PRESETS[PRESET].defaults
-    c = parse(tmp_path, "--lr", "0.5")
+    c = parsed(tmp_path, "--lr", "0.5")
     for name, value in (defaults | {"lr": 0.5}).items():
         assert getattr(c, name) == value
 
@@ -1542,12 +1543,12 @@ def test_options_are_the_presets_unless_given(tmp_path):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_values_of_options(tmp_path, argv, name, value):
-    assert getattr(parse(tmp_path, *argv), name) == value
+    assert getattr(parsed(tmp_path, *argv), name) == value
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_grid_of_a_block(tmp_path, block):
-    c = parse(tmp_path, "--grid", "1,2", f"--grid-{block}", "3")
+    c = parsed(tmp_path, "--grid", "1,2", f"--grid-{block}", "3")
     assert {name: c.grid_of(name) for name in BLOCKS} == dict.fromkeys(BLOCKS, (1.0, 2.0)) | {
         block: (3.0,)
     }

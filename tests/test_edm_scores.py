@@ -16,6 +16,7 @@ from edm_helpers import (
     BEST,
     ToyFeatures,
     gaussian_score,
+    preset_of,
     replace,
     score_of,
     standard_reference,
@@ -375,10 +376,10 @@ def test_floor_is_the_final_score_of_the_selections_images(tmp_path):
 def test_cifar10_statistics_are_for_cifar10_networks_or_asked_for(options, source):
     c = neon.config.Config(**options)
     if source:
-        assert neon.study.reference_source(c, None) == source
+        assert neon.study.reference_source(c, preset_of(c), None)[0] == source
     else:
         with pytest.raises(neon.files.UserError, match="--ref cifar10"):
-            neon.study.reference_source(c, None)
+            neon.study.reference_source(c, preset_of(c), None)
 
 
 # -------------------- precision and recall

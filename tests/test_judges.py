@@ -14,12 +14,14 @@ import PIL.Image
 import pytest
 import scipy.stats
 import torch
-from edm_helpers import replace
+from edm_helpers import parse, replace
 
 import adaptive_neon as neon
 import edm_neon as edm
 import neon_ext
 
+CIFAR = edm.PRESETS["cifar10"]
+CPU = neon.processes.Processes("cpu")
 EXAMPLES = Path(edm.__file__).parent / "examples"
 
 
@@ -266,7 +268,7 @@ def statistics_file(tmp_path, images):
 
 def test_statistics_of_a_file_are_said_to_be_of_unknown_origin(tmp_path):
     path = statistics_file(tmp_path, random_images(300, 5))
-    judge = neon.judges.judge_of_file(Flat(), None, path, neon.config.Config(device="cpu"))
+    judge = neon.judges.judge_of_file(Flat(), None, path, "", neon.config.Config(device="cpu"))
     assert judge.selection is judge.final and judge.final.real is None
     assert "unknown origin" in judge.facts["origin"] and "selection" not in judge.facts
 
@@ -274,7 +276,7 @@ def test_statistics_of_a_file_are_said_to_be_of_unknown_origin(tmp_path):
 def test_file_gives_the_distance_and_data_the_images(real, tmp_path):
     images = random_images(300, 5)
     path = statistics_file(tmp_path, images)
-    judge = neon.judges.judge_of_file(Flat(), real, path, neon.config.Config(device="cpu"))
+    judge = neon.judges.judge_of_file(Flat(), real, path, "", neon.config.Config(device="cpu"))
     moments = neon_ext.feature_moments(Flat()(images))
     assert float(judge.final.prepared.distance(*moments)) == pytest.approx(0, abs=1e-6)
     assert torch.equal(judge.final.real, Flat()(real.final.images))
@@ -587,7 +589,7 @@ def judge_file(tmp_path, text):
 def test_judge_of_a_file(real, tmp_path):
     path = judge_file(tmp_path, "def features(x):\n    return x.flatten(1)[:, :3].float()\n")
     config = neon.config.Config(device="cpu", judge=(path,))
-    features = neon.study.judge_features(path, config, real)
+    features = neon.study.judge_features(path, config, CIFAR, real)
     assert (features.name, features.dim) == ("mine-3", 3)
     assert features.identity == neon.files.file_hash(Path(path))
     assert torch.equal(features(real.final.images), real.final.images.flatten(1)[:, :3].float())
@@ -605,7 +607,7 @@ def test_judge_of_a_file(real, tmp_path):
 def test_judge_files_are_checked_before_anything_is_trained(real, tmp_path, text, message):
     path = str(tmp_path / "mine.py") if text is None else judge_file(tmp_path, text)
     with pytest.raises(neon.files.UserError, match=message):
-        neon.study.check_judges(neon.config.Config(judge=("pixels", path)), real)
+        neon.study.check_judges(neon.config.Config(judge=("pixels", path)), CIFAR, real)
 
 
 FEATURES_THAT_CHANGE = {
@@ -619,7 +621,7 @@ FEATURES_THAT_CHANGE = {
 @pytest.mark.parametrize("text", FEATURES_THAT_CHANGE.values(), ids=FEATURES_THAT_CHANGE)
 def test_features_of_a_file_keep_their_shape_and_place(real, tmp_path, text):
     path = judge_file(tmp_path, f"def features(x):\n    {text}\n")
-    features = neon.study.judge_features(path, neon.config.Config(device="cpu"), real)
+    features = neon.study.judge_features(path, neon.config.Config(device="cpu"), CIFAR, real)
     count = 1 if "squeeze" in text else 7
     with pytest.raises(neon.files.UserError, match=rf"features\(\) of {count} images on cpu gave"):
         features(real.final.images[:count])
@@ -628,7 +630,7 @@ def test_features_of_a_file_keep_their_shape_and_place(real, tmp_path, text):
 def test_features_of_a_file_that_are_not_finite_are_refused(real, tmp_path):
     path = judge_file(tmp_path, "def features(x):\n    return x.flatten(1)[:, :3].float().log()\n")
     real.training.images[:4] = 7
-    features = neon.study.judge_features(path, neon.config.Config(device="cpu"), real)
+    features = neon.study.judge_features(path, neon.config.Config(device="cpu"), CIFAR, real)
     with pytest.raises(neon.files.UserError, match="not finite for some images"):
         features(torch.zeros(5, 1, 4, 4))
 
@@ -645,7 +647,7 @@ def selecting_with(body, real, tmp_path, search):
     path = judge_file(tmp_path, f"import torch\n\n\ndef features(x):\n    {body}\n")
     config = neon.config.Config(device="cpu", out=tmp_path, select_with=(path,), search=search)
     model = SimpleNamespace(own_features=lambda base: FlatModule())
-    return neon.study.get_judges(config, model, None, real, neon.processes.Processes("cpu"))
+    return neon.study.get_judges(config, CIFAR, model, None, real, CPU)
 
 
 @pytest.mark.parametrize("body", BROKEN_GRADIENTS.values(), ids=BROKEN_GRADIENTS)
@@ -668,49 +670,48 @@ def test_gradient_search_takes_a_sound_network(real, tmp_path):
 def test_files_to_select_with_are_checked_before_anything_is_trained(real, tmp_path):
     path = judge_file(tmp_path, "x = 1")
     with pytest.raises(neon.files.UserError, match="^--select-with .*mine.py lacks features"):
-        neon.study.check_judges(neon.config.Config(select_with=("pixels", path)), real)
+        neon.study.check_judges(neon.config.Config(select_with=("pixels", path)), CIFAR, real)
 
 
 def test_selecting_with_needs_real_images(real):
     with pytest.raises(neon.files.UserError, match="--select-with pixels .* give --data"):
-        neon.study.check_judges(neon.config.Config(select_with=("pixels",)), None)
+        neon.study.check_judges(neon.config.Config(select_with=("pixels",)), CIFAR, None)
     with pytest.raises(
         neon.files.UserError, match="--select-with needs real images.* leave --ref out"
     ):
-        neon.study.check_judges(neon.config.Config(select_with=("pixels",), ref="x.npz"), real)
-    neon.study.check_judges(neon.config.Config(ref="x.npz", judge=("pixels",)), real)
+        neon.study.check_judges(
+            neon.config.Config(select_with=("pixels",), ref="x.npz"), CIFAR, real
+        )
+    neon.study.check_judges(neon.config.Config(ref="x.npz", judge=("pixels",)), CIFAR, real)
 
 
 def test_judges_need_real_images(real):
     with pytest.raises(neon.files.UserError, match="--judge pixels .* give --data"):
-        neon.study.check_judges(neon.config.Config(judge=("pixels",)), None)
-    neon.study.check_judges(neon.config.Config(judge=("none",)), None)
-    neon.study.check_judges(neon.config.Config(judge=()), None)
+        neon.study.check_judges(neon.config.Config(judge=("pixels",)), CIFAR, None)
+    neon.study.check_judges(neon.config.Config(judge=("none",)), CIFAR, None)
+    neon.study.check_judges(neon.config.Config(judge=()), CIFAR, None)
     with pytest.raises(neon.files.UserError, match="--judge mlp is no file"):
-        neon.study.check_judges(neon.config.Config(judge=("mlp",)), real)
+        neon.study.check_judges(neon.config.Config(judge=("mlp",)), CIFAR, real)
 
 
 def test_judge_option_adds_up(tmp_path):
     out = ["--out", str(tmp_path)]
-    assert neon.cli.parse(["--judge", "pixels", "--judge", "random-conv", *out]).judge == (
+    assert parse(["--judge", "pixels", "--judge", "random-conv", *out]).judge == (
         "pixels",
         "random-conv",
     )
-    assert neon.cli.parse(out).judge == ()
-    assert neon.cli.parse(["--preset", "glyphs", *out]).judge == (
+    assert parse(out).judge == ()
+    assert parse(["--preset", "glyphs", *out]).judge == (
         "classifier-2",
         "mlp",
         "random-conv",
         "pixels",
     )
-    assert (
-        neon.study.judge_names(neon.cli.parse(["--preset", "glyphs", "--judge", "none", *out]))
-        == []
-    )
+    assert neon.study.judge_names(parse(["--preset", "glyphs", "--judge", "none", *out])) == []
 
 
 def test_pixels_are_fitted_on_the_training_part(real):
-    found = neon.study.judge_features("pixels", neon.config.Config(), real)
+    found = neon.study.judge_features("pixels", neon.config.Config(), CIFAR, real)
     assert found.identity == neon.features.PixelFeatures(real.training.images).identity
 
 
@@ -719,7 +720,7 @@ def test_all_judges_in_order_with_their_references(real, tmp_path):
         device="cpu", out=tmp_path, judge=("random-conv", "pixels", "random-conv")
     )
     model = SimpleNamespace(own_features=lambda base: FlatModule())
-    judges = neon.study.get_judges(config, model, None, real, neon.processes.Processes("cpu"))
+    judges = neon.study.get_judges(config, CIFAR, model, None, real, CPU)
     assert [judge.name for judge in judges] == ["flat", "random-conv", "pixels"]
     assert all(len(judge.final.real) == len(real.final.images) for judge in judges)
 
@@ -732,7 +733,7 @@ def test_selection_with_more_features_joins_them_and_leaves_the_other_judges_uns
         select_with=("pixels", "pixels"),
     )
     model = SimpleNamespace(own_features=lambda base: FlatModule())
-    judges = neon.study.get_judges(config, model, None, real, neon.processes.Processes("cpu"))
+    judges = neon.study.get_judges(config, CIFAR, model, None, real, CPU)
     assert [judge.name for judge in judges] == ["flat+pixels", "flat", "pixels", "random-conv"]
     assert [judge.is_part for judge in judges] == [False, True, True, False]
     images = real.final.images
@@ -754,7 +755,7 @@ def test_two_feature_networks_of_one_name_are_refused(real, tmp_path):
     for options in ({"judge": ("pixels",)}, {"select_with": ("pixels",)}):
         config = neon.config.Config(device="cpu", out=tmp_path, **options)
         with pytest.raises(neon.files.UserError, match="two feature networks named pixels"):
-            neon.study.get_judges(config, model, None, real, neon.processes.Processes("cpu"))
+            neon.study.get_judges(config, CIFAR, model, None, real, CPU)
     assert not [*tmp_path.iterdir()]
 
 
@@ -879,7 +880,7 @@ def test_every_training_seed_has_its_seeds_and_folder(tmp_path, monkeypatch):
     replace(monkeypatch, "write_seeds", lambda *_: None)
     replace(monkeypatch, "plot_report", lambda *_: None)
     config = neon.config.Config(out=tmp_path, seed=7, training_seeds=3)
-    neon.cli.study_seeds(config, [], neon.processes.Processes("cpu"), 0.0)
+    neon.cli.study_seeds(config, CIFAR, [], neon.processes.Processes("cpu"), 0.0)
     # Two seeds each: the base's, and the next one for self-training.
     assert runs == [(7, "seed-0", True), (9, "seed-1", True), (11, "seed-2", True)]
 
@@ -887,7 +888,7 @@ def test_every_training_seed_has_its_seeds_and_folder(tmp_path, monkeypatch):
 def test_training_seeds_need_a_training(tmp_path):
     config = neon.config.Config(out=tmp_path, aux="x.pkl", training_seeds=2)
     with pytest.raises(neon.files.UserError, match="--aux is trained already"):
-        neon.cli.study_seeds(config, [], neon.processes.Processes("cpu"), 0.0)
+        neon.cli.study_seeds(config, CIFAR, [], neon.processes.Processes("cpu"), 0.0)
 
 
 # ---------------------------------------------------------------- pictures
