@@ -26,10 +26,14 @@ from edm_helpers import (
 import adaptive_neon as neon
 
 SELECTION = neon.scores.SeedSet("selection", 10_000, 100)
+
+
 BLOCKS = ("enc", "mid", "dec")
 
 
 # -------------------- grid
+
+
 def test_grid_is_every_product():
     c = neon.config.Config(grid=(0.5, 1.0))
     want = [weights(*values) for values in itertools.product((0.5, 1.0), repeat=3)]
@@ -98,6 +102,8 @@ def test_best_is_the_least_distance():
 
 
 # -------------------- race
+
+
 class Candidates:
     """A scorer of scores made by hand: {weight: (distance, standard error of the difference)}."""
 
@@ -191,6 +197,8 @@ def test_without_race_nothing_is_dropped(tmp_path, monkeypatch):
 
 
 # -------------------- COBYQA
+
+
 @pytest.fixture(scope="module")
 def cobyqa(tmp_path_factory):
     out = tmp_path_factory.mktemp("cobyqa")
@@ -249,6 +257,8 @@ def test_trials_answer_with_the_score_they_were_asked_for(tmp_path):
 
 
 # -------------------- coordinate search
+
+
 def coordinate_search(out, monkeypatch, distance, start=1.0, **options):
     """Over prescribed distances -> the weights that were scored, as numbers."""
     scorer = toy_scorer(out)
@@ -306,7 +316,11 @@ def test_searches_by_name():
 
 
 # -------------------- search by gradient
+
+
 LEAST = np.array([2.0, 0.0, 1.0])  # of the prescribed bowl
+
+
 CURVATURE = np.array([10.0, 1.0, 0.1])
 
 
@@ -522,6 +536,8 @@ def test_damaged_state_of_a_search_is_refused(tmp_path, monkeypatch):
 
 
 # -------------------- the gradient
+
+
 SEEDS = neon.scores.SeedSet("search", 10_000_000, 20)
 
 
@@ -664,6 +680,8 @@ def test_gradient_pass_that_fits_with_no_batch_ends(monkeypatch):
 
 
 # -------------------- seeds of the search
+
+
 def test_search_seeds_are_those_of_nothing_else():
     assert dataclasses.astuple(neon.search.search_seeds(50)) == ("search", 10_000_000, 50)
 

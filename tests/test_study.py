@@ -1,24 +1,18 @@
 """edm_neon.py: partitions, merging, seeds, stages, the study of a snapshot, and its report."""
 
-import argparse
 import dataclasses
 import itertools
 import json
 import math
-import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
-import scipy
 import torch
 from edm_helpers import (
     BEST,
-    KINDS,
-    PRESET,
     ToyModel,
     ToyNet,
     blend,
@@ -26,7 +20,6 @@ from edm_helpers import (
     edm_model,
     network,
     pair,
-    parse,
     real_toys,
     replace,
     score_of,
@@ -35,123 +28,19 @@ from edm_helpers import (
     toy_scorer,
     weights,
 )
-from torch import nn
 
 import adaptive_neon as neon
 import edm_neon as edm
 
 BLOCKS = ("enc", "mid", "dec")
+
+
 CPU = neon.processes.Processes("cpu")
 
 
-# -------------------- partitions
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("partition", ["paper", "structural", "layers"])
-def test_every_parameter_has_one_block(kind, partition):
-    net = network(kind)
-    owners = neon.blocks.partition_owners(edm_model(), net, partition)
-    assert [*owners] == [name for name, _ in net.named_parameters()]
-
-
-@pytest.mark.parametrize(
-    "name, paper, structural, layer",
-    [
-        ("map_layer0.weight", "mid", "mid", "map"),
-        ("map_augment.weight", "mid", "mid", "map"),
-        ("enc.16x16_conv.weight", "enc", "enc", "enc.16x16_conv"),
-        ("enc.8x8_block0.qkv.weight", "enc", "enc", "enc.8x8_block0"),
-        ("enc.4x4_down.conv0.weight", "mid", "mid", "enc.4x4_down"),
-        ("enc.4x4_block0.conv0.bias", "mid", "mid", "enc.4x4_block0"),
-        ("dec.4x4_in0.qkv.weight", "mid", "mid", "dec.4x4_in0"),
-        ("dec.4x4_block1.conv0.weight", "mid", "dec", "dec.4x4_block1"),
-        ("dec.8x8_up.skip.weight", "dec", "dec", "dec.8x8_up"),
-        ("dec.16x16_aux_conv.bias", "dec", "dec", "dec.16x16_aux_conv"),
-    ],
-)
-def test_block_of_a_parameter(name, paper, structural, layer):
-    model, net = edm_model(), network()
-    for partition, want in (("paper", paper), ("structural", structural), ("layers", layer)):
-        assert neon.blocks.partition_owners(model, net, partition)[f"model.{name}"] == want
-
-
-def test_paper_partition_of_the_cifar10_network():
-    with torch.device("meta"):
-        net = edm.EDMPrecond(**edm.PRESETS["cifar10"].network)
-    owners = neon.blocks.partition_owners(edm_model(), net, "paper")
-    sizes = dict.fromkeys(BLOCKS, 0)
-    for name, p in net.named_parameters():
-        sizes[owners[name]] += p.numel()
-    assert sizes == {"enc": 12_674_560, "mid": 20_019_200, "dec": 23_041_539}
-
-
-@pytest.mark.parametrize(
-    "blocks, order",
-    [
-        (["mid", "dec", "enc"], ["enc", "mid", "dec"]),
-        (["mid", "enc"], ["enc", "mid"]),
-        (["b", "a", "b"], ["b", "a"]),
-        (["mid", "enc", "x"], ["mid", "enc", "x"]),
-    ],
-    ids=str,
-)
-def test_order_of_blocks(blocks, order):
-    assert neon.blocks.block_order(dict(enumerate(blocks))) == order
-
-
-def custom(table):
-    return neon.blocks.partition_owners(ToyModel(), ToyNet(), table)
-
-
-def test_first_pattern_that_fits_owns_a_parameter():
-    owners = custom({"enc.0.*": "first", "enc.*": "second", "*": "rest"})
-    assert owners["enc.0.bias"] == "first" and owners["enc.1.bias"] == "second"
-    assert owners["mid_unused"] == "rest"
-
-
-def test_pattern_that_owns_nothing_is_refused():
-    with pytest.raises(neon.files.UserError, match="enc.7.* matches no parameter"):
-        custom({"enc.7.*": "a", "*": "rest"})
-
-
-def test_pattern_behind_a_wider_one_is_refused():
-    with pytest.raises(
-        neon.files.UserError, match="enc.0.* matches no parameter that earlier patterns"
-    ):
-        custom({"enc.*": "a", "enc.0.*": "b", "*": "rest"})
-
-
-def test_last_resort_may_be_idle():
-    assert set(custom({"[a-z]*": "a", "*": "rest"}).values()) == {"a"}
-
-
-def test_parameter_that_no_pattern_owns_is_refused():
-    with pytest.raises(neon.files.UserError, match="no pattern owns mid_unused"):
-        custom({"*.*": "a"})
-
-
-def test_patterns_tell_upper_and_lower_case_apart():
-    with pytest.raises(neon.files.UserError, match="matches no parameter"):
-        custom({"ENC*": "a", "*": "rest"})
-
-
-@pytest.mark.parametrize(
-    "text", ['{"*": 3}', '{"*": null}', '["*"]', "{", '{"*": ["a"]}', "[" * 100_000], ids=range(6)
-)
-def test_partition_file_must_name_blocks(tmp_path, text):
-    path = tmp_path / "blocks.json"
-    path.write_text(text)
-    with pytest.raises(argparse.ArgumentTypeError, match="JSON file"):
-        neon.config.read_partition(str(path))
-
-
-def test_partition_file(tmp_path):
-    path = tmp_path / "blocks.json"
-    path.write_text('{"enc*": "a", "*": "b"}')
-    assert neon.config.read_partition(str(path)) == {"enc*": "a", "*": "b"}
-    assert neon.config.read_partition("layers") == "layers"
-
-
 # -------------------- merging
+
+
 def merger_of(base, aux, owners, model=None):
     model = model or ToyModel()
     return neon.blocks.Merger(base, aux, owners, neon.sampling.Sampler(model, base, CPU, 2, 16))
@@ -164,199 +53,9 @@ def edm_merger(kind, partition="paper"):
     return base, aux, owners, merger_of(base, aux, owners, model)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "w", [weights(1.25, 0.5, -0.7), weights(0, 2, 0), weights(3, -1, 1)], ids=str
-)
-def test_merge_is_the_formula(kind, w):
-    base, aux, owners, merger = edm_merger(kind)
-    want = blend(base, aux, w, owners.get).state_dict()
-    for name, tensor in merger.set(w).state_dict().items():
-        torch.testing.assert_close(tensor, want[name], rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("value, side", [(0, 0), (-1, 1)], ids=["base", "self-trained"])
-def test_ends_of_the_line(value, side):
-    base, aux, _, merger = edm_merger("cifar")
-    wanted = dict((base, aux)[side].named_parameters())
-    for name, p in merger.set(weights(value, value, value)).named_parameters():
-        torch.testing.assert_close(p, wanted[name], rtol=0, atol=0 if value == 0 else 1e-6)
-
-
-def test_merge_does_not_depend_on_the_one_before():
-    _, _, _, merger = edm_merger("cifar")
-    first = {n: t.clone() for n, t in merger.set(BEST).state_dict().items()}
-    merger.set(weights(9, 9, 9))
-    assert all(torch.equal(t, first[n]) for n, t in merger.set(BEST).state_dict().items())
-
-
-def test_networks_that_were_merged_stay():
-    base, aux = toy_pair()
-    before = [neon.keys.weights_hash(net) for net in (base, aux)]
-    merger_of(base, aux, neon.blocks.partition_owners(ToyModel(), base, "paper")).set(BEST)
-    assert [neon.keys.weights_hash(net) for net in (base, aux)] == before
-
-
-class Mixed(nn.Module):
-    """A buffer, a frozen parameter and two tied ones."""
-
-    def __init__(self, value):
-        super().__init__()
-        self.free = nn.Parameter(torch.full((3,), value))
-        self.frozen = nn.Parameter(torch.full((2,), value), requires_grad=False)
-        self.tied = nn.Linear(2, 2, bias=False)
-        self.again = nn.Linear(2, 2, bias=False)
-        self.again.weight = self.tied.weight
-        nn.init.constant_(self.tied.weight, value)
-        self.register_buffer("variance", torch.full((2,), value))
-
-
-@pytest.fixture
-def mixed():
-    base, aux = Mixed(1.0), Mixed(3.0)
-    owners = {name: "all" for name in neon.blocks.movable_parameters(base)}
-    net = merger_of(base, aux, owners).set({"all": 0.5})
-    return owners, net
-
-
-def test_tied_parameters_are_owned_once(mixed):
-    assert [*mixed[0]] == ["free", "tied.weight"]
-
-
-def test_tied_parameters_move_once_and_stay_tied(mixed):
-    net = mixed[1]
-    assert net.tied.weight is net.again.weight and bool((net.tied.weight == 0).all())
-
-
-@pytest.mark.parametrize("name", ["frozen", "variance"])
-def test_buffers_and_frozen_parameters_are_the_bases(mixed, name):
-    assert bool((getattr(mixed[1], name) == 1).all())
-
-
-def test_a_network_whose_parameters_are_all_frozen_moves():
-    assert len(neon.blocks.movable_parameters(ToyNet().requires_grad_(False))) == 14
-
-
-def test_what_moves_is_decided_by_the_network_like_it():
-    net, like = Mixed(1.0).requires_grad_(False), Mixed(1.0)
-    assert [*neon.blocks.movable_parameters(net, like=like)] == ["free", "tied.weight"]
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"model_channels": 32}, "first at model"),
-        ({"augment_dim": 0}, "first at model.map_augment.weight: .*absent"),
-    ],
-    ids=["shape", "layers"],
-)
-@pytest.mark.parametrize("swap", [False, True], ids=["base", "aux"])
-def test_networks_that_differ_are_refused(change, message, swap):
-    nets = [network(), network(**change)]
-    if swap:
-        nets.reverse()
-    owners = neon.blocks.partition_owners(edm_model(), nets[0], "paper")
-    with pytest.raises(neon.files.UserError, match=message):
-        merger_of(*nets, owners, edm_model())
-
-
-def test_table_of_blocks():
-    base, aux, owners, merger = edm_merger("cifar")
-    rows = merger.table()
-    assert [*rows] == [*BLOCKS]
-    theirs = dict(aux.named_parameters())
-    for block in BLOCKS:
-        names = [name for name in owners if owners[name] == block]
-        r = torch.cat([dict(base.named_parameters())[name].flatten() for name in names]).double()
-        s = torch.cat([theirs[name].flatten() for name in names]).double()
-        drift = float((s - r).norm() / r.norm())
-        want = {
-            "tensors": len(names),
-            "parameters": len(r),
-            "drift": pytest.approx(drift, rel=1e-5),
-        }
-        assert rows[block] == want
-
-
-def test_same_networks_in_other_blocks():
-    scorer = toy_merger = merger_of(*toy_pair(), {n: n[:3] for n, _ in ToyNet().named_parameters()})
-    other = toy_merger.with_owners({name: "one" for name in reversed(scorer.owners)})
-    assert other.blocks == ["one"] and scorer.blocks == [*BLOCKS]
-    want = blend(*toy_pair(), {"one": 0.5}, lambda name: "one").state_dict()
-    found = other.set({"one": 0.5}).state_dict()
-    assert all(torch.allclose(found[name], want[name], atol=1e-6) for name in want)
-
-
-# -------------------- random blocks
-@pytest.fixture(scope="module")
-def partitioned():
-    base = network(num_blocks=2)
-    model = edm_model()
-    owners = neon.blocks.partition_owners(model, base, "paper")
-    merger = merger_of(base, base, owners, model)
-    return merger, model
-
-
-def layers_of(owners, model):
-    """{block: its layers}"""
-    found = {}
-    for name, block in owners.items():
-        found.setdefault(block, set()).add(model.layer(name))
-    return found
-
-
-@pytest.mark.parametrize("k", range(3))
-def test_random_blocks_move_whole_layers(partitioned, k):
-    merger, model = partitioned
-    owners = neon.blocks.placebo_owners(merger, model, k)
-    layers = [layer for block in layers_of(owners, model).values() for layer in block]
-    assert [*owners] == [*merger.owners]
-    # The bottleneck's layers are split between blocks in no partition.
-    assert len(layers) == len(set(layers))
-
-
-@pytest.mark.parametrize("k", range(3))
-def test_random_blocks_keep_their_numbers_of_layers_and_nearly_their_sizes(partitioned, k):
-    merger, model = partitioned
-    owners = neon.blocks.placebo_owners(merger, model, k)
-
-    def counts(found):
-        return {block: len(layers) for block, layers in layers_of(found, model).items()}
-
-    def sizes(found):
-        total = dict.fromkeys(BLOCKS, 0)
-        for name, block in found.items():
-            total[block] += merger.theta_r[name].numel()
-        return total
-
-    assert counts(owners) == counts(merger.owners)
-    for block, size in sizes(merger.owners).items():
-        assert sizes(owners)[block] == pytest.approx(size, rel=0.2)
-
-
-def test_random_blocks_differ_and_repeat(partitioned):
-    merger, model = partitioned
-    found = [neon.blocks.placebo_owners(merger, model, k) for k in range(4)]
-    assert all(one != other for one, other in itertools.combinations([*found, merger.owners], 2))
-    assert found[2] == neon.blocks.placebo_owners(merger, model, 2)
-
-
-@pytest.mark.parametrize("k", range(5))
-def test_random_blocks_of_a_small_network_are_not_its_own(k):
-    """Of seven layers' permutations, many draws hit the network's own blocks, which fit best."""
-    base, aux = toy_pair()
-    owners = neon.blocks.partition_owners(ToyModel(), base, "paper")
-    assert neon.blocks.placebo_owners(merger_of(base, aux, owners), ToyModel(), k) != owners
-
-
-def test_random_blocks_of_one_block_are_refused():
-    base, aux = toy_pair()
-    merger = merger_of(base, aux, {name: "one" for name, _ in base.named_parameters()})
-    with pytest.raises(neon.files.UserError, match="--placebo: .* no other blocks"):
-        neon.blocks.placebo_owners(merger, ToyModel(), 0)
-
-
 # -------------------- seeds
+
+
 def ledger(**options):
     sizes = {"synthetic": 6000, "select_images": 1000, "final_images": 500}
     return neon.study.seed_ledger(neon.config.Config(**sizes | options))
@@ -445,6 +144,8 @@ def test_disjoint_protocol_announces_nothing(capsys):
 
 
 # -------------------- stages
+
+
 class Counting(ToyModel):
     """Counts training steps and sampled batches."""
 
@@ -747,6 +448,8 @@ def test_given_snapshots_that_are_not_there(tmp_path):
 
 
 # -------------------- the study of one snapshot, on real scores
+
+
 STUDY = {"grid": (0.5, 1.0), "sweep": (-1.0, 0.5, 2.0), "final_repeats": 2, "placebo": 2}
 
 
@@ -851,6 +554,8 @@ def test_blocks_of_the_entry(studied):
 
 
 # -------------------- the study of one snapshot, on scores made by hand
+
+
 class Prescribed:
     """A scorer of prescribed distances: fd(w, seeds)."""
 
@@ -1017,6 +722,8 @@ def test_one_block_has_a_grid_too():
 
 
 # -------------------- final comparison
+
+
 def finals(**rows):
     """{model: scores} of two sets, with folds that differ a little."""
     found = {}
@@ -1060,6 +767,8 @@ def test_final_pairs():
 
 
 # -------------------- warnings
+
+
 def warnings(models=None, final=None, had_grid=False, dim=6, real=10_000, **options):
     models = {"base": 4.0, "global": 2.0} | (models or {})
     candidates = {
@@ -1136,206 +845,9 @@ def test_precision_that_falls_with_the_distance(precision, difference, noted):
     assert ("blockwise: precision falls while the distance falls" in notes) == noted
 
 
-# -------------------- the report
-def written(tmp_path, capsys, **changes):
-    """Report of a study of prescribed scores -> entry, table.md, summary.json."""
-    entry, _ = study_of(bowl, grid=(0.5, 1.0, 1.5), final_repeats=2)
-    entry = dataclasses.replace(entry, **changes)
-    summary = {
-        "score": "FD",
-        "snapshots": [entry.as_json()],
-        "floors": [{"images": 50, "fd": 0.125}],
-        "judges": ["own"],
-        "reference": {"images": 10_000, "origin": "nowhere"},
-        "config": {"out": Path("x")},
-    }
-    neon.report.write_report(summary, tmp_path)
-    text = (tmp_path / "table.md").read_text()
-    assert text.strip() in capsys.readouterr().out
-    return entry, text, json.loads((tmp_path / "summary.json").read_text())
-
-
-def cells(text, name):
-    (line,) = [line for line in text.splitlines() if f"| {name} |" in line]
-    return [cell.strip() for cell in line.strip("|").split("|")]
-
-
-def test_table_has_a_row_for_every_model(tmp_path, capsys):
-    entry, text, _ = written(tmp_path, capsys)
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + len(entry.models)
-    assert rows[0].count("|") == rows[1].count("|") == rows[-1].count("|") == 11
-
-
-def test_row_of_a_model(tmp_path, capsys):
-    _, text, _ = written(tmp_path, capsys)
-    found = cells(text, "blockwise")
-    assert found[:4] == ["1", "blockwise", "enc 1, mid 0.5, dec 1.5", "1.0000"]
-    assert found[4] == "1.0000 +- 0.0000"
-    assert found[5:7] == ["-3.5000 [-3.5000, -3.5000]", "better"]
-
-
-def test_row_shows_selection_and_final_distances(tmp_path, capsys):
-    final = {
-        "base": {"w": weights(0, 0, 0), "fd": 7.5, "std": None, "precision": 0.25, "recall": 1}
-    }
-    models = {"base": neon.study.Candidate(weights(0, 0, 0), 6.5, None)}
-    _, text, _ = written(tmp_path, capsys, final=final, models=models)
-    assert cells(text, "base") == [
-        "1",
-        "base",
-        "0",
-        "6.5000",
-        "7.5000",
-        "",
-        "",
-        "0.250",
-        "1.000",
-        "",
-    ]
-
-
-def test_notes_of_the_report(tmp_path, capsys):
-    placebo = [{"w": BEST, "fd": 1.0, "against_global": gain(-0.5) | {"verdict": "better"}}]
-    _, text, _ = written(tmp_path, capsys, warnings=["all is well"], placebo=placebo)
-    for note in (
-        "Snapshot 1: blockwise against global -0.5000 [-0.5000, -0.5000]: better.",
-        "Snapshot 1: random blocks 1 against global -0.5000 [-0.7000, -0.3000]: better.",
-        "Warning, snapshot 1: all is well.",
-        "Floor: 50 real images, of the selection part, score 0.1250 against the final one.",
-        "Reference: nowhere, the same for selection and final comparison (10000 images).",
-    ):
-        assert note in text.split("\n\n") or note + "\n" in text
-
-
-@pytest.mark.parametrize(
-    "w, text",
-    [
-        (weights(1.5, 1.5, 1.5), "1.5"),
-        (weights(-1, -1, -1), "-1"),
-        (weights(0.5, 1, 1.23456), "enc 0.5, mid 1, dec 1.23"),
-    ],
-    ids=str,
-)
-def test_text_of_weights(w, text):
-    assert neon.report.weights_text(w) == text
-
-
-@pytest.mark.parametrize(
-    "w, text",
-    [
-        ({"a": 0.5, "b": 1.0, "c": 0.5, "d": 0.5}, "a 0.5, b 1, c 0.5, d 0.5"),
-        ({"a": 0.5, "b": 1.0, "c": 0.5, "d": 0.5, "e": 0.5}, "one for each of 5 blocks"),
-        (dict.fromkeys("abcdefg", 0.55), "0.55"),
-    ],
-    ids=["few", "many", "equal"],
-)
-def test_weights_in_the_title_of_a_picture(w, text):
-    assert neon.report.weights_title(w) == text
-
-
-def test_keys_of_a_snapshot_in_the_summary(tmp_path, capsys):
-    entry, _, summary = written(tmp_path, capsys)
-    (found,) = summary["snapshots"]
-    assert set(found) == {
-        *("kimg", "blocks", "grid", "sweep", "base", "collapsed", "global", "blockwise"),
-        *("final", "placebo", "warnings", "parts", "judges", "claims"),
-    }
-    assert found["global"] == {"w": weights(1, 1, 1), "fd": 1.5, "w_global": 1.0}
-    assert found["blockwise"] == {"w": BEST, "fd": 1.0}
-    assert len(found["grid"]) == 27 and found["grid"][0] == {
-        "w": weights(0.5, 0.5, 0.5),
-        "fd": 2.25,
-        "seconds": 0.5,
-        "low": 2.25,
-        "high": 2.25,
-    }
-    assert [row["w_global"] for row in found["sweep"]] == [-1, 0, 0.5, 1, 1.5]
-    assert summary["config"] == {"out": "x"}
-
-
-def test_rows_of_the_summary_hold_precision_and_recall():
-    row = score_of(2.0, precision=0.25, recall=0.5, w=BEST)
-    entry = neon.study.Entry(1, {}, [], [row], {}, {}, [], [], {}, {}, [])
-    assert entry.as_json()["grid"] == [
-        {
-            **{"w": BEST, "fd": 2.0, "seconds": 0.5, "low": 2.0, "high": 2.0},
-            **{"precision": 0.25, "recall": 0.5},
-        }
-    ]
-
-
-def test_summary_is_strict_json(tmp_path, capsys):
-    def fd(w, seeds):
-        return math.inf if w["enc"] == -1 else bowl(w)
-
-    entry, _ = study_of(fd, final_repeats=2)
-    neon.report.write_report(
-        {
-            "score": "FD",
-            "snapshots": [entry.as_json()],
-            "floors": [],
-            "judges": ["own"],
-            "reference": {},
-        },
-        tmp_path,
-    )
-    text = (tmp_path / "summary.json").read_text()
-    found = json.loads(text, parse_constant=pytest.fail)["snapshots"][0]
-    assert found["collapsed"]["fd"] is None and found["final"]["collapsed"]["all"] == [None, None]
-
-
-@pytest.mark.parametrize(
-    "value, want",
-    [
-        ({1: (1, 2.5)}, {"1": [1, 2.5]}),
-        ([math.nan, -math.inf, True, None], [None, None, True, None]),
-        (Path("a"), "a"),
-    ],
-    ids=str,
-)
-def test_strict_values(value, want):
-    assert neon.report.strict(value) == want
-
-
-def test_summary_of_a_run(tmp_path, capsys):
-    scorer = toy_scorer(tmp_path)
-    c = config(tmp_path, final_repeats=2)
-    found = neon.study.summarise(
-        c, ["--seed", "1"], [], scorer.judges, neon.study.seed_ledger(c), 0.5, CPU, 0.0
-    )
-    assert found["command"] == "python edm_neon.py --seed 1"
-    assert found["first_seeds"]["selection"] == 10_000
-    assert found["first_seeds"]["final"] == [50_000, 50_120]
-    assert [floor["images"] for floor in found["floors"]] == [100, 120]
-    assert found["reference"]["images"] == 400 and found["world"] == 1
-    assert found["config"]["final_repeats"] == 2 and found["seconds_per_image"] == 0.5
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["versions"]["scipy"] == scipy.__version__
-
-
-def test_summary_names_the_version_of_diffusers_where_it_is_used(tmp_path, monkeypatch):
-    def versions():
-        ledger = neon.study.seed_ledger(c)
-        return neon.study.summarise(c, [], [], scorer.judges, ledger, 0.5, CPU, 0.0)["versions"]
-
-    scorer, c = toy_scorer(tmp_path), config(tmp_path)
-    monkeypatch.delitem(sys.modules, "diffusers", raising=False)
-    assert "diffusers" not in versions()
-    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(__version__="9.9"))
-    assert versions()["diffusers"] == "9.9"
-    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace())
-    assert versions()["diffusers"] == "unknown"
-
-
-def test_summary_without_real_images_has_no_floor(tmp_path):
-    scorer = toy_scorer(tmp_path, real=False)
-    c = config(tmp_path)
-    found = neon.study.summarise(c, [], [], scorer.judges, neon.study.seed_ledger(c), 0.5, CPU, 0.0)
-    assert found["floors"] == []
-
-
 # -------------------- the repaired network
+
+
 @pytest.mark.parametrize("best", ["base", "global", "blockwise", "searched"])
 def test_network_that_is_saved_is_the_best_on_the_selection_seeds(tmp_path, best):
     names = ("base", "global", "blockwise", "searched")
@@ -1379,176 +891,3 @@ def test_saved_network_of_edm_is_read_back_with_its_recipe(tmp_path):
     with safetensors.safe_open(path, "pt") as file:
         recipe = json.loads(file.metadata()["config"])["recipe"]
     assert recipe == {"model": "blockwise", "w": BEST, "partition": "paper", "aux_weights": "abc"}
-
-
-# -------------------- processes
-def test_batches_keep_the_order_of_the_seeds():
-    parts = CPU.map_batches(lambda part: part.tolist(), np.arange(5, 16), 4)
-    assert [seed for part in parts for seed in part] == list(range(5, 16))
-    assert max(len(part) for part in parts) <= 4
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_take_turns(monkeypatch, rank):
-    """Every rank gets all results, in the order of the seeds."""
-    mine, theirs = (
-        neon.processes.Processes("cpu", rank, 2),
-        neon.processes.Processes("cpu", 1 - rank, 2),
-    )
-
-    def work(part):
-        return part.tolist()
-
-    def gather(gathered, results):
-        others = [part.tolist() for part in np.array_split(np.arange(10), 5)[1 - rank :: 2]]
-        gathered[rank], gathered[1 - rank] = results, others
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    parts = mine.map_batches(work, np.arange(10), 2)
-    assert parts == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]] and theirs.world == 2
-
-
-@pytest.mark.parametrize(
-    "error", [neon.processes.Diverged, neon.files.UserError, torch.OutOfMemoryError]
-)
-def test_other_ranks_hear_of_an_error(monkeypatch, error):
-    told = []
-
-    def gather(gathered, results):
-        told.append(results)
-        gathered[:] = [results, [1]]
-
-    def work(part):
-        raise error("too bad")
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    with pytest.raises(error):
-        neon.processes.Processes("cpu", 0, 2).map_batches(work, np.arange(4), 2)
-    assert [type(outcome) for outcome in told] == [error]
-
-
-def test_divergence_on_another_rank_is_heard_of(monkeypatch):
-    def gather(gathered, results):
-        gathered[:] = [results, neon.processes.Diverged("not finite")]
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    with pytest.raises(neon.processes.Diverged):
-        neon.processes.Processes("cpu", 0, 2).map_batches(lambda part: 1, np.arange(4), 2)
-
-
-@pytest.mark.parametrize(
-    "processes, workers",
-    [
-        (neon.processes.Processes("cpu"), 6),
-        (neon.processes.Processes("cpu", 0, 2), 1),
-        (neon.processes.Processes("cuda"), 1),
-    ],
-    ids=["alone", "two ranks", "gpu"],
-)
-def test_batches_at_once(monkeypatch, processes, workers):
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert processes.workers() == workers
-
-
-# -------------------- what it will cost
-@pytest.mark.parametrize(
-    "options, counts",
-    [
-        ({}, (8 + 3, 4)),
-        ({"sweep": (-1.0, 0.5)}, (8 + 4, 4)),
-        ({"search": "cobyqa", "evaluations": 5}, (8 + 3 + 5, 5)),
-        ({"search": "coordinate", "evaluations": 5}, (8 + 3 + 5, 5)),
-        ({"search": "gradient", "evaluations": 5}, (8 + 3 + 30, 5)),
-        ({"placebo": 2}, (24 + 3, 6)),
-        ({"final_repeats": 3}, (8 + 3, 12)),
-        ({"search": "cobyqa", "final_repeats": 3, "placebo": 1, "evaluations": 1}, (20, 18)),
-    ],
-    ids=str,
-)
-def test_number_of_scores(options, counts):
-    c = config(Path("."), **options)
-    scores, images, final, final_images = neon.cli.count_images(c, BLOCKS)
-    assert (scores, final) == counts
-    assert (images, final_images) == (100 * scores, 120 * final)
-
-
-@pytest.mark.parametrize(
-    "seconds, options, refused",
-    [
-        (1.0, {}, False),
-        (6.0, {}, True),
-        (6.0, {"yes": True}, False),
-        (6.0, {"plan": True}, False),
-        (6.0, {"device": "cuda"}, False),
-    ],
-    ids=str,
-)
-def test_hours_without_a_gpu_are_refused(seconds, options, refused):
-    """11 scores of 100 images, 4 of 120 and 100 synthetic ones: 1,680 images."""
-    c = config(Path("."), **options)
-    if refused:
-        with pytest.raises(
-            neon.files.UserError, match="about 3 hours of sampling alone: add --yes"
-        ):
-            neon.cli.refuse_hours(c, seconds, BLOCKS)
-    else:
-        neon.cli.refuse_hours(c, seconds, BLOCKS)
-
-
-def test_hours_grow_with_the_blocks_of_the_partition():
-    """Eight blocks: 256 points of 100 images instead of 8."""
-    c = config(Path("."))
-    neon.cli.refuse_hours(c, 1.0, BLOCKS)
-    with pytest.raises(neon.files.UserError, match="about 7 hours of sampling alone"):
-        neon.cli.refuse_hours(c, 1.0, tuple("abcdefgh"))
-
-
-def test_measuring_time_changes_no_setting():
-    base, model = network(), edm_model()
-    sampler = neon.sampling.Sampler(model, base, CPU, 5, 32)
-    threads = torch.get_num_threads()
-    assert neon.sampling.time_sampling(sampler, "fp32")[0] > 0
-    assert torch.get_num_threads() == threads and (sampler.steps, sampler.batch) == (5, 32)
-
-
-# -------------------- command line
-def parsed(tmp_path, *argv):
-    return parse(["--preset", PRESET, "--out", str(tmp_path), *argv])
-
-
-def test_options_are_the_presets_unless_given(tmp_path):
-    defaults = edm.PRESETS[PRESET].defaults
-    c = parsed(tmp_path, "--lr", "0.5")
-    for name, value in (defaults | {"lr": 0.5}).items():
-        assert getattr(c, name) == value
-
-
-@pytest.mark.parametrize(
-    "argv, name, value",
-    [
-        (["--grid", "1,0.5,1"], "grid", (0.5, 1.0)),
-        (["--grid", "-1,0.5"], "grid", (-1.0, 0.5)),
-        (["--snapshot", "1551,550"], "snapshot", (550, 1551)),
-        (["--sweep", "-1:0.5:0.5"], "sweep", (-1.0, -0.5, 0.0, 0.5)),
-        (["--sweep", "0:0.3:0.1"], "sweep", (0.0, 0.1, 0.2, 0.3)),
-        (["--bounds", "-2,3"], "bounds", (-2.0, 3.0)),
-        (["--protocol", "paper"], "select_images", 2000),
-        (["--protocol", "paper"], "labels", "random"),
-        (["--protocol", "paper", "--labels", "balanced"], "labels", "balanced"),
-        (["--race"], "labels", "balanced"),
-        (["--precision", "tf32", "--device", "cpu"], "precision", "fp32"),
-        (["--precision", "bf16"], "precision", "bf16"),
-        (["--race"], "race", True),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_values_of_options(tmp_path, argv, name, value):
-    assert getattr(parsed(tmp_path, *argv), name) == value
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-def test_grid_of_a_block(tmp_path, block):
-    c = parsed(tmp_path, "--grid", "1,2", f"--grid-{block}", "3")
-    assert {name: c.grid_of(name) for name in BLOCKS} == dict.fromkeys(BLOCKS, (1.0, 2.0)) | {
-        block: (3.0,)
-    }

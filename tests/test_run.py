@@ -28,6 +28,8 @@ import adaptive_neon as neon
 import edm_neon as edm
 
 MODELS = ["base", "collapsed", "global", "blockwise", "searched"]
+
+
 SEARCHED = (
     *(*SMALL, "--sweep", "-1:1:1", "--search", "cobyqa", "--evaluations", "5", "--export-pt"),
     *("--final-repeats", "2", "--placebo", "1"),
@@ -59,6 +61,8 @@ def prepared(small_run, tmp_path):
 
 
 # -------------------- a whole run
+
+
 def test_models_of_a_run(summary):
     (entry,) = summary["snapshots"]
     assert [*entry["final"]] == MODELS and len(entry["grid"]) == 8 and len(entry["placebo"]) == 1
@@ -111,6 +115,8 @@ def test_summary_tells_how_to_repeat_the_run(small_run, summary):
 
 
 # -------------------- again
+
+
 def test_run_again_skips_what_is_there(small_run):
     out, _ = small_run
     paths = [
@@ -139,6 +145,8 @@ def test_plan_of_a_new_run_trains_nothing(tmp_path):
 
 
 # -------------------- signals, a second run, a full disk
+
+
 def heed_signals():
     """In the child: the background jobs of a shell inherit an ignored SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -204,6 +212,8 @@ def test_full_disk(tmp_path):
 
 
 # -------------------- two ranks
+
+
 def test_two_ranks_score_as_one_process(prepared, tmp_path):
     """Grid, search by gradient and final comparison."""
     out, options = prepared
@@ -250,6 +260,8 @@ def test_two_ranks_train_a_network_with_parameters_no_loss_uses(prepared):
 
 
 # -------------------- bad input is one line
+
+
 @pytest.mark.parametrize(
     "args, message",
     [

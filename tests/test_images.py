@@ -1,0 +1,436 @@
+"""What adaptive_neon/images.py promises."""
+
+import hashlib
+import io
+import json
+import os
+import struct
+import time
+import zipfile
+import zlib
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import adaptive_neon as neon
+import edm_neon as edm
+
+
+def hashes(images):
+    return [hashlib.sha256(image.tobytes()).hexdigest() for image in images.numpy()]
+
+
+# -------------------- real images in three parts
+
+
+def random_images(n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (n, 1, 4, 4), generator=generator).to(torch.uint8)
+
+
+def test_split_is_disjoint_and_complete_and_labels_follow():
+    images, labels = random_images(800), torch.arange(800)
+    real = neon.images.split_by_content(images, labels, "x.zip")
+    parts = [real.training, real.selection, real.final]
+    together = torch.cat([part.labels for part in parts])
+    assert sorted(together.tolist()) == list(range(800))
+    for part in parts:
+        assert torch.equal(part.images, images[part.labels])
+    sizes = [len(part.images) for part in parts]
+    assert sizes[0] == pytest.approx(400, abs=60) and sizes[1] == pytest.approx(200, abs=50)
+
+
+def test_split_does_not_move_when_images_come_go_or_change_places():
+    images = random_images(800)
+    real = neon.images.split_by_content(images, None, "x")
+    order = torch.randperm(800)[:600]
+    again = neon.images.split_by_content(images[order], None, "x")
+    for purpose in ("training", "selection", "final"):
+        before, after = (set(hashes(getattr(r, purpose).images)) for r in (real, again))
+        assert after <= before
+
+
+def test_copies_stay_in_one_part():
+    images = random_images(600).repeat(2, 1, 1, 1)
+    real = neon.images.split_by_content(images, None, "x")
+    sets = [set(hashes(getattr(real, p).images)) for p in ("training", "selection", "final")]
+    assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(
+        neon.files.UserError, match=r"x.zip: \d+ of its 100 images .* give more images"
+    ):
+        neon.images.split_by_content(random_images(100), None, "x.zip")
+
+
+@pytest.mark.parametrize("base, unknown", [("", False), ("x.pkl", True)])
+def test_origin_says_whether_the_base_may_have_seen_the_images(tmp_path, base, unknown):
+    neon.images.write_dataset(tmp_path / "x.zip", random_images(800), None)
+    config = neon.config.Config(data=str(tmp_path / "x.zip"), base=base, train_base=1.0)
+    assert ("unknown" in edm.Cifar10().real_images(config).origin) == unknown
+
+
+# -------------------- references
+
+
+@pytest.fixture
+def real():
+    return neon.images.split_by_content(random_images(800), None, "x.zip")
+
+
+torch.set_num_threads(1)
+
+
+# -------------------- networks that are refused
+
+
+def content(case):
+    """The bytes of a case; the larger ones are made when they are needed."""
+    return case() if callable(case) else case
+
+
+def text(value):
+    return b"\x8c" + bytes([len(value)]) + value.encode()
+
+
+def long_get(index):
+    return b"j" + struct.pack("<I", index)
+
+
+def long_put(index):
+    return b"r" + struct.pack("<I", index)
+
+
+# A tuple of two tuples of two tuples ...: 2^60 leaves in 900 bytes, put into the memo at 1060.
+DOUBLING = b")" + long_put(1000)
+
+
+DOUBLING += b"".join(2 * long_get(1000 + i) + b"\x86" + long_put(1001 + i) for i in range(60))
+
+
+# -------------------- images
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+
+def encoded(picture, kind="png", **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def deep_png():
+    """RGB of 16 bits a channel, which PIL reads as 8 in silence."""
+
+    def chunk(name, data):
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    rows = zlib.compress((b"\0" + b"\1\2" * 24) * 8)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
+
+
+RGB = PIL.Image.fromarray(PIXELS)
+
+
+GREY = RGB.convert("L")
+
+
+GOOD_IMAGES = {
+    "rgb": (encoded(RGB), RGB),
+    "grey": (encoded(GREY), GREY),
+    "palette": (encoded(RGB.quantize(8)), RGB.quantize(8).convert("RGB")),
+    "1 bit": (encoded(RGB.convert("1")), RGB.convert("1").convert("L")),
+    "4 bits": (encoded(GREY.point(lambda v: v // 16 * 17), bits=4), None),
+    "jpeg": (encoded(RGB, "jpeg"), PIL.Image.open(io.BytesIO(encoded(RGB, "jpeg")))),
+    "grey jpeg": (encoded(GREY, "jpeg"), PIL.Image.open(io.BytesIO(encoded(GREY, "jpeg")))),
+}
+
+
+CLEAR = RGB.quantize(8)
+CLEAR.info["transparency"] = 0
+BAD_IMAGES = {
+    "alpha": (encoded(RGB.convert("RGBA")), "transparency"),
+    "grey and alpha": (encoded(GREY.convert("LA")), "transparency"),
+    "clear palette entry": (encoded(CLEAR, transparency=0), "transparency"),
+    "clear colour": (encoded(RGB, transparency=(1, 2, 3)), "transparency"),
+    "16-bit grey": (
+        encoded(PIL.Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)),
+        "16 bits",
+    ),
+    "16-bit rgb": (deep_png(), "16 bits"),
+    "float": (
+        encoded(PIL.Image.fromarray(PIXELS[..., 0].astype(np.float32)), "tiff"),
+        "neither PNG nor JPEG",
+    ),
+    "cmyk": (encoded(RGB.convert("CMYK"), "jpeg"), "mode CMYK"),
+    "animation": (encoded(RGB, save_all=True, append_images=[GREY.convert("RGB")]), "an animation"),
+    "postscript": (encoded(RGB, "eps"), "neither PNG nor JPEG"),
+    "gif": (encoded(RGB, "gif"), "neither PNG nor JPEG"),
+    "bmp": (encoded(RGB, "bmp"), "neither PNG nor JPEG"),
+    "half a png": (encoded(RGB)[:100], ""),
+    "half a jpeg": (encoded(RGB, "jpeg")[:400], ""),
+    "only a header": (encoded(RGB)[:8], ""),
+    "damaged": (encoded(RGB)[:60] + b"\xff\xff\xff" + encoded(RGB)[63:], ""),
+    "empty": (b"", "neither PNG nor JPEG"),
+    "text": (b"no image", "neither PNG nor JPEG"),
+    "huge": (encoded(PIL.Image.new("L", (5000, 1))), "5000 x 1 pixels"),
+    "another size": (encoded(RGB.resize((4, 4))), r"\[C, H, W\] is \(3, 4, 4\)"),
+    "another mode": (encoded(GREY), r"\[C, H, W\] is \(1, 8, 8\)"),
+}
+
+
+def zipped(path, files, compress=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compress) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def in_folder(path, files):
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    return path
+
+
+MAKERS = {"zip": lambda folder, files: zipped(folder / "set.zip", files), "folder": in_folder}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("name", GOOD_IMAGES)
+def test_images_are_read_to_the_byte(tmp_path, name, maker):
+    raw, picture = GOOD_IMAGES[name]
+    picture = picture or GREY.point(lambda v: v // 16 * 17)
+    images, labels = neon.images.read_dataset(MAKERS[maker](tmp_path, {"a/1.png": raw}))
+    want = torch.from_numpy(np.atleast_3d(np.array(picture))).permute(2, 0, 1)
+    assert torch.equal(images, want[None]) and images.is_contiguous() and labels is None
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_images_of_other_kinds_are_refused_by_name(tmp_path, name, maker):
+    raw, message = BAD_IMAGES[name]
+    path = MAKERS[maker](tmp_path, {"a/0.png": encoded(RGB), "a/1.png": raw})
+    with pytest.raises(neon.files.UserError, match=f"cannot be read: a/1.png .*{message}"):
+        neon.images.read_dataset(path)
+
+
+def test_content_decides_what_an_image_is(tmp_path):
+    images, _ = neon.images.read_dataset(
+        zipped(tmp_path / "set.zip", {"1.jpg": encoded(RGB), "2": encoded(RGB)})
+    )
+    assert len(images) == 2
+
+
+def test_images_come_in_the_order_of_their_names(tmp_path):
+    files = {f"{i}.png": encoded(PIL.Image.new("L", (2, 2), i)) for i in (3, 1, 2)}
+    images, _ = neon.images.read_dataset(zipped(tmp_path / "set.zip", files))
+    assert images[:, 0, 0, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["__MACOSX/a/._1.png", "a/._1.png", ".DS_Store", "a/Thumbs.db"])
+def test_what_operating_systems_add_is_skipped(tmp_path, capsys, name):
+    images, _ = neon.images.read_dataset(
+        zipped(tmp_path / "set.zip", {"1.png": encoded(RGB), name: b"no image"})
+    )
+    assert len(images) == 1 and capsys.readouterr().err == ""
+
+
+def test_other_files_are_counted_aloud(tmp_path, capsys):
+    files = {"1.png": encoded(RGB), "README.md": b"text", "x\x1b[31m.csv": b"text"}
+    images, _ = neon.images.read_dataset(zipped(tmp_path / "set.zip", files))
+    assert len(images) == 1 and "2 files that are no images" in capsys.readouterr().err
+
+
+def test_a_set_without_images_is_refused(tmp_path):
+    with pytest.raises(neon.files.UserError, match="no PNG or JPEG images"):
+        neon.images.read_dataset(zipped(tmp_path / "set.zip", {"a.txt": b"text"}))
+
+
+@pytest.mark.parametrize("name", ["a.png", "dataset.json"])
+def test_entries_of_zeros_are_not_read(tmp_path, name):
+    files = {"0.png": encoded(RGB), name: b"\0" * (513 << 20)}
+    with pytest.raises(neon.files.UserError, match=f"{name} has {513 << 20} bytes, more than"):
+        neon.images.read_dataset(zipped(tmp_path / "set.zip", files, zipfile.ZIP_DEFLATED))
+
+
+def test_an_entry_larger_than_it_says_is_refused(tmp_path):
+    path = zipped(
+        tmp_path / "set.zip",
+        {"a.png": encoded(RGB, compress_level=0) + b"\0" * 10**6},
+        zipfile.ZIP_DEFLATED,
+    )
+    size = len(encoded(RGB, compress_level=0))
+    old, new = struct.pack("<I", size + 10**6), struct.pack("<I", size)
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(neon.files.UserError, match="a.png .*CRC"):
+        neon.images.read_dataset(path)
+
+
+def test_an_entry_that_is_there_twice_is_refused(tmp_path):
+    with (
+        zipfile.ZipFile(tmp_path / "set.zip", "w") as archive,
+        pytest.warns(UserWarning, match="Duplicate"),
+    ):
+        for _ in range(2):
+            archive.writestr("1.png", encoded(RGB))
+    with pytest.raises(neon.files.UserError, match="1.png is in it twice"):
+        neon.images.read_dataset(tmp_path / "set.zip")
+
+
+def test_encrypted_entries_are_refused(tmp_path):
+    path = zipped(tmp_path / "set.zip", {"1.png": encoded(RGB)})
+    data = bytearray(path.read_bytes())
+    data[6] |= 1
+    data[data.index(b"PK\1\2") + 8] |= 1
+    path.write_bytes(data)
+    with pytest.raises(neon.files.UserError, match="1.png .*encrypted"):
+        neon.images.read_dataset(path)
+
+
+def test_other_compressions_are_refused(tmp_path):
+    path = zipped(tmp_path / "set.zip", {"1.png": encoded(RGB)}, zipfile.ZIP_LZMA)
+    with pytest.raises(neon.files.UserError, match="1.png is neither stored nor deflated"):
+        neon.images.read_dataset(path)
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"no zip", b"PK\3\4" + b"\0" * 30], ids=["none", "empty", "text", "half"]
+)
+def test_what_is_no_dataset_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "set.zip").write_bytes(content)
+    with pytest.raises(neon.files.UserError, match="set.zip cannot be read"):
+        neon.images.read_dataset(tmp_path / "set.zip")
+
+
+def test_a_pipe_as_dataset_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "set.zip")
+    with pytest.raises(neon.files.UserError, match="neither a file nor a folder"):
+        neon.images.read_dataset(tmp_path / "set.zip")
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("nowhere")], ids=["pipe", "broken link"]
+)
+def test_a_folder_with_what_is_no_file_is_refused(tmp_path, make):
+    in_folder(tmp_path, {"0.png": encoded(RGB)})
+    make(tmp_path / "1.png")
+    with pytest.raises(neon.files.UserError, match="1.png is no file"):
+        neon.images.read_dataset(tmp_path)
+
+
+def test_names_in_messages_are_printable(tmp_path):
+    path = zipped(tmp_path / "set.zip", {"\x1b[31m\nx.png": b"no"})
+    with pytest.raises(neon.files.UserError) as error:
+        neon.images.read_dataset(path)
+    assert str(error.value).isprintable()
+
+
+# -------------------- labels
+
+
+def labelled(folder, index, count=3):
+    files = {f"{i}.png": encoded(RGB) for i in range(count)}
+    raw = index if isinstance(index, bytes) else json.dumps(index).encode()
+    return zipped(folder / "set.zip", files | {"dataset.json": raw})
+
+
+def rows(*labels):
+    return {"labels": [[f"{i}.png", label] for i, label in enumerate(labels)]}
+
+
+@pytest.mark.parametrize(
+    "index, labels",
+    [
+        (rows(2, 0, 1), [2, 0, 1]),
+        (rows(2.0, 0.0, 99_999), [2, 0, 99_999]),
+        ({"labels": [["2.png", 7], ["0.png", 5], ["1.png", 6]]}, [5, 6, 7]),
+        (b"\xef\xbb\xbf" + json.dumps(rows(1, 2, 3)).encode(), [1, 2, 3]),
+        ({"labels": None}, None),
+    ],
+    ids=["integers", "whole floats", "another order", "byte-order mark", "null"],
+)
+def test_labels_are_read(tmp_path, index, labels):
+    _, found = neon.images.read_dataset(labelled(tmp_path, index))
+    assert (
+        found is None
+        if labels is None
+        else (found.dtype == torch.int64 and found.tolist() == labels)
+    )
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        (rows(0, True, 1), "label of 1.png is True"),
+        (rows(0, [0, 1], 1), "label of 1.png is a list"),
+        (rows(0, -1, 1), "label of 1.png is -1"),
+        (rows(0, 1.5, 1), "label of 1.png is 1.5"),
+        (rows(0, float("nan"), 1), "label of 1.png is nan"),
+        (rows(0, 10**6, 1), "label of 1.png is 1000000"),
+        (rows(0, "cat", 1), "label of 1.png is cat"),
+        (rows(0, None, 1), "label of 1.png is a NoneType"),
+        (rows(0, 1), "1 images have no label in dataset.json, the first is 2.png"),
+        ({"labels": []}, "3 images have no label"),
+        ({"labels": [["0.png", 1]] * 3}, "0.png has two labels"),
+        ({"labels": {"0.png": 1}}, 'no list "labels"'),
+        ({"classes": []}, 'no list "labels"'),
+        ([], 'no list "labels"'),
+        ({"labels": [["0.png"]]}, r"not a list of \[image, label\]"),
+        ({"labels": [[0, 1]]}, r"not a list of \[image, label\]"),
+        ({"labels": "0.png"}, 'no list "labels"'),
+        (b"{", "JSON"),
+        (b"", "JSON"),
+        (b"\xff\xfe\0", ""),
+        (b"[" * 100_000, "RecursionError"),
+        (b'{"labels": [["0.png", ' + b"9" * 5000 + b"]]}", ""),
+    ],
+    ids="bool list negative fraction NaN large text null missing none repeated dictionary "
+    "another-key array short number string half empty binary brackets digits".split(),
+)
+def test_bad_labels_are_one_line(tmp_path, index, message):
+    with pytest.raises(neon.files.UserError, match=f"cannot be read.*{message}") as error:
+        neon.images.read_dataset(labelled(tmp_path, index))
+    assert str(error.value).isprintable()
+
+
+def test_labels_without_images_are_counted_aloud(tmp_path, capsys):
+    _, labels = neon.images.read_dataset(labelled(tmp_path, rows(0, 1, 2, 3, 4)))
+    assert labels.tolist() == [0, 1, 2] and "2 labels without an image" in capsys.readouterr().err
+
+
+def test_labels_that_are_not_at_the_top_are_refused(tmp_path):
+    path = zipped(
+        tmp_path / "set.zip",
+        {"a/0.png": encoded(RGB), "a/dataset.json": json.dumps(rows(1)).encode()},
+    )
+    with pytest.raises(
+        neon.files.UserError, match="dataset.json must be at the top, not at a/dataset.json"
+    ):
+        neon.images.read_dataset(path)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_datasets_come_back_to_the_byte(tmp_path, channels):
+    images = torch.randint(0, 256, (5, channels, 8, 8), dtype=torch.uint8)
+    neon.images.write_dataset(tmp_path / "set.zip", images, torch.arange(5) * 3)
+    found, labels = neon.images.read_dataset(tmp_path / "set.zip")
+    assert torch.equal(found, images) and labels.tolist() == [0, 3, 6, 9, 12]
+
+
+def test_datasets_are_the_same_bytes(tmp_path):
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    for name in ("a.zip", "b.zip"):
+        neon.images.write_dataset(tmp_path / name, images, torch.arange(5))
+        time.sleep(2.1)  # a zip's clock has two seconds
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
