@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import neon_ext
-
 from .blocks import Merger, block_order, partition_owners
 from .config import Config, judge_name
 from .diffusers import DiffusersModel, is_pipeline
+from .extension import neon_ext
 from .files import UserError, printable, reading
 from .keys import weights_hash
 from .modelfile import FileModel
@@ -294,11 +293,8 @@ def check_combinations(c):
 
 def check_machine(c):
     """The extension, the device and a folder to write into."""
-    if neon_ext is None:
-        raise UserError(
-            "neon_ext is not built: run `pip install --no-build-isolation .` here first"
-        )
-    if c.device == "cuda" and not (torch.cuda.is_available() and neon_ext.build_config()["cuda"]):
+    built_with_cuda = neon_ext.build_config()["cuda"]  # or the line that says what to install
+    if c.device == "cuda" and not (torch.cuda.is_available() and built_with_cuda):
         raise UserError(
             "--device cuda: no usable GPU, or neon_ext was built without CUDA; use --device cpu"
         )

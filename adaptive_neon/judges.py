@@ -6,8 +6,7 @@ import functools
 import numpy as np
 import torch
 
-import neon_ext
-
+from .extension import neon_ext
 from .features import features_of_images
 from .files import UserError, fetch, reading, write_atomically
 from .keys import key_of, tensor_hash

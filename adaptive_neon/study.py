@@ -15,9 +15,8 @@ import numpy as np
 import scipy
 import torch
 
-import neon_ext
-
 from .blocks import placebo_owners
+from .extension import neon_ext
 from .features import (
     FileFeatures,
     InceptionFeatures,
