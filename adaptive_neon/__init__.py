@@ -22,6 +22,7 @@ from . import (
     stats,
     study,
     train,
+    verdicts,
 )
 
 __all__ = [
@@ -46,4 +47,5 @@ __all__ = [
     "stats",
     "study",
     "train",
+    "verdicts",
 ]
