@@ -25,6 +25,7 @@ from . import (
     stats,
     study,
     train,
+    verdicts,
 )
 
 __all__ = [
@@ -50,4 +51,5 @@ __all__ = [
     "stats",
     "study",
     "train",
+    "verdicts",
 ]

@@ -23,7 +23,7 @@ from .keys import weights_hash
 from .modelfile import FileModel
 from .plots import figures_of, plot_report, plot_seeds
 from .processes import Diverged, start_processes
-from .report import write_report, write_seeds
+from .report import summarise, write_report, write_seeds
 from .sampling import Sampler, network_calls, time_sampling
 from .scores import ScoreLog, Scorer
 from .search import check_grid, grid_points
@@ -35,10 +35,9 @@ from .study import (
     save_merged,
     seed_ledger,
     study,
-    summarise,
-    summarise_seeds,
 )
 from .train import time_training
+from .verdicts import summarise_seeds
 
 MAX_HOURS = 2.0  # on a CPU, without --yes
 
