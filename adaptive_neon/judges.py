@@ -6,8 +6,7 @@ import functools
 import numpy as np
 import torch
 
-import neon_ext
-
+from .extension import neon_ext
 from .features import (
     FileFeatures,
     InceptionFeatures,
