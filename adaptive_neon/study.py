@@ -58,7 +58,7 @@ def get_base(c, model, real, processes):
     }
     key = key_of(TRAINING_VERSION, inputs, dataclasses.asdict(recipe))
     path = c.out / f"base-{key}.safetensors"
-    state_path = c.out / f"base-{key}.pt"
+    state_path = c.out / f"training-state-{key}.safetensors"
     if c.plan and not path.exists():
         return net
     if not processes.decide(path.exists):
@@ -72,10 +72,10 @@ def get_base(c, model, real, processes):
             real.training.images,
             real.training.labels,
             recipe,
-            processes,
-            state_path,
             [c.train_base],
             save,
+            state_path,
+            processes,
         )
     if processes.rank == 0:
         state_path.unlink(missing_ok=True)
@@ -149,15 +149,16 @@ def get_snapshots(c, model, base, sampler):
         images,
         labels,
         recipe,
-        processes,
-        folder / "training-state.pt",
         c.snapshot,
         save,
+        folder / "training-state.safetensors",
+        processes,
     )
     if not processes.decide(lambda: all(path.exists() for path in paths.values())):
         raise UserError(
             f"the saved training in {folder} is already past one of --snapshot "
-            f"{', '.join(map(str, c.snapshot))}: delete its training-state.pt to train again"
+            f"{', '.join(map(str, c.snapshot))}: delete its training-state.safetensors to train "
+            "again"
         )
     return paths
 
