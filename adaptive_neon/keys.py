@@ -43,3 +43,31 @@ def weights_hash(net):
         if isinstance(tensor, torch.Tensor):  # a module may keep other things beside them
             digest.update(f"{name} {tensor_hash(tensor)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def design_key(design, weights):
+    """A feature network. design: its layers, printed; weights: weights_hash()."""
+    return key_of(design, weights)
+
+
+def joint_key(parts, images):
+    """Feature networks side by side. parts: their identities in order; images: uint8 [N, C, H, W],
+    whose variance scales them."""
+    return key_of(parts, tensor_hash(images))
+
+
+def classifier_key(design, seed, stream, images, epochs):
+    """A classifier of glyphs: images of a stream, for some epochs."""
+    return key_of(TRAINING_VERSION, design, seed, stream, images, epochs)
+
+
+def reference_key(mean, cov, count, real):
+    """Real images in one feature network. mean [D], cov [D, D]: their moments; count: how many
+    images these are of; real: features [N, D] of images at hand, or None."""
+    hashes = [tensor_hash(mean), tensor_hash(cov)]
+    return key_of(*hashes, count, None if real is None else tensor_hash(real))
+
+
+def judge_key(features, reference):
+    """A judge, by the identities of its two sides."""
+    return key_of(features, reference)
