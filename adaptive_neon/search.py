@@ -72,9 +72,7 @@ def race(scorer, weights, seeds, level=0.05):
     few = seeds.start(min(seeds.count, max(2 * FOLDS, seeds.count // 5)))
     scores = scorer.score_all(weights, few, "race")
     leader = best_of(scores)
-    return [
-        score.w for score in scores if compare([score], [leader], level / len(scores))["low"] <= 0
-    ]
+    return [score.w for score in scores if compare([score], [leader], level / len(scores)).low <= 0]
 
 
 def score_grid(c, scorer, seeds, desc):

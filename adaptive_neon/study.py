@@ -273,9 +273,7 @@ class Entry:
             "warnings": self.warnings,
             "parts": self.parts,
             "judges": self.judges,
-            "claims": [
-                dataclasses.asdict(claim) | {"sentence": claim.sentence()} for claim in self.claims
-            ],
+            "claims": [claim.as_json() for claim in self.claims],
         }
 
 
@@ -325,7 +323,7 @@ def study(c, scorer, searcher, model, ledger):
         add_finals(finals, f"random blocks {k}", random_blocks, winner.w, ledger)
         own = finals[scorer.judge.name]
         gain = compare(own[f"random blocks {k}"], own["global"])
-        placebo.append({"w": winner.w, "fd": winner.fd, "against_global": gain})
+        placebo.append({"w": winner.w, "fd": winner.fd, "against_global": gain.as_json()})
 
     own = finals[scorer.judge.name]
     final = final_comparison({name: own[name] for name in models})
