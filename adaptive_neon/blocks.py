@@ -7,8 +7,7 @@ import math
 import numpy as np
 import torch
 
-import neon_ext
-
+from .extension import neon_ext
 from .files import UserError, printable
 from .keys import weights_hash
 

@@ -11,8 +11,7 @@ import scipy.optimize
 import torch
 from tqdm import tqdm
 
-import neon_ext
-
+from .extension import neon_ext
 from .files import UserError, reading, write_atomically
 from .keys import SEARCH_VERSION, key_of
 from .pickles import checked_torch_load
