@@ -183,7 +183,10 @@ def claims_over_seeds(summaries) -> list[dict]:
                 sides = (claim["model"], claim["against"])
                 names = [re.sub(r"(random blocks) \d+", r"\1", name) for name in sides]
                 groups.setdefault((entry["kimg"], *names), []).append(claim)
-    return [over_seeds(*key, claims=claims) for key, claims in groups.items()]
+    rows = []
+    for (kimg, model, against), claims in groups.items():
+        rows.append(over_seeds(kimg, model, against, claims))
+    return rows
 
 
 def over_seeds(kimg, model, against, claims) -> dict:
