@@ -263,7 +263,7 @@ class EdmModel:
     def export(self, net, path, recipe):
         save_network(net, path.with_suffix(".safetensors"), recipe)
 
-    def own_features(self, base):
+    def own_features(self, example):
         return None
 
     def start_check(self, base, c, trained):

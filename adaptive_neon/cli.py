@@ -19,6 +19,7 @@ from .config import Config, judge_name
 from .diffusers import DiffusersModel, is_pipeline
 from .extension import neon_ext
 from .files import UserError, printable, reading
+from .judges import build_judges, check_judges
 from .keys import weights_hash
 from .modelfile import FileModel
 from .plots import figures_of, plot_report, plot_seeds
@@ -28,9 +29,7 @@ from .sampling import Sampler, network_calls, time_sampling
 from .scores import ScoreLog, Scorer
 from .search import check_grid, grid_points
 from .study import (
-    check_judges,
     get_base,
-    get_judges,
     get_snapshots,
     save_merged,
     seed_ledger,
@@ -65,6 +64,10 @@ def study_all(c, preset, argv, processes, begin):
     check_judges(c, preset, real)
     if c.base in preset.bases.values():
         refuse_download(c, preset, model, processes)
+    # What judges is complete before anything long begins.
+    judges = []
+    if real is not None and not c.plan:
+        judges = build_judges(c, preset, model, real, processes)
     base = get_base(c, model, real, processes)
     sampler = Sampler(model, base, processes, c.steps, c.sample_batch, c.labels)
     seconds, compilation = time_sampling(sampler, c.precision)
@@ -73,8 +76,9 @@ def study_all(c, preset, argv, processes, begin):
     check_grid(c, blocks)
     refuse_hours(c, seconds, blocks)
 
-    # What judges is complete before anything long begins.
-    judges = [] if c.plan else get_judges(c, preset, model, base, real, processes)
+    if real is None and not c.plan:
+        example = getattr(model, "example", None)  # images that start_check() made
+        judges = build_judges(c, preset, model, real, processes, example)
     snapshots = get_snapshots(c, model, base, sampler)
     if c.plan:
         print_plans(c, model, base, snapshots, owners, sampler, seconds, compilation)

@@ -69,8 +69,9 @@ class Model(Protocol):
     def export(self, net: nn.Module, path: Path, recipe: dict) -> None:
         """The repaired network, in the form the model's users know; path has no suffix yet."""
 
-    def own_features(self, base: nn.Module):
-        """A feature network of the model's own (see Judge), or None."""
+    def own_features(self, example: torch.Tensor):
+        """A feature network of the model's own (see Judge), or None. example: four images, uint8
+        values [4, C, H, W]."""
 
     def start_check(self, base: nn.Module, c, trained: bool) -> None:
         """UserError for a model that breaks a promise of this protocol."""

@@ -10,21 +10,10 @@ import numpy as np
 import torch
 
 from .blocks import placebo_owners
-from .extension import neon_ext
-from .features import (
-    FileFeatures,
-    InceptionFeatures,
-    JointFeatures,
-    PixelFeatures,
-    RandomConvFeatures,
-    check_differentiable,
-)
 from .files import UserError, remove_orphans, write_atomically
 from .images import read_dataset, write_dataset
-from .judges import judge_of_file, judge_of_images
 from .keys import SAMPLING_VERSION, TRAINING_VERSION, key_of, weights_hash
-from .modelfile import JudgeFile
-from .sampling import allow_tf32, network_calls
+from .sampling import network_calls
 from .scores import FINAL_SEED, SELECT_SEED, SeedSet, best_of
 from .search import SEARCHES, score_grid, search_seeds
 from .stats import compare, fd_interval
@@ -69,7 +58,7 @@ def get_base(c, model, real, processes):
     }
     key = key_of(TRAINING_VERSION, inputs, dataclasses.asdict(recipe))
     path = c.out / f"base-{key}.safetensors"
-    state_path = c.out / f"base-{key}.pt"
+    state_path = c.out / f"training-state-{key}.safetensors"
     if c.plan and not path.exists():
         return net
     if not processes.decide(path.exists):
@@ -83,10 +72,10 @@ def get_base(c, model, real, processes):
             real.training.images,
             real.training.labels,
             recipe,
-            processes,
-            state_path,
             [c.train_base],
             save,
+            state_path,
+            processes,
         )
     if processes.rank == 0:
         state_path.unlink(missing_ok=True)
@@ -160,15 +149,16 @@ def get_snapshots(c, model, base, sampler):
         images,
         labels,
         recipe,
-        processes,
-        folder / "training-state.pt",
         c.snapshot,
         save,
+        folder / "training-state.safetensors",
+        processes,
     )
     if not processes.decide(lambda: all(path.exists() for path in paths.values())):
         raise UserError(
             f"the saved training in {folder} is already past one of --snapshot "
-            f"{', '.join(map(str, c.snapshot))}: delete its training-state.pt to train again"
+            f"{', '.join(map(str, c.snapshot))}: delete its training-state.safetensors to train "
+            "again"
         )
     return paths
 
@@ -409,93 +399,3 @@ def seed_ledger(c, streams=None):
             "2,000 images are fewer than 2,048 features: the covariance is singular"
         )
     return Ledger(selection, finals, streams or {})
-
-
-def check_judges(c, preset, real):
-    """Refuse a --judge or --select-with without real images, or whose file is missing or wrong,
-    before anything is trained."""
-    if c.select_with and c.ref:
-        raise UserError(
-            "--select-with needs real images, whose features are joined: leave --ref out"
-        )
-    for option, names in (("--judge", judge_names(c)), ("--select-with", c.select_with)):
-        if names and real is None:
-            raise UserError(f"{option} {names[0]} compares with real images: give --data")
-        for name in names:
-            if name not in ("random-conv", "pixels", *preset.judges(c)):
-                JudgeFile(name, option)
-
-
-def judge_names(c):
-    """Judges that no selection sees."""
-    return [name for name in dict.fromkeys(c.judge) if name not in ("none", *c.select_with)]
-
-
-def get_judges(c, preset, model, base, real, processes):
-    """What decides, then what only judges. The first: the features of the model's own file, or the
-    preset's, or these joined with --select-with, which then follow one by one; then those of
-    --judge. With their references."""
-    allow_tf32(c.precision)
-
-    def build():
-        own = (model.own_features(base) or preset.features(c)).to(c.device)
-        if c.device == "cuda" and isinstance(own, InceptionFeatures):
-            own.to(memory_format=torch.channels_last)  # its convolutions follow their weights
-
-        # The feature networks, before their references are computed.
-        selecting, unseen = [own], []
-        for name in dict.fromkeys(c.select_with):
-            selecting.append(judge_features(name, c, preset, real, "--select-with").to(c.device))
-        for name in judge_names(c):
-            unseen.append(judge_features(name, c, preset, real).to(c.device))
-        names = [features.name for features in selecting + unseen]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(
-                    f"--judge, --select-with: there are two feature networks named {name}"
-                )
-
-        # The references: of what decides, of its parts, of what only judges.
-        if c.ref or real is None:
-            judges = [judge_of_file(own, real, *reference_source(c, preset, model), c)]
-        elif len(selecting) == 1:
-            judges = [judge_of_images(own, real, c.device, c.out)]
-        else:
-            images = real.training.images
-            if c.search == "gradient":
-                for part in selecting:
-                    few = images[:4].to(c.device)
-                    check_differentiable(part, few, f"the features {part.name}")
-            joint = JointFeatures(selecting, images, c.device)
-            judges = [judge_of_images(joint, real, c.device, c.out)]
-            judges += [judge_of_images(part, real, c.device, is_part=True) for part in selecting]
-        judges += [judge_of_images(features, real, c.device) for features in unseen]
-        return judges
-
-    return processes.one_by_one(build)
-
-
-def judge_features(name, c, preset, real, option="--judge"):
-    """The feature network of one --judge or --select-with."""
-    images = real.training.images
-    own = preset.judges(c)
-    if name in own:
-        return own[name]()
-    if name == "random-conv":
-        return RandomConvFeatures(images.shape[1])
-    if name == "pixels":
-        return PixelFeatures(images)
-    return FileFeatures(JudgeFile(name, option), images[:4].to(c.device))
-
-
-def reference_source(c, preset, model):
-    """--ref; CIFAR-10's own statistics only for EDM's CIFAR-10 networks, or when they are asked
-    for."""
-    if c.ref and c.ref != "cifar10":
-        return c.ref, ""
-    if not c.ref and (c.model or c.base not in preset.bases.values()):
-        raise UserError(
-            "a network of your own needs real images or statistics to be scored against: give "
-            "--data IMAGES or --ref STATISTICS.npz (--ref cifar10 for CIFAR-10's own)"
-        )
-    return preset.statistics, preset.origin
