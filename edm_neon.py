@@ -29,16 +29,13 @@ def leave_quietly(number, frame):
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, leave_quietly)
 
-import hashlib
 import io
-import json
 import math
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -51,14 +48,16 @@ from adaptive_neon.files import (
     UserError,
     fetch,
     file_bytes,
+    is_safetensors,
     kind_of,
+    load_state,
     printable,
     reading,
-    write_atomically,
+    save_state,
 )
 from adaptive_neon.glyphs import GlyphsClassifier, draw_glyphs, glyphs_cnn, glyphs_mlp
 from adaptive_neon.images import RealData, RealImages, read_dataset, split_by_content
-from adaptive_neon.pickles import MOST_NAMES, EdmUnpickler, Inert, Limits, inert_tensors
+from adaptive_neon.pickles import EdmUnpickler, Inert, Limits, inert_tensors
 
 # ==================== presets
 EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm"
@@ -264,7 +263,7 @@ class EdmModel:
     def export(self, net, path, recipe):
         save_network(net, path.with_suffix(".safetensors"), recipe)
 
-    def own_features(self, base):
+    def own_features(self, example):
         return None
 
     def start_check(self, base, c, trained):
@@ -745,9 +744,6 @@ def augment(images, p):
 
 
 # ==================== files
-MOST_HEADER = 16 << 20  # bytes of a .safetensors' names and options; 45 kB there
-
-
 class Range(NamedTuple):
     """The values of an option: numbers of one type, or a list of at most sixteen of them."""
 
@@ -862,32 +858,9 @@ def pickled_network(data):
 
 def stored_network(path):
     """Our .safetensors -> (options, {name: tensor}); refused where its hash does not agree."""
-    with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if "config" not in metadata:
-            raise Refused("it has no options of an EDM network: this program did not write it")
-        names = file.keys()
-        if len(names) > MOST_NAMES:
-            raise Refused(f"{len(names)} tensors")
-        tensors = {name: file.get_tensor(name) for name in names}
-    config = json.loads(metadata["config"])
-    if type(config) is not dict:
-        raise Refused("its options are not a dictionary")
-    stored = config.pop("sha256", None)
-    if stored is not None and stored != network_hash(config, tensors):
-        raise Refused("its SHA-256 does not agree: the file is damaged, delete it or get it again")
+    tensors, config = load_state(path)
     config.pop("recipe", None)
     return config, tensors
-
-
-def network_hash(config, tensors):
-    """SHA-256 of options, recipe and weights, whatever their order in the file."""
-    total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy())
-    return total.hexdigest()
 
 
 def build_network(options, tensors):
@@ -937,8 +910,7 @@ def load_network(path):
     with reading(f"network {path} is refused, nothing in it was run"):
         with open(path, "rb") as file:
             head = file.read(512)
-        header = int.from_bytes(head[:8], "little")
-        if head[8:9] == b"{" and header <= min(MOST_HEADER, path.stat().st_size - 8):
+        if is_safetensors(path):
             return build_network(*stored_network(path))
         if head[:1] == b"\x80":
             return build_network(*pickled_network(file_bytes(path)))
@@ -946,26 +918,14 @@ def load_network(path):
 
 
 def save_network(net, path, recipe):
-    """.safetensors: weights in float32; options, recipe and SHA-256 as one entry of its metadata.
-
-    One, because several have no order: the same network is the same bytes."""
+    """.safetensors: weights in float32; options, recipe and SHA-256 in its metadata."""
     sigmas = {
         name: getattr(net, name)
         for name, default in SIGMAS.items()
         if getattr(net, name) != default
     }
-    tensors = {name: tensor.float().contiguous().cpu() for name, tensor in net.state_dict().items()}
-    config = json.loads(
-        json.dumps({**net.config, **sigmas, "recipe": recipe})
-    )  # as it will be read
-    config["sha256"] = network_hash(config, tensors)
-
-    def write(part):
-        part.write_bytes(
-            safetensors.torch.save(tensors, {"config": json.dumps(config)})
-        )  # save_file: mode 0600
-
-    write_atomically(path, write)
+    tensors = {name: tensor.float() for name, tensor in net.state_dict().items()}
+    save_state(path, tensors, {**net.config, **sigmas, "recipe": recipe})
 
 
 def main(argv=None):

@@ -130,7 +130,7 @@ def main() -> None:
     else:
         check_environment()
         described = extension()
-    setup(ext_modules=[described], py_modules=[], cmdclass={"build_ext": BuildExtension})
+    setup(ext_modules=[described], cmdclass={"build_ext": BuildExtension})
 
 
 if __name__ == "__main__":

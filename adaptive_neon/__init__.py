@@ -1,10 +1,13 @@
 """Adaptive NEON: repair a generative model that was trained on its own samples, block by block."""
 
+__version__ = "0.1.0"  # of the package and of neon_ext alike
+
 from . import (
     blocks,
     cli,
     config,
     diffusers,
+    extension,
     features,
     files,
     glyphs,
@@ -22,6 +25,7 @@ from . import (
     stats,
     study,
     train,
+    verdicts,
 )
 
 __all__ = [
@@ -29,6 +33,7 @@ __all__ = [
     "cli",
     "config",
     "diffusers",
+    "extension",
     "features",
     "files",
     "glyphs",
@@ -46,4 +51,5 @@ __all__ = [
     "stats",
     "study",
     "train",
+    "verdicts",
 ]

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-import neon_ext
-
+from .extension import neon_ext
 from .files import UserError, printable
 from .keys import weights_hash
 
@@ -23,7 +22,8 @@ Blocks = str | dict[str, str] | Callable[[str], str]
 # -------------------- partitions
 def movable_parameters(net: nn.Module, like: nn.Module | None = None) -> dict[str, nn.Parameter]:
     """{name: parameter} that training moves and extrapolation steps: all, or those that `like`
-    (default: the network itself) lets learn, if it tells them apart. Tied parameters appear once."""
+    (default: the network itself) lets learn, if it tells them apart. Tied parameters appear
+    once."""
     learns = {name: parameter.requires_grad for name, parameter in (like or net).named_parameters()}
     frozen = any(learns.values())
     return {name: p for name, p in net.named_parameters() if learns[name] or not frozen}
@@ -38,7 +38,8 @@ def layer_of(name: str) -> str:
 
 def partition(names: list[str], blocks: Blocks) -> dict[str, str]:
     """{parameter: block}. blocks: "layers", a function of the name, or {glob: block}, of which the
-    first that fits counts. UserError for a name that no glob owns, and for a glob that owns none."""
+    first that fits counts. UserError for a name that no glob owns, and for a glob that owns
+    none."""
     if blocks == "layers":
         return {name: layer_of(name) for name in names}
     if callable(blocks):
@@ -100,8 +101,8 @@ def placebo_partitions(merger: "Merger", layer: Callable[[str], str], count: int
 
 
 def draw_partition(own, size, drawn, rng, draws: int = 200):
-    """The blocks of the layers, shuffled: of `draws` that are not in `drawn` the one whose blocks' sizes
-    are the closest to those of `own`; None if there is none. own, size: [layers]."""
+    """The blocks of the layers, shuffled: of `draws` that are not in `drawn` the one whose blocks'
+    sizes are the closest to those of `own`; None if there is none. own, size: [layers]."""
 
     def log_sizes(assigned):
         return np.log([size[assigned == block].sum() for block in np.unique(own)])
@@ -121,12 +122,12 @@ def draw_partition(own, size, drawn, rng, draws: int = 200):
 class Merger:
     """All extrapolations of two networks, written into one network in a fused pass.
 
-    base, aux: theta_r and theta_s; aux may be a state dict. blocks: see partition(). At w = 0 in every
-    block the network is the base, at w = -1 the self-trained one, to the bit. Parameters that do not
-    move and buffers take no step beyond either network, since an extrapolated variance could be negative:
-    they go from the base's to the self-trained one's with w from 0 to -1 and stay there; whole numbers
-    are the self-trained network's at w = -1 alone. Vectors of spectral normalisation are computed
-    anew for the merged weight.
+    base, aux: theta_r and theta_s; aux may be a state dict. blocks: see partition(). At w = 0 in
+    every block the network is the base, at w = -1 the self-trained one, to the bit. Parameters that
+    do not move and buffers take no step beyond either network, since an extrapolated variance could
+    be negative: they go from the base's to the self-trained one's with w from 0 to -1 and stay
+    there; whole numbers are the self-trained network's at w = -1 alone. Vectors of spectral
+    normalisation are computed anew for the merged weight.
     """
 
     def __init__(self, base: nn.Module, aux: nn.Module | dict, blocks: Blocks = "layers"):
@@ -197,7 +198,8 @@ class Merger:
 
     # ---------- buffers, and parameters that do not move
     def differing_rest(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """{name: (base's, self-trained one's)} of all other tensors in which the networks differ."""
+        """{name: (base's, self-trained one's)} of all other tensors in which the networks
+        differ."""
         ours, theirs = (tensors_of(net) for net in (self.base, self.aux))
         rest = {}
         for name, tensor in ours.items():
@@ -226,7 +228,8 @@ class Merger:
                 renew_spectral_vectors(dict(self.net.named_parameters())[name], module, norm, start)
 
     def owner_of(self, name: str) -> str:
-        """The block of a tensor without one: that of the parameter whose name agrees the furthest."""
+        """The block of a tensor without one: that of the parameter whose name agrees the
+        furthest."""
         parts = name.split(".")
         for depth in range(len(parts) - 1, -1, -1):
             prefix = "".join(f"{part}." for part in parts[:depth])

@@ -14,32 +14,29 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import neon_ext
-
 from .blocks import Merger, block_order, partition_owners
 from .config import Config, judge_name
 from .diffusers import DiffusersModel, is_pipeline
+from .extension import neon_ext
 from .files import UserError, printable, reading
+from .judges import build_judges, check_judges
 from .keys import weights_hash
 from .modelfile import FileModel
 from .plots import figures_of, plot_report, plot_seeds
 from .processes import Diverged, start_processes
-from .report import write_report, write_seeds
+from .report import summarise, write_report, write_seeds
 from .sampling import Sampler, network_calls, time_sampling
 from .scores import ScoreLog, Scorer
 from .search import check_grid, grid_points
 from .study import (
-    check_judges,
     get_base,
-    get_judges,
     get_snapshots,
     save_merged,
     seed_ledger,
     study,
-    summarise,
-    summarise_seeds,
 )
 from .train import time_training
+from .verdicts import summarise_seeds
 
 MAX_HOURS = 2.0  # on a CPU, without --yes
 
@@ -67,6 +64,10 @@ def study_all(c, preset, argv, processes, begin):
     check_judges(c, preset, real)
     if c.base in preset.bases.values():
         refuse_download(c, preset, model, processes)
+    # What judges is complete before anything long begins.
+    judges = []
+    if real is not None and not c.plan:
+        judges = build_judges(c, preset, model, real, processes)
     base = get_base(c, model, real, processes)
     sampler = Sampler(model, base, processes, c.steps, c.sample_batch, c.labels)
     seconds, compilation = time_sampling(sampler, c.precision)
@@ -75,8 +76,9 @@ def study_all(c, preset, argv, processes, begin):
     check_grid(c, blocks)
     refuse_hours(c, seconds, blocks)
 
-    # What judges is complete before anything long begins.
-    judges = [] if c.plan else get_judges(c, preset, model, base, real, processes)
+    if real is None and not c.plan:
+        example = getattr(model, "example", None)  # images that start_check() made
+        judges = build_judges(c, preset, model, real, processes, example)
     snapshots = get_snapshots(c, model, base, sampler)
     if c.plan:
         print_plans(c, model, base, snapshots, owners, sampler, seconds, compilation)
@@ -294,11 +296,8 @@ def check_combinations(c):
 
 def check_machine(c):
     """The extension, the device and a folder to write into."""
-    if neon_ext is None:
-        raise UserError(
-            "neon_ext is not built: run `pip install --no-build-isolation .` here first"
-        )
-    if c.device == "cuda" and not (torch.cuda.is_available() and neon_ext.build_config()["cuda"]):
+    built_with_cuda = neon_ext.build_config()["cuda"]  # or the line that says what to install
+    if c.device == "cuda" and not (torch.cuda.is_available() and built_with_cuda):
         raise UserError(
             "--device cuda: no usable GPU, or neon_ext was built without CUDA; use --device cpu"
         )

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import http.client
+import json
 import os
 import pickle
 import re
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import PIL.Image
-import safetensors
+import safetensors.torch
 import torch
 
 
@@ -98,14 +99,20 @@ def write_atomically(path, write):
     """Text, or what write(temporary path) leaves, then rename: either the old or the new."""
     with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
         part = Path(folder) / path.name  # torch.save writes the name into the file
+        plain = Path(folder) / "mode-of-a-plain-file"
+        plain.touch()
         try:
             if isinstance(write, str):
                 part.write_text(write, "utf-8")
             else:
                 write(part)
-        except RuntimeError as error:  # torch's and safetensors' for a full disk
+        except (RuntimeError, safetensors.SafetensorError) as error:  # of a full disk
             reason = str(error).splitlines()[0]
             raise OSError(f"{path} cannot be written, is the disk full? ({reason})") from error
+
+        # Whoever wrote it, it is as readable as the umask allows: safetensors has 0600.
+        if part.is_file():
+            shutil.copymode(plain, part)
         os.replace(part, path)
 
 
@@ -250,3 +257,56 @@ def is_safetensors(path):
     with open(path, "rb") as file:
         start = file.read(9)
     return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < 10**8
+
+
+MOST_HEADER = 16 << 20  # bytes of a .safetensors' names and facts; 45 kB in EDM's network
+
+
+def state_hash(tensors, facts):
+    """SHA-256 of facts and tensors, whatever their order in the file."""
+    total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def save_state(path: Path, tensors: dict, facts: dict) -> None:
+    """{name: tensor} and plain facts as .safetensors, whole or not there.
+
+    The facts, what JSON holds, and a SHA-256 of everything are one entry of its metadata: several
+    have no order, and the same state shall be the same bytes."""
+    tensors = {
+        # clone: tensors of one storage are written apart.
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    facts = json.loads(json.dumps(facts))  # as they will be read
+    metadata = {"config": json.dumps({**facts, "sha256": state_hash(tensors, facts)})}
+    write_atomically(
+        path, lambda part: safetensors.torch.save_file(tensors, part, metadata=metadata)
+    )
+
+
+def load_state(path: Path) -> tuple[dict, dict]:
+    """({name: tensor}, facts) as save_state() wrote them; use it inside reading().
+
+    Refused, or another of FILE_ERRORS: the file is not of save_state(), or damaged."""
+    if not is_safetensors(path):
+        raise Refused("it is no .safetensors")
+    with open(path, "rb") as file:
+        if int.from_bytes(file.read(8), "little") > MOST_HEADER:
+            raise Refused(f"its names and facts take more than {MOST_HEADER >> 20} MB")
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        if "config" not in metadata:
+            raise Refused("it holds no facts: this program did not write it")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    facts = json.loads(metadata["config"])
+    if type(facts) is not dict:
+        raise Refused("its facts are not a dictionary")
+    stored = facts.pop("sha256", None)
+    if stored is not None and stored != state_hash(tensors, facts):
+        raise Refused("its SHA-256 does not agree: the file is damaged, delete it or get it again")
+    return tensors, facts

@@ -1,7 +1,7 @@
 """Keys of cached results: hashes of all that decides a result, by content.
 
-One function a key, with every input in its signature. A version is raised with every change of code that
-changes the numbers; older results are then made again.
+One function a key, with every input in its signature. A version is raised with every change of code
+that changes the numbers; older results are then made again.
 """
 
 import hashlib
@@ -84,9 +84,9 @@ def score_key(
     device: str,
     folds: int,
 ) -> str:
-    """A merged network's distance to the real data. networks: weights_hash() of base and self-trained;
-    weights: {parameter: weight}, so that two partitions of one network share it; judge: identity of
-    features and reference; seeds: first and number."""
+    """A merged network's distance to the real data. networks: weights_hash() of base and
+    self-trained; weights: {parameter: weight}, so that two partitions of one network share it;
+    judge: identity of features and reference; seeds: first and number."""
     return key_of(
         SCORING_VERSION,
         SAMPLING_VERSION,
@@ -112,6 +112,6 @@ def search_key(
     bounds: tuple[float, float],
     precision: str,
 ) -> str:
-    """The points of a gradient search. start: score_key() of its start on the selection seeds, which
-    holds networks, judge and sampling; blocks: {parameter: block}; fresh: its own seeds."""
+    """The points of a gradient search. start: score_key() of its start on the selection seeds,
+    which holds networks, judge and sampling; blocks: {parameter: block}; fresh: its own seeds."""
     return key_of(SEARCH_VERSION, start, blocks, fresh, bounds, precision)

@@ -119,7 +119,8 @@ def usable_cores() -> int:
 
 
 def cgroup_share(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Cores' worth of time that the container may use, infinity without a limit: version 2 and 1."""
+    """Cores' worth of time that the container may use, infinity without a limit: version 2 and
+    1."""
     with contextlib.suppress(OSError, ValueError):
         quota, period = (root / "cpu.max").read_text().split()
         return math.inf if quota == "max" else int(quota) / int(period)
@@ -134,8 +135,8 @@ RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") 
 
 
 def rank_and_world(environment: dict) -> tuple[int, int, int]:
-    """(rank, world, local rank) of torchrun's variables; (0, 1, 0) without them. Batch systems leave
-    some of the same names behind: unless all are there, this is one process, and says so."""
+    """(rank, world, local rank) of torchrun's variables; (0, 1, 0) without them. Batch systems
+    leave some of the same names behind: unless all are there, this is one process, and says so."""
     given = {name: environment.get(name, "").strip() for name in RENDEZVOUS}
     missing = [name for name, value in given.items() if not value]
     if missing:
@@ -163,8 +164,8 @@ def rank_and_world(environment: dict) -> tuple[int, int, int]:
 
 
 def start_processes(device: str, threads: int = 0, small: bool = False) -> Processes:
-    """Threads of one batch (0: all), and torch.distributed under torchrun; nothing changes either of
-    them later. small: networks that a CPU's caches hold."""
+    """Threads of one batch (0: all), and torch.distributed under torchrun; nothing changes either
+    of them later. small: networks that a CPU's caches hold."""
     rank, world, local_rank = rank_and_world(dict(os.environ))
     if world > 1:
         if device == "cuda":

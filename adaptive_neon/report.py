@@ -1,7 +1,18 @@
 """Tables and notes: summary.json and table.md."""
 
+import dataclasses
 import json
 import math
+import os
+import platform
+import sys
+import time
+
+import numpy as np
+import scipy
+import torch
+
+import neon_ext
 
 from .files import write_atomically
 from .stats import as_shares, mean_and_spread
@@ -227,3 +238,37 @@ def answer(over, kimg, seeds):
             if (row["kimg"], row["model"], row["against"]) == (kimg, model, against):
                 parts.append(row["sentence"])
     return f"Snapshot {kimg:g}, {seeds} training seeds: {'; '.join(parts)}." if parts else ""
+
+
+def summarise(c, argv, entries, judges, ledger, seconds, processes, begin):
+    """What summary.json holds."""
+    judge = judges[0]
+    apart = judge.selection is not judge.final and judge.selection.real is not None
+    most = len(judge.selection.real) if apart else 0
+    counts = sorted({min(c.select_images, most), min(c.final_images, most)} - {0})
+    machine = torch.cuda.get_device_name() if c.device == "cuda" else f"{os.cpu_count()} cores"
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+    }
+    if "diffusers" in sys.modules:
+        versions["diffusers"] = getattr(sys.modules["diffusers"], "__version__", "unknown")
+    return {
+        "command": " ".join(["python edm_neon.py", *argv]),
+        "config": dataclasses.asdict(c),
+        "score": judge.features.score,
+        "judges": [judge.name for judge in judges if not judge.is_part],
+        "reference": judge.facts,
+        "snapshots": [entry.as_json() for entry in entries],
+        "floors": [judge.floor(count) for count in counts],
+        "seconds_per_image": seconds,
+        "first_seeds": ledger.as_json(),
+        "machine": machine,
+        "threads": torch.get_num_threads(),
+        "world": processes.world,
+        "neon_ext": neon_ext.build_config(),
+        "versions": versions,
+        "seconds_total": time.perf_counter() - begin,
+    }

@@ -20,15 +20,17 @@ from .processes import Diverged, Processes
 
 # -------------------- the seam: what the engine needs of a model
 class Model:
-    """A generative model, as the engine sees it. With functions of your own it serves a notebook; EDM's
-    networks, FILE.py and pipelines of diffusers are subclasses, which files and the command line need.
+    """A generative model, as the engine sees it. With functions of your own it serves a notebook;
+    EDM's networks, FILE.py and pipelines of diffusers are subclasses, which files and the command
+    line need.
 
-    shape: of one sample's starting noise, standard normal. classes: labels are int64 in [0, classes); 0:
-    it takes none. sample(net, noise, labels, steps): noise [N, *shape], labels [N] or None -> images
-    [N, C, H, W] in [-1, 1], each a function of its own noise, its label and the network alone,
-    differentiable in the weights. loss(net, x, labels): training loss of each sample, [N] or [N, ...];
-    randomness from torch's global generator. encode(images): uint8 [N, C, H, W] -> what loss() trains on;
-    default: images / 127.5 - 1. block(name), layer(name): of a parameter.
+    shape: of one sample's starting noise, standard normal. classes: labels are int64 in [0,
+    classes); 0: it takes none. sample(net, noise, labels, steps): noise [N, *shape], labels [N] or
+    None -> images [N, C, H, W] in [-1, 1], each a function of its own noise, its label and the
+    network alone, differentiable in the weights. loss(net, x, labels): training loss of each
+    sample, [N] or [N, ...]; randomness from torch's global generator. encode(images): uint8 [N, C,
+    H, W] -> what loss() trains on; default: images / 127.5 - 1. block(name), layer(name): of a
+    parameter.
     """
 
     identity = ""  # hash of all but the weights that decides an image; part of every key
@@ -163,9 +165,9 @@ def to_pixels(images):
 # -------------------- one network, many images
 class Sampler:
     """From seeds to images of one model: a seed decides its noise and label, whatever the batch or
-    rank. Holds the one network of the run that samples, on the device and, on a GPU, compiled: every
-    other network is written into it, so there is one graph for the base, all mergers and all ranks'
-    batches, which are padded to one size. labels: "balanced" or "random"."""
+    rank. Holds the one network of the run that samples, on the device and, on a GPU, compiled:
+    every other network is written into it, so there is one graph for the base, all mergers and all
+    ranks' batches, which are padded to one size. labels: "balanced" or "random"."""
 
     def __init__(
         self,
@@ -254,8 +256,8 @@ class Sampler:
 
 
 def halving(work: Callable, seeds, batch: int, processes: Processes, desc: str | None = None):
-    """Results of work(part, batch) over batches of seeds, on all ranks with half the batch where the
-    memory is too small, and the size that fits. No result depends on it."""
+    """Results of work(part, batch) over batches of seeds, on all ranks with half the batch where
+    the memory is too small, and the size that fits. No result depends on it."""
     while True:
         try:
             return processes.map_batches(partial(work, batch=batch), seeds, batch, desc), batch

@@ -69,8 +69,8 @@ class Score:
 
 
 class ScoreLog:
-    """Finished scores: grid.jsonl (selection seeds) and final.jsonl (final seeds), a line each; without
-    a folder in memory alone."""
+    """Finished scores: grid.jsonl (selection seeds) and final.jsonl (final seeds), a line each;
+    without a folder in memory alone."""
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
@@ -95,8 +95,8 @@ class ScoreLog:
                 ) from error
 
     def find(self, key: str, w: dict[str, float]) -> Score | None:
-        """The score with this key. w: how it is cut into blocks here; another partition may have given
-        the same network."""
+        """The score with this key. w: how it is cut into blocks here; another partition may have
+        given the same network."""
         found = self.scores.get(key)
         return None if found is None else dataclasses.replace(found, w=w)
 
@@ -117,11 +117,12 @@ class ScoreLog:
 
 
 class Scorer:
-    """Scores of one self-trained network's extrapolations; what is finished is read back from the log.
+    """Scores of one self-trained network's extrapolations; what is finished is read back from the
+    log.
 
-    judges: the first decides, the others only see the final comparison. seeds: of the selection and of
-    the final comparison. precision, final_precision: of the sampling network there ("fp32", "tf32",
-    "bf16", "fp16"). snapshot: kimg of the self-training, for the report.
+    judges: the first decides, the others only see the final comparison. seeds: of the selection and
+    of the final comparison. precision, final_precision: of the sampling network there ("fp32",
+    "tf32", "bf16", "fp16"). snapshot: kimg of the self-training, for the report.
     """
 
     def __init__(
@@ -179,8 +180,8 @@ class Scorer:
         shares: bool = False,
         desc: str | None = None,
     ) -> Score:
-        """Score of the weights w (one number, or {block: weight}), in the judge that decides; by default
-        on the selection's seeds. shares: precision and recall too."""
+        """Score of the weights w (one number, or {block: weight}), in the judge that decides; by
+        default on the selection's seeds. shares: precision and recall too."""
         w = self.merger.weights(w)
         return self.scores(w, seeds or self.seeds.selection, [self.judge], shares, desc)[0]
 

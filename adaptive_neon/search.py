@@ -1,4 +1,5 @@
-"""Searches over block weights: global sweep, grid, race, COBYQA, gradient; and the rule for the winner."""
+"""Searches over block weights: global sweep, grid, race, COBYQA, gradient; and the rule for the
+winner."""
 
 import contextlib
 import itertools
@@ -11,8 +12,7 @@ import scipy.optimize
 import torch
 from tqdm import tqdm
 
-import neon_ext
-
+from .extension import neon_ext
 from .files import reading, write_atomically
 from .keys import search_key
 from .processes import Diverged
@@ -25,8 +25,8 @@ BOUNDS = (-2.0, 6.0)  # of a search, for every weight
 
 
 def choose(candidates):
-    """The winner: the least distance on the selection's seeds, of several equal ones the first. Nobody
-    else takes a minimum."""
+    """The winner: the least distance on the selection's seeds, of several equal ones the first.
+    Nobody else takes a minimum."""
     return min(candidates, key=lambda candidate: candidate.fd)
 
 
@@ -46,8 +46,8 @@ def grid_size(blocks: list[str], values, own: dict | None = None) -> int:
 def grid(
     scorer: Scorer, values, own: dict | None = None, racing: bool = False, desc: str = "grid"
 ) -> list[Score]:
-    """Scores of all products of the values over the blocks; own: {block: other values}. racing: only of
-    those that a race leaves."""
+    """Scores of all products of the values over the blocks; own: {block: other values}. racing:
+    only of those that a race leaves."""
     blocks = scorer.merger.blocks
     lists = [(own or {}).get(block, values) for block in blocks]
     weights = [dict(zip(blocks, point, strict=True)) for point in itertools.product(*lists)]
@@ -100,14 +100,16 @@ class SearchEnds(Exception):
 def descend(
     scorer: Scorer, start: float, evaluations: int, bounds=BOUNDS, patience: int = 6
 ) -> list[Score]:
-    """The search that scales to layers, from one weight for all blocks -> its scores, the start first."""
+    """The search that scales to layers, from one weight for all blocks -> its scores, the start
+    first."""
     return GradientSearch(scorer, start, evaluations, bounds, patience).run()
 
 
 class GradientSearch:
-    """L-BFGS-B (scipy) on all block weights. It descends the distance at one set of fresh seeds; each of
-    its points is also scored on the selection seeds, which no gradient has seen, and `patience` points
-    without gain there end it, against overfitting. What was computed is kept on disk."""
+    """L-BFGS-B (scipy) on all block weights. It descends the distance at one set of fresh seeds;
+    each of its points is also scored on the selection seeds, which no gradient has seen, and
+    `patience` points without gain there end it, against overfitting. What was computed is kept on
+    disk."""
 
     def __init__(self, scorer: Scorer, start: float, evaluations: int, bounds, patience: int):
         self.scorer, self.start, self.bounds = scorer, start, bounds

@@ -1,4 +1,5 @@
-"""Seeds: who may see which. Synthetic set, selection, final comparison and search never share one."""
+"""Seeds: who may see which. Synthetic set, selection, final comparison and search never share
+one."""
 
 import dataclasses
 import itertools
@@ -61,8 +62,8 @@ def seed_ledger(
     searched: bool = True,
     paper: bool = False,
 ) -> Ledger:
-    """Disjoint seeds for every purpose. paper: the selection begins at seed 0, with the synthetic set,
-    as the paper's does. UserError where two sets overlap, or where seeds would repeat."""
+    """Disjoint seeds for every purpose. paper: the selection begins at seed 0, with the synthetic
+    set, as the paper's does. UserError where two sets overlap, or where seeds would repeat."""
     selection = SeedSet("selection", 0 if paper else SELECT_SEED, select_images)
     finals = []
     for repeat in range(final_repeats):

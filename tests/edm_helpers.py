@@ -152,7 +152,7 @@ class ToyModel:
     def fetch(self, source, what):
         return neon.files.fetch(source, what)
 
-    def own_features(self, base):
+    def own_features(self, example):
         return None
 
     def start_check(self, base, c, trained):

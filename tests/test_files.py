@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from edm_helpers import replace
 from torch import nn
@@ -457,6 +458,61 @@ def test_hostile_state_files_end_in_one_line(tmp_path, name, reason):
     assert re.match(f"refused.*({reason})", within_limits(tmp_path / "s.pt", state_in_child))
 
 
+# -------------------- our own states
+
+
+def some_state():
+    """Tensors of every kind, and facts; names out of order, two tensors of one storage."""
+    base = torch.arange(10.0)
+    tensors = {
+        "net.weight": torch.randn(3, 4).T,
+        "ema.half": torch.ones(3).half(),
+        "bfloat16": torch.ones(3).bfloat16(),
+        "step": torch.tensor(3.0),
+        "none": torch.zeros(2, 0, 3).double(),
+        "whole": base,
+        "part": base[3:8:2],
+        "bool": torch.tensor([True, False]),
+    }
+    return tensors, {"seen": 12345678901, "lr": 0.1, "deep": [[1.5, None], {"a": "\u00e9"}]}
+
+
+def test_states_come_back_to_the_bit(tmp_path):
+    tensors, facts = some_state()
+    neon.files.save_state(tmp_path / "s.safetensors", tensors, facts)
+    found, found_facts = neon.files.load_state(tmp_path / "s.safetensors")
+    assert equal(found, tensors) and found_facts == facts
+
+
+def test_the_same_state_is_the_same_bytes(tmp_path):
+    tensors, facts = some_state()
+    neon.files.save_state(tmp_path / "a", tensors, facts)
+    neon.files.save_state(tmp_path / "b", dict(reversed(tensors.items())), facts)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda data: data.replace(b"12345678901", b"12345678902"), "SHA-256 does not agree"),
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "SHA-256 does not agree"),
+        (lambda data: data[: len(data) // 2], ""),
+        (lambda data: b"PK\3\4" + data, "no .safetensors"),
+        (lambda data: data.replace(b"config", b"konfig"), "did not write it"),
+        (lambda data: (1 << 25).to_bytes(8, "little") + data[8:], "more than 16 MB"),
+    ],
+    ids=["a fact", "a bit", "half", "another kind", "no facts", "a huge header"],
+)
+def test_a_damaged_state_is_refused(tmp_path, damage, message):
+    neon.files.save_state(tmp_path / "s", *some_state())
+    (tmp_path / "s").write_bytes(damage((tmp_path / "s").read_bytes()))
+    with (
+        pytest.raises(neon.files.UserError, match=f"state .*{message}"),
+        neon.files.reading("the state is damaged"),
+    ):
+        neon.files.load_state(tmp_path / "s")
+
+
 # -------------------- messages and writing
 
 
@@ -494,13 +550,14 @@ def test_faults_of_ours_stay_what_they_are(error):
         raise error("ours")
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+@pytest.mark.parametrize("error", [RuntimeError, safetensors.SafetensorError])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
 
     def write(part):
         part.write_text("half")
-        raise RuntimeError("no space")
+        raise error("no space")
 
     with pytest.raises(OSError, match="is the disk full"):
         neon.files.write_atomically(path, write)
@@ -514,6 +571,10 @@ def written(folder):
     neon.files.write_atomically(
         folder / "state.pt", lambda part: torch.save({"a": torch.ones(2)}, part)
     )
+    neon.files.write_atomically(  # itself 0600
+        folder / "s.safetensors",
+        lambda part: safetensors.torch.save_file({"a": torch.ones(2)}, part),
+    )
 
 
 @pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600)], ids=["022", "077"])
@@ -524,7 +585,7 @@ def test_files_have_the_mode_of_the_umask(tmp_path, mask, mode):
     finally:
         os.umask(before)
     assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
-        name: mode for name in ("text", "net.safetensors", "set.zip", "state.pt")
+        name: mode for name in ("text", "net.safetensors", "set.zip", "state.pt", "s.safetensors")
     }
 
 

@@ -129,8 +129,8 @@ def test_floor_is_the_final_score_of_the_selections_images(tmp_path):
 @pytest.mark.parametrize(
     "options, source",
     [
-        ({}, edm.CIFAR10_STATISTICS),
-        ({"base": "uncond"}, edm.CIFAR10_STATISTICS),
+        ({"base": edm.BASES["cond"]}, edm.CIFAR10_STATISTICS),
+        ({"base": edm.BASES["uncond"]}, edm.CIFAR10_STATISTICS),
         ({"base": "mine.pkl", "ref": "cifar10"}, edm.CIFAR10_STATISTICS),
         ({"ref": "mine.npz"}, "mine.npz"),
         ({"base": "mine.pkl"}, None),
@@ -141,10 +141,10 @@ def test_floor_is_the_final_score_of_the_selections_images(tmp_path):
 def test_cifar10_statistics_are_for_cifar10_networks_or_asked_for(options, source):
     c = neon.config.Config(**options)
     if source:
-        assert neon.study.reference_source(c, preset_of(c), None)[0] == source
+        assert neon.judges.reference_source(c, preset_of(c))[0] == source
     else:
         with pytest.raises(neon.files.UserError, match="--ref cifar10"):
-            neon.study.reference_source(c, preset_of(c), None)
+            neon.judges.reference_source(c, preset_of(c))
 
 
 # -------------------- precision and recall

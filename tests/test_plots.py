@@ -91,7 +91,9 @@ def summary_of(diverging, kimgs=(1,)):
     models = {}
     for name, one in scores.items():
         models[name] = neon.study.Candidate(one.w, finals["own"][name][0].fd, None)
-    judges = {j: {"score": j, "final": neon.study.final_comparison(finals[j])} for j in ("a", "b")}
+    judges = {
+        j: {"score": j, "final": neon.verdicts.final_comparison(finals[j])} for j in ("a", "b")
+    }
     entries = []
     for kimg in kimgs:
         entry = neon.study.Entry(
@@ -100,12 +102,12 @@ def summary_of(diverging, kimgs=(1,)):
             sweep=[finals["own"][name][0] for name in ("collapsed", "base", "global")],
             grid=grid,
             models=models,
-            final=neon.study.final_comparison(finals["own"]),
+            final=neon.verdicts.final_comparison(finals["own"]),
             placebo=[],
             warnings=[],
             parts={},
             judges=judges,
-            claims=neon.study.claims_of(finals),
+            claims=neon.verdicts.claims_of(finals),
         )
         entries.append(entry.as_json())
     return {"score": "FD (own, 4-d)", "snapshots": entries}

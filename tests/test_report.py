@@ -92,7 +92,9 @@ def warnings(models=None, final=None, had_grid=False, dim=6, real=10_000, **opti
     rows |= final or {}
     facts = SimpleNamespace(facts={"images": real})
     judge = SimpleNamespace(features=SimpleNamespace(dim=dim), selection=facts, final=facts)
-    return neon.study.warnings_of(config(Path("."), **options), candidates, rows, had_grid, judge)
+    return neon.verdicts.warnings_of(
+        config(Path("."), **options), candidates, rows, had_grid, judge
+    )
 
 
 def gain(difference, half=0.2):
@@ -266,7 +268,7 @@ def test_strict_values(value, want):
 def test_summary_of_a_run(tmp_path, capsys):
     scorer = toy_scorer(tmp_path)
     c = config(tmp_path, final_repeats=2)
-    found = neon.study.summarise(
+    found = neon.report.summarise(
         c, ["--seed", "1"], [], scorer.judges, neon.study.seed_ledger(c), 0.5, CPU, 0.0
     )
     assert found["command"] == "python edm_neon.py --seed 1"
@@ -282,7 +284,7 @@ def test_summary_of_a_run(tmp_path, capsys):
 def test_summary_names_the_version_of_diffusers_where_it_is_used(tmp_path, monkeypatch):
     def versions():
         ledger = neon.study.seed_ledger(c)
-        return neon.study.summarise(c, [], [], scorer.judges, ledger, 0.5, CPU, 0.0)["versions"]
+        return neon.report.summarise(c, [], [], scorer.judges, ledger, 0.5, CPU, 0.0)["versions"]
 
     scorer, c = toy_scorer(tmp_path), config(tmp_path)
     monkeypatch.delitem(sys.modules, "diffusers", raising=False)
@@ -296,7 +298,9 @@ def test_summary_names_the_version_of_diffusers_where_it_is_used(tmp_path, monke
 def test_summary_without_real_images_has_no_floor(tmp_path):
     scorer = toy_scorer(tmp_path, real=False)
     c = config(tmp_path)
-    found = neon.study.summarise(c, [], [], scorer.judges, neon.study.seed_ledger(c), 0.5, CPU, 0.0)
+    found = neon.report.summarise(
+        c, [], [], scorer.judges, neon.study.seed_ledger(c), 0.5, CPU, 0.0
+    )
     assert found["floors"] == []
 
 
@@ -330,7 +334,7 @@ def summary_with(*claims):
 def test_claims_are_counted_over_seeds_and_judges():
     first = summary_with(as_claim("blockwise", "global", -0.2, [-0.3, 0.2, -0.01]))
     second = summary_with(as_claim("blockwise", "global", 0.1, [-0.3, -0.2, -0.2]))
-    (found,) = neon.study.claims_over_seeds([first, second])
+    (found,) = neon.verdicts.claims_over_seeds([first, second])
     assert found.own_verdicts == ["better", "worse"] and found.own_relative == [-0.2, 0.1]
     assert (found.cases, found.better, found.worse) == (6, 4, 1)
     np.testing.assert_allclose(found.relative, [-0.11 / 3, -0.7 / 3])
@@ -341,7 +345,7 @@ def test_claims_are_counted_over_seeds_and_judges():
 
 def test_random_partitions_are_one_claim():
     rows = [as_claim("blockwise", f"random blocks {k}", -0.2, [-0.3]) for k in (1, 2, 12)]
-    (found,) = neon.study.claims_over_seeds([summary_with(*rows)])
+    (found,) = neon.verdicts.claims_over_seeds([summary_with(*rows)])
     assert found.against == "random blocks" and found.cases == 3
 
 
@@ -349,7 +353,7 @@ def test_the_question_names_every_comparison_that_was_made():
     rows = [("blockwise", "global"), ("searched", "blockwise"), ("global", "base")]
     summary = summary_with(*(as_claim(*pair, -0.2, [-0.3]) for pair in rows))
     over = []
-    for found in neon.study.claims_over_seeds([summary]):
+    for found in neon.verdicts.claims_over_seeds([summary]):
         over.append({**vars(found), "sentence": found.sentence()})
     text = neon.report.answer(over, 5, 3)
     assert text.startswith(
@@ -361,7 +365,7 @@ def test_the_question_names_every_comparison_that_was_made():
 def test_every_training_seed_has_its_seeds_and_folder(tmp_path, monkeypatch):
     runs = []
 
-    def study(c, argv, processes, begin):
+    def study(c, preset, argv, processes, begin):
         runs.append((c.seed, c.out.name, c.out.is_dir()))
         return None
 

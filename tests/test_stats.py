@@ -204,7 +204,7 @@ def finals_of(gains):
 
 
 def claim_of(finals, model, against):
-    for claim in neon.study.claims_of(finals):
+    for claim in neon.verdicts.claims_of(finals):
         if (claim.model, claim.against) == (model, against):
             return claim
     raise AssertionError(f"no claim {model} against {against}")
@@ -218,7 +218,9 @@ def test_claims_count_only_judges_that_no_selection_saw():
 
 
 def test_claims_compare_random_blocks_on_both_sides():
-    found = [(claim.model, claim.against) for claim in neon.study.claims_of(finals_of({"own": -9}))]
+    found = [
+        (claim.model, claim.against) for claim in neon.verdicts.claims_of(finals_of({"own": -9}))
+    ]
     assert ("random blocks 1", "global") in found and ("blockwise", "random blocks 1") in found
     assert ("searched", "global") not in found
 

@@ -737,27 +737,27 @@ def finals(**rows):
 
 
 def test_final_mean_and_spread():
-    found = neon.study.final_comparison(finals(base=(3.0, 5.0)))["base"]
+    found = neon.verdicts.final_comparison(finals(base=(3.0, 5.0)))["base"]
     assert found["all"] == [3, 5] and found["fd"] == 4
     assert found["std"] == pytest.approx(2**0.5) and found["images"] == 100
 
 
 def test_final_precision_and_recall_are_means():
-    found = neon.study.final_comparison(finals(base=(3.0, 5.0)))["base"]
+    found = neon.verdicts.final_comparison(finals(base=(3.0, 5.0)))["base"]
     assert found["precision"] == pytest.approx(0.55) and found["recall"] == pytest.approx(0.3)
 
 
 def test_without_precision_there_is_none():
-    assert "precision" not in neon.study.final_comparison({"base": [score_of(1.0)]})["base"]
+    assert "precision" not in neon.verdicts.final_comparison({"base": [score_of(1.0)]})["base"]
 
 
 def test_one_set_has_no_spread():
-    assert neon.study.final_comparison(finals(base=(3.0,)))["base"]["std"] is None
+    assert neon.verdicts.final_comparison(finals(base=(3.0,)))["base"]["std"] is None
 
 
 def test_final_pairs():
     scores = finals(base=(3, 5), collapsed=(6, 7), **{"global": (2, 4)}, blockwise=(1, 4))
-    found = neon.study.final_comparison(scores)
+    found = neon.verdicts.final_comparison(scores)
     for name in ("collapsed", "global", "blockwise"):
         assert found[name]["against_base"] == neon.stats.compare(scores[name], scores["base"])
     for name in ("collapsed", "blockwise"):
@@ -781,7 +781,9 @@ def warnings(models=None, final=None, had_grid=False, dim=6, real=10_000, **opti
     rows |= final or {}
     facts = SimpleNamespace(facts={"images": real})
     judge = SimpleNamespace(features=SimpleNamespace(dim=dim), selection=facts, final=facts)
-    return neon.study.warnings_of(config(Path("."), **options), candidates, rows, had_grid, judge)
+    return neon.verdicts.warnings_of(
+        config(Path("."), **options), candidates, rows, had_grid, judge
+    )
 
 
 def gain(difference, half=0.2):
