@@ -56,6 +56,7 @@ from adaptive_neon.files import (
     save_state,
 )
 from adaptive_neon.glyphs import GlyphsClassifier, draw_glyphs, glyphs_cnn, glyphs_mlp
+from adaptive_neon.sampling import Model
 from adaptive_neon.images import RealData, RealImages, read_dataset, split_by_content
 from adaptive_neon.pickles import EdmUnpickler, Inert, Limits, inert_tensors
 
@@ -191,7 +192,7 @@ PRESETS = {"cifar10": Cifar10(), "glyphs": Glyphs()}
 
 
 # ==================== EDM behind the seam
-class EdmModel:
+class EdmModel(Model):
     """EDM's networks behind the seam: EDMPrecond around DDPM++ or NCSN++, its sampler, loss and
     augmentation."""
 
@@ -244,9 +245,6 @@ class EdmModel:
 
     def sample(self, net, noise, labels, steps):
         return edm_sampler(net, noise, one_hot(net, labels), steps)
-
-    def encode(self, images):
-        return images.float() / 127.5 - 1
 
     def loss(self, net, x, labels):
         return edm_loss(net, x, one_hot(net, labels), self.augment_p)

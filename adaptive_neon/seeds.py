@@ -61,13 +61,14 @@ def seed_ledger(
     synthetic: int = 0,
     searched: bool = True,
     paper: bool = False,
+    final_seed: int = FINAL_SEED,
 ) -> Ledger:
     """Disjoint seeds for every purpose. paper: the selection begins at seed 0, with the synthetic
     set, as the paper's does. UserError where two sets overlap, or where seeds would repeat."""
     selection = SeedSet("selection", 0 if paper else SELECT_SEED, select_images)
     finals = []
     for repeat in range(final_repeats):
-        first = FINAL_SEED + repeat * final_images
+        first = final_seed + repeat * final_images
         finals.append(SeedSet(f"final {repeat + 1}", first, final_images))
     search = SeedSet("search", SEARCH_SEED, select_images)
 
