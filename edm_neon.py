@@ -110,10 +110,6 @@ class Cifar10(Preset):
             origin += " here; whether the base was trained on it is unknown"
         return split_by_content(*read_dataset(c.data), c.data, origin)
 
-    def judges(self, c):
-        """{name: function that gives the features} of the judges that only this preset has."""
-        return {}
-
     def features(self, c):
         check = "6726825d" if c.detector == INCEPTION else ""
         return InceptionFeatures(fetch(c.detector, "the Inception weights", check))
@@ -260,12 +256,6 @@ class EdmModel(Model):
 
     def export(self, net, path, recipe):
         save_network(net, path.with_suffix(".safetensors"), recipe)
-
-    def own_features(self, example):
-        return None
-
-    def start_check(self, base, c, trained):
-        """Nothing to try: the tests have."""
 
 
 def one_hot(net, labels):

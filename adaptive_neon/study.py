@@ -271,7 +271,7 @@ def trained_base(setup: Setup, net: nn.Module) -> nn.Module:
     assert real is not None
     recipe = base_recipe(c)
     path = base_path(setup, net)
-    state = path.with_name(f"{path.stem}-state.safetensors")
+    state = path.with_name(f"training-state-{path.stem}.safetensors")
 
     def images():
         return real.training.images, real.training.labels
@@ -454,7 +454,7 @@ class Entry:
         random_blocks = []
         for name, candidate in placebos.items():
             gain = compare(own[name], own["global"])
-            random_blocks.append({"w": candidate.w, "fd": candidate.fd, "against_global": gain})
+            random_blocks.append({"w": candidate.w, "fd": candidate.fd, "against_global": gain.as_json()})
         final = final_comparison({name: own[name] for name in models})
         warnings = warnings_of(c, models, final, bool(gridded), scorer.judge)
         if len(placebos) < c.placebo:
@@ -502,9 +502,6 @@ class Entry:
             models[name] = {"w": candidate.w, "fd": candidate.fd}
             if name == "global":
                 models[name]["w_global"] = candidate.w_global
-        claims = []
-        for claim in self.claims:
-            claims.append(dataclasses.asdict(claim) | {"sentence": claim.sentence()})
         return {
             "kimg": self.kimg,
             "blocks": self.blocks,
@@ -516,7 +513,7 @@ class Entry:
             "warnings": self.warnings,
             "parts": self.parts,
             "judges": self.judges,
-            "claims": claims,
+            "claims": [claim.as_json() for claim in self.claims],
         }
 
 
