@@ -132,7 +132,7 @@ class Merger:
 
     def __init__(self, base: nn.Module, aux: nn.Module | dict, blocks: Blocks = "layers"):
         if isinstance(aux, dict):
-            state, aux = aux, copy.deepcopy(base)
+            state, aux = aux, copied(base)
             aux.load_state_dict(state)
         check_same_network(base, aux)
         self.base, self.aux = base, aux
@@ -183,7 +183,7 @@ class Merger:
     def set(self, w: float | dict[str, float]) -> nn.Module:
         """The resident network with the weights w: one number, or one for each block."""
         if self.net is None:
-            self.attach(copy.deepcopy(self.base).eval().requires_grad_(False))
+            self.attach(copied(self.base).eval().requires_grad_(False))
         w = self.weights(w)
         values = [w[block] for block in self.blocks]
         theta_r, theta_s = list(self.theta_r.values()), list(self.theta_s.values())
@@ -269,6 +269,16 @@ class Merger:
                 "drift": drift,
             }
         return rows
+
+
+def copied(net: nn.Module) -> nn.Module:
+    """A copy, whatever the network has computed: the older spectral normalisation keeps the weight
+    of its last call, with the graph that torch refuses to copy."""
+    for module in net.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                setattr(module, name, value.detach())
+    return copy.deepcopy(net)
 
 
 def tensors_of(net: nn.Module) -> dict[str, torch.Tensor]:

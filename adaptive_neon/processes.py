@@ -115,7 +115,7 @@ def usable_cores() -> int:
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    return max(1, min(cores, math.ceil(cgroup_share())))
+    return max(1, math.ceil(min(cores, cgroup_share())))
 
 
 def cgroup_share(root: Path = Path("/sys/fs/cgroup")) -> float:

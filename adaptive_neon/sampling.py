@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import layer_of
+from .blocks import copied, layer_of
 from .files import UserError
 from .processes import Diverged, Processes
 
@@ -78,7 +78,7 @@ class Model:
 
     def trainable(self, base: nn.Module, c=None) -> nn.Module:
         """A copy of the base as it is self-trained: with dropout, for example."""
-        return copy.deepcopy(base)
+        return copied(base)
 
     def function(self, name: str) -> Callable:
         found = self.functions[name]
@@ -184,7 +184,7 @@ class Sampler:
         self.shape, self.classes = tuple(model.noise_shape(net)), model.classes(net)
         on_gpu = self.processes.device == "cuda"
         self.compiled = on_gpu if compiled is None else compiled
-        self.net = copy.deepcopy(net).to(self.processes.device).eval().requires_grad_(False)
+        self.net = copied(net).to(self.processes.device).eval().requires_grad_(False)
         if on_gpu:
             self.net.to(memory_format=torch.channels_last)
         if self.compiled:

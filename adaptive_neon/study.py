@@ -111,6 +111,13 @@ class Setup:
     real: RealData | None
     seeds: Ledger
 
+    def first_seeds(self) -> dict:
+        """For the report: of the noise, and the numbers that seed real images which are drawn here."""
+        firsts = self.seeds.first_seeds()
+        if self.preset.streams:
+            firsts["real_streams"] = self.preset.streams
+        return firsts
+
 
 @dataclasses.dataclass(frozen=True)
 class Results:
@@ -454,7 +461,9 @@ class Entry:
         random_blocks = []
         for name, candidate in placebos.items():
             gain = compare(own[name], own["global"])
-            random_blocks.append({"w": candidate.w, "fd": candidate.fd, "against_global": gain.as_json()})
+            random_blocks.append(
+                {"w": candidate.w, "fd": candidate.fd, "against_global": gain.as_json()}
+            )
         final = final_comparison({name: own[name] for name in models})
         warnings = warnings_of(c, models, final, bool(gridded), scorer.judge)
         if len(placebos) < c.placebo:
