@@ -268,7 +268,7 @@ def show(text):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def summarise(c, argv, entries, judges, ledger, seconds, processes, begin):
+def summarise(c, argv, entries, judges, setup, seconds, processes, begin):
     """What summary.json holds."""
     judge = judges[0]
     apart = judge.selection is not judge.final and judge.selection.real is not None
@@ -292,7 +292,7 @@ def summarise(c, argv, entries, judges, ledger, seconds, processes, begin):
         "snapshots": [entry.as_json() for entry in entries],
         "floors": [judge.floor(count) for count in counts],
         "seconds_per_image": seconds,
-        "first_seeds": ledger.as_json(),
+        "first_seeds": setup.first_seeds(),
         "machine": machine,
         "threads": torch.get_num_threads(),
         "world": processes.world,
