@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from edm_helpers import config, toy_scorer, weights
+from edm_helpers import config, toy_judge, weights
 from made import FOLDS, JUDGES, SCORE, entry_of, finals_of, score, summary_of, tables
 
 import adaptive_neon as neon
@@ -232,14 +232,18 @@ def test_strict_values(value, want):
     assert neon.report.strict(value) == want
 
 
+def summarised(out, real=True, argv=(), entries=(), **options):
+    """summarise() of a run with a judge of toys."""
+    judges = [toy_judge(out, real)]
+    setup = SimpleNamespace(first_seeds=lambda: {"final": [50_000]})
+    c = config(out, **options)
+    return neon.report.summarise(c, [*argv], [*entries], judges, setup, 0.5, CPU, 0.0)
+
+
 def test_summary_of_a_run(tmp_path):
-    scorer = toy_scorer(tmp_path)
-    c = config(tmp_path, final_repeats=2)
-    found = neon.report.summarise(
-        c, ["--seed", "1"], [], scorer.judges, neon.study.seed_ledger(c), 0.5, CPU, 0.0
-    )
+    found = summarised(tmp_path, argv=["--seed", "1"], final_repeats=2)
     assert found["command"] == "python edm_neon.py --seed 1"
-    assert found["first_seeds"]["final"] == [50_000, 50_120]
+    assert found["first_seeds"] == {"final": [50_000]}
     assert [floor["images"] for floor in found["floors"]] == [100, 120]
     assert found["reference"]["images"] == 400 and found["world"] == 1
     assert found["config"]["final_repeats"] == 2 and found["seconds_per_image"] == 0.5
@@ -247,23 +251,14 @@ def test_summary_of_a_run(tmp_path):
 
 
 def test_summary_names_the_version_of_diffusers_where_it_is_used(tmp_path, monkeypatch):
-    def versions():
-        ledger = neon.study.seed_ledger(c)
-        return neon.report.summarise(c, [], [], scorer.judges, ledger, 0.5, CPU, 0.0)["versions"]
-
-    scorer, c = toy_scorer(tmp_path), config(tmp_path)
     monkeypatch.delitem(sys.modules, "diffusers", raising=False)
-    assert "diffusers" not in versions()
+    assert "diffusers" not in summarised(tmp_path)["versions"]
     monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(__version__="9.9"))
-    assert versions()["diffusers"] == "9.9"
+    assert summarised(tmp_path)["versions"]["diffusers"] == "9.9"
 
 
 def test_summary_without_real_images_has_no_floor(tmp_path):
-    scorer = toy_scorer(tmp_path, real=False)
-    c = config(tmp_path)
-    ledger = neon.study.seed_ledger(c)
-    found = neon.report.summarise(c, [], [], scorer.judges, ledger, 0.5, CPU, 0.0)
-    assert found["floors"] == []
+    assert summarised(tmp_path, real=False)["floors"] == []
 
 
 # -------------------- several training seeds
