@@ -166,7 +166,7 @@ class RandomConvFeatures(nn.Module):
                 layers += [conv, nn.ReLU()]
             self.body = nn.Sequential(*layers)
         self.eval().requires_grad_(False)
-        self.identity = design_key(str(self.body), weights_hash(self))
+        self.identity = design_key(design=str(self.body), weights=weights_hash(self))
 
     def forward(self, images):
         return self.body(images.float() / 127.5 - 1).mean((2, 3))
@@ -247,7 +247,7 @@ class JointFeatures:
             self.scales.append((self.dim / len(parts) / variance) ** 0.5)
         self.name = self.kind = "+".join(part.name for part in parts)
         self.score = f"FD ({self.name}, {self.dim}-d)"
-        self.identity = joint_key([part.identity for part in parts], images)
+        self.identity = joint_key(parts=[part.identity for part in parts], images=images)
 
     def __call__(self, images):
         found = [part(images) * scale for part, scale in zip(self.parts, self.scales, strict=True)]

@@ -82,11 +82,12 @@ def reference_of_file(path: Path, features, device: str, origin: str, real=None)
 def prepared_reference(mean, cov, count, features, source, origin, real) -> Reference:
     """mean [D], cov [D, D], float64; real: features [N, D] or None."""
     with reading(f"reference {source} has no usable mu and sigma"):
-        prepared = neon_ext.FrechetReference(mean, cov, count)
+        prepared = neon_ext.FrechetReference(mean, cov)
     facts = {"features": features.name, "source": source, "images": count}
     if origin:
         facts["origin"] = origin
-    return Reference(prepared, real, facts, reference_key(mean, cov, count, real))
+    identity = reference_key(mean=mean, cov=cov, count=count, real=real)
+    return Reference(prepared, real, facts, identity)
 
 
 class Judge:
@@ -126,7 +127,8 @@ class Judge:
         return self.final if seeds.is_final else self.selection
 
     def identity(self, seeds) -> str:
-        return judge_key(self.features.identity, self.reference(seeds).identity)
+        reference = self.reference(seeds)
+        return judge_key(features=self.features.identity, reference=reference.identity)
 
     @property
     def name(self) -> str:

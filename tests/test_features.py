@@ -15,7 +15,7 @@ from edm_helpers import (
 import adaptive_neon as neon
 import edm_neon as edm
 
-SELECTION = neon.scores.SeedSet("selection", 10_000, 100)
+SELECTION = neon.seeds.SeedSet("selection", 10_000, 100)
 
 
 # -------------------- keys hold the content
