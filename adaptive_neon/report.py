@@ -13,8 +13,7 @@ import numpy as np
 import scipy
 import torch
 
-import neon_ext
-
+from .extension import neon_ext
 from .files import write_atomically
 from .verdicts import mean_and_spread, number, percent
 
