@@ -298,7 +298,7 @@ def toy_distance(scorer, w, seeds):
     features = ToyFeatures()(pixels)
     judge = scorer.judge
     reference = judge.final if 50_000 <= seeds[0] < 10_000_000 else judge.selection
-    return float(reference.prepared.distance_from_features(features))
+    return float(reference.prepared.distance(*neon_ext.feature_moments(features)))
 
 
 def score_of(fd, folds=None, w=None, precision=None, recall=None, **changes):

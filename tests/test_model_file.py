@@ -611,7 +611,7 @@ def scorer_of(path, out, partition="layers", batch=12):
     )
     torch.manual_seed(3)
     real = torch.randn(200, 7).double() * 0.4
-    prepared = neon_ext.FrechetReference(*neon_ext.feature_moments(real), 200)
+    prepared = neon_ext.FrechetReference(*neon_ext.feature_moments(real))
     reference = neon.judges.Reference(prepared, None, {}, "r")
     judge = neon.judges.Judge(Pixels(), reference, reference)
     return neon.scores.Scorer(merger, [judge], sampler, neon.scores.ScoreLog(out), {}, 1, c)
