@@ -48,7 +48,7 @@ def weights_title(w) -> str:
 
 def markdown(rows) -> str:
     """A table of rows {column: cell}; what a row has no cell for stays empty."""
-    columns = {}
+    columns: dict[str, None] = {}
     for row in rows:
         columns |= dict.fromkeys(row)
     lines = [[*columns], ["---"] * len(columns)]
