@@ -6,9 +6,8 @@ from torch import nn
 
 import neon_ext
 
-from .files import UserError, reading, reason_of
+from .files import UserError, load_weights, reading, reason_of
 from .keys import key_of, tensor_hash, weights_hash
-from .pickles import checked_torch_load
 
 INCEPTION = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -43,7 +42,7 @@ class InceptionFeatures(nn.Module):
     def __init__(self, path):
         super().__init__()
         with reading(f"{path} is not the PyTorch port of the FID Inception"):
-            weights = checked_torch_load(path)
+            weights = load_weights(path)
             for key in [key for key in weights if key.endswith(".conv.weight")]:
                 name = key.removesuffix(".conv.weight").replace(".", "_")
                 bn = key.replace("conv.weight", "bn.")
