@@ -1,10 +1,13 @@
 """Adaptive NEON: repair a generative model that was trained on its own samples, block by block."""
 
+__version__ = "0.1.0"  # of the package and of neon_ext alike
+
 from . import (
     blocks,
     cli,
     config,
     diffusers,
+    extension,
     features,
     files,
     glyphs,
@@ -19,6 +22,7 @@ from . import (
     sampling,
     scores,
     search,
+    seeds,
     stats,
     study,
     train,
@@ -30,6 +34,7 @@ __all__ = [
     "cli",
     "config",
     "diffusers",
+    "extension",
     "features",
     "files",
     "glyphs",
@@ -43,6 +48,7 @@ __all__ = [
     "report",
     "sampling",
     "scores",
+    "seeds",
     "search",
     "stats",
     "study",

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import neon_ext
-
+from .extension import neon_ext
 from .files import UserError, load_weights, reading, reason_of
 from .keys import key_of, tensor_hash, weights_hash
 

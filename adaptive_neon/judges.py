@@ -6,11 +6,19 @@ import functools
 import numpy as np
 import torch
 
-import neon_ext
-
-from .features import features_of_images
+from .extension import neon_ext
+from .features import (
+    FileFeatures,
+    InceptionFeatures,
+    JointFeatures,
+    PixelFeatures,
+    RandomConvFeatures,
+    check_differentiable,
+    features_of_images,
+)
 from .files import UserError, fetch, reading, write_atomically
 from .keys import key_of, tensor_hash
+from .sampling import allow_tf32
 from .stats import FOLDS
 
 
@@ -50,7 +58,7 @@ def reference_of(statistics, features, source, device, real=None, origin=""):
     count = int(statistics["images"])
     with reading(f"reference {source} has no usable mu and sigma"):
         mu, cov = (torch.as_tensor(statistics[key]).double().to(device) for key in ("mu", "sigma"))
-        prepared = neon_ext.FrechetReference(mu, cov, count)
+        prepared = neon_ext.FrechetReference(mu, cov)
     facts = {"features": features.name, "source": str(source), "images": count}
     if origin:
         facts["origin"] = origin
@@ -216,3 +224,102 @@ def kernel_distance(reference, fake):
 
     every = np.arange(FOLDS)
     return float(distance(every)), [float(distance(every[every != k])) for k in every]
+
+
+def check_judges(c, preset, real):
+    """Refuse a --judge or --select-with without real images, or whose file is missing or wrong,
+    before anything is trained."""
+    if c.select_with and c.ref:
+        raise UserError(
+            "--select-with needs real images, whose features are joined: leave --ref out"
+        )
+    for option, names in (("--judge", judge_names(c)), ("--select-with", c.select_with)):
+        if names and real is None:
+            raise UserError(f"{option} {names[0]} compares with real images: give --data")
+        for name in names:
+            if name not in ("random-conv", "pixels", *preset.judges(c)):
+                open_judge_file(name, option)
+
+
+def judge_names(c):
+    """Judges that no selection sees."""
+    return [name for name in dict.fromkeys(c.judge) if name not in ("none", *c.select_with)]
+
+
+def build_judges(c, preset, model, real, processes, example=None):
+    """What decides, then what only judges. The first: the features of the model's own file, or the
+    preset's, or these joined with --select-with, which then follow one by one; then those of
+    --judge. With their references. Needs no network that is studied; example: four images of
+    it, where there are no real ones."""
+    allow_tf32(c.precision)
+
+    def build():
+        shown = example if real is None else real.training.images[:4].to(c.device)
+        own = (model.own_features(shown) or preset.features(c)).to(c.device)
+        if c.device == "cuda" and isinstance(own, InceptionFeatures):
+            own.to(memory_format=torch.channels_last)  # its convolutions follow their weights
+
+        # The feature networks, before their references are computed.
+        selecting, unseen = [own], []
+        for name in dict.fromkeys(c.select_with):
+            selecting.append(feature_network(name, c, preset, real, "--select-with").to(c.device))
+        for name in judge_names(c):
+            unseen.append(feature_network(name, c, preset, real).to(c.device))
+        names = [features.name for features in selecting + unseen]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(
+                    f"--judge, --select-with: there are two feature networks named {name}"
+                )
+
+        # The references: of what decides, of its parts, of what only judges.
+        if c.ref or real is None:
+            judges = [judge_of_file(own, real, *reference_source(c, preset), c)]
+        elif len(selecting) == 1:
+            judges = [judge_of_images(own, real, c.device, c.out)]
+        else:
+            images = real.training.images
+            if c.search == "gradient":
+                for part in selecting:
+                    few = images[:4].to(c.device)
+                    check_differentiable(part, few, f"the features {part.name}")
+            joint = JointFeatures(selecting, images, c.device)
+            judges = [judge_of_images(joint, real, c.device, c.out)]
+            judges += [judge_of_images(part, real, c.device, is_part=True) for part in selecting]
+        judges += [judge_of_images(features, real, c.device) for features in unseen]
+        return judges
+
+    return processes.one_by_one(build)
+
+
+def feature_network(name, c, preset, real, option="--judge"):
+    """The feature network of one --judge or --select-with."""
+    images = real.training.images
+    own = preset.judges(c)
+    if name in own:
+        return own[name]()
+    if name == "random-conv":
+        return RandomConvFeatures(images.shape[1])
+    if name == "pixels":
+        return PixelFeatures(images)
+    return FileFeatures(open_judge_file(name, option), images[:4].to(c.device))
+
+
+def open_judge_file(path, option):
+    # The module of model files stands above this one; only this class of it is needed here.
+    from .modelfile import JudgeFile
+
+    return JudgeFile(path, option)
+
+
+def reference_source(c, preset):
+    """--ref; CIFAR-10's own statistics only for EDM's CIFAR-10 networks, or when they are asked
+    for."""
+    if c.ref and c.ref != "cifar10":
+        return c.ref, ""
+    if not c.ref and (c.model or c.base not in preset.bases.values()):
+        raise UserError(
+            "a network of your own needs real images or statistics to be scored against: give "
+            "--data IMAGES or --ref STATISTICS.npz (--ref cifar10 for CIFAR-10's own)"
+        )
+    return preset.statistics, preset.origin

@@ -323,8 +323,8 @@ class FileModel:
             vars(plain).pop("forward", None)  # the compiled one
         self.call("save", plain, path)
 
-    def own_features(self, base):
-        return FileFeatures(self, self.example) if hasattr(self.file, "features") else None
+    def own_features(self, example):
+        return FileFeatures(self, example) if hasattr(self.file, "features") else None
 
     def start_check(self, base, c, trained):
         """What the pipeline relies on, tried on four images before anything long begins."""

@@ -259,7 +259,7 @@ def judge_file(tmp_path, text):
 def test_judge_of_a_file(real, tmp_path):
     path = judge_file(tmp_path, "def features(x):\n    return x.flatten(1)[:, :3].float()\n")
     config = neon.config.Config(device="cpu", judge=(path,))
-    features = neon.study.judge_features(path, config, CIFAR, real)
+    features = neon.judges.feature_network(path, config, CIFAR, real)
     assert (features.name, features.dim) == ("mine-3", 3)
     assert features.identity == neon.files.file_hash(Path(path))
     assert torch.equal(features(real.final.images), real.final.images.flatten(1)[:, :3].float())
@@ -277,7 +277,7 @@ def test_judge_of_a_file(real, tmp_path):
 def test_judge_files_are_checked_before_anything_is_trained(real, tmp_path, text, message):
     path = str(tmp_path / "mine.py") if text is None else judge_file(tmp_path, text)
     with pytest.raises(neon.files.UserError, match=message):
-        neon.study.check_judges(neon.config.Config(judge=("pixels", path)), CIFAR, real)
+        neon.judges.check_judges(neon.config.Config(judge=("pixels", path)), CIFAR, real)
 
 
 FEATURES_THAT_CHANGE = {
@@ -291,7 +291,7 @@ FEATURES_THAT_CHANGE = {
 @pytest.mark.parametrize("text", FEATURES_THAT_CHANGE.values(), ids=FEATURES_THAT_CHANGE)
 def test_features_of_a_file_keep_their_shape_and_place(real, tmp_path, text):
     path = judge_file(tmp_path, f"def features(x):\n    {text}\n")
-    features = neon.study.judge_features(path, neon.config.Config(device="cpu"), CIFAR, real)
+    features = neon.judges.feature_network(path, neon.config.Config(device="cpu"), CIFAR, real)
     count = 1 if "squeeze" in text else 7
     with pytest.raises(neon.files.UserError, match=rf"features\(\) of {count} images on cpu gave"):
         features(real.final.images[:count])
@@ -300,7 +300,7 @@ def test_features_of_a_file_keep_their_shape_and_place(real, tmp_path, text):
 def test_features_of_a_file_that_are_not_finite_are_refused(real, tmp_path):
     path = judge_file(tmp_path, "def features(x):\n    return x.flatten(1)[:, :3].float().log()\n")
     real.training.images[:4] = 7
-    features = neon.study.judge_features(path, neon.config.Config(device="cpu"), CIFAR, real)
+    features = neon.judges.feature_network(path, neon.config.Config(device="cpu"), CIFAR, real)
     with pytest.raises(neon.files.UserError, match="not finite for some images"):
         features(torch.zeros(5, 1, 4, 4))
 
@@ -316,8 +316,8 @@ BROKEN_GRADIENTS = {
 def selecting_with(body, real, tmp_path, search):
     path = judge_file(tmp_path, f"import torch\n\n\ndef features(x):\n    {body}\n")
     config = neon.config.Config(device="cpu", out=tmp_path, select_with=(path,), search=search)
-    model = SimpleNamespace(own_features=lambda base: FlatModule())
-    return neon.study.get_judges(config, CIFAR, model, None, real, CPU)
+    model = SimpleNamespace(own_features=lambda example: FlatModule())
+    return neon.judges.build_judges(config, CIFAR, model, real, CPU)
 
 
 @pytest.mark.parametrize("body", BROKEN_GRADIENTS.values(), ids=BROKEN_GRADIENTS)
@@ -340,28 +340,28 @@ def test_gradient_search_takes_a_sound_network(real, tmp_path):
 def test_files_to_select_with_are_checked_before_anything_is_trained(real, tmp_path):
     path = judge_file(tmp_path, "x = 1")
     with pytest.raises(neon.files.UserError, match="^--select-with .*mine.py lacks features"):
-        neon.study.check_judges(neon.config.Config(select_with=("pixels", path)), CIFAR, real)
+        neon.judges.check_judges(neon.config.Config(select_with=("pixels", path)), CIFAR, real)
 
 
 def test_selecting_with_needs_real_images(real):
     with pytest.raises(neon.files.UserError, match="--select-with pixels .* give --data"):
-        neon.study.check_judges(neon.config.Config(select_with=("pixels",)), CIFAR, None)
+        neon.judges.check_judges(neon.config.Config(select_with=("pixels",)), CIFAR, None)
     with pytest.raises(
         neon.files.UserError, match="--select-with needs real images.* leave --ref out"
     ):
-        neon.study.check_judges(
+        neon.judges.check_judges(
             neon.config.Config(select_with=("pixels",), ref="x.npz"), CIFAR, real
         )
-    neon.study.check_judges(neon.config.Config(ref="x.npz", judge=("pixels",)), CIFAR, real)
+    neon.judges.check_judges(neon.config.Config(ref="x.npz", judge=("pixels",)), CIFAR, real)
 
 
 def test_judges_need_real_images(real):
     with pytest.raises(neon.files.UserError, match="--judge pixels .* give --data"):
-        neon.study.check_judges(neon.config.Config(judge=("pixels",)), CIFAR, None)
-    neon.study.check_judges(neon.config.Config(judge=("none",)), CIFAR, None)
-    neon.study.check_judges(neon.config.Config(judge=()), CIFAR, None)
+        neon.judges.check_judges(neon.config.Config(judge=("pixels",)), CIFAR, None)
+    neon.judges.check_judges(neon.config.Config(judge=("none",)), CIFAR, None)
+    neon.judges.check_judges(neon.config.Config(judge=()), CIFAR, None)
     with pytest.raises(neon.files.UserError, match="--judge mlp is no file"):
-        neon.study.check_judges(neon.config.Config(judge=("mlp",)), CIFAR, real)
+        neon.judges.check_judges(neon.config.Config(judge=("mlp",)), CIFAR, real)
 
 
 def test_judge_option_adds_up(tmp_path):
@@ -377,11 +377,11 @@ def test_judge_option_adds_up(tmp_path):
         "random-conv",
         "pixels",
     )
-    assert neon.study.judge_names(parse(["--preset", "glyphs", "--judge", "none", *out])) == []
+    assert neon.judges.judge_names(parse(["--preset", "glyphs", "--judge", "none", *out])) == []
 
 
 def test_pixels_are_fitted_on_the_training_part(real):
-    found = neon.study.judge_features("pixels", neon.config.Config(), CIFAR, real)
+    found = neon.judges.feature_network("pixels", neon.config.Config(), CIFAR, real)
     assert found.identity == neon.features.PixelFeatures(real.training.images).identity
 
 
@@ -389,8 +389,8 @@ def test_all_judges_in_order_with_their_references(real, tmp_path):
     config = neon.config.Config(
         device="cpu", out=tmp_path, judge=("random-conv", "pixels", "random-conv")
     )
-    model = SimpleNamespace(own_features=lambda base: FlatModule())
-    judges = neon.study.get_judges(config, CIFAR, model, None, real, CPU)
+    model = SimpleNamespace(own_features=lambda example: FlatModule())
+    judges = neon.judges.build_judges(config, CIFAR, model, real, CPU)
     assert [judge.name for judge in judges] == ["flat", "random-conv", "pixels"]
     assert all(len(judge.final.real) == len(real.final.images) for judge in judges)
 
@@ -402,8 +402,8 @@ def test_selection_with_more_features_joins_them_and_leaves_the_other_judges_uns
         judge=("pixels", "random-conv"),
         select_with=("pixels", "pixels"),
     )
-    model = SimpleNamespace(own_features=lambda base: FlatModule())
-    judges = neon.study.get_judges(config, CIFAR, model, None, real, CPU)
+    model = SimpleNamespace(own_features=lambda example: FlatModule())
+    judges = neon.judges.build_judges(config, CIFAR, model, real, CPU)
     assert [judge.name for judge in judges] == ["flat+pixels", "flat", "pixels", "random-conv"]
     assert [judge.is_part for judge in judges] == [False, True, True, False]
     images = real.final.images
@@ -420,12 +420,12 @@ def test_selection_with_more_features_joins_them_and_leaves_the_other_judges_uns
 
 def test_two_feature_networks_of_one_name_are_refused(real, tmp_path):
     model = SimpleNamespace(
-        own_features=lambda base: neon.features.PixelFeatures(real.training.images)
+        own_features=lambda example: neon.features.PixelFeatures(real.training.images)
     )
     for options in ({"judge": ("pixels",)}, {"select_with": ("pixels",)}):
         config = neon.config.Config(device="cpu", out=tmp_path, **options)
         with pytest.raises(neon.files.UserError, match="two feature networks named pixels"):
-            neon.study.get_judges(config, CIFAR, model, None, real, CPU)
+            neon.judges.build_judges(config, CIFAR, model, real, CPU)
     assert not [*tmp_path.iterdir()]
 
 

@@ -50,9 +50,10 @@ def test_reference_of_images(tmp_path):
     features = ToyFeatures()(images)
     assert torch.equal(found.real, features)
     assert found.facts == {"features": "toy-6", "source": "images.zip", "images": 300}
-    want = neon_ext.FrechetReference(*neon_ext.feature_moments(features), 300)
+    want = neon_ext.FrechetReference(*neon_ext.feature_moments(features))
     other = ToyFeatures()(toy_images(first=5, count=100)[0])
-    distances = [float(r.distance_from_features(other)) for r in (found.prepared, want)]
+    moments = neon_ext.feature_moments(other)
+    distances = [float(r.distance(*moments)) for r in (found.prepared, want)]
     assert distances[0] == pytest.approx(distances[1], rel=1e-9)
 
 
@@ -122,15 +123,16 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path, change, message):
 
 def test_floor_is_the_final_score_of_the_selections_images(tmp_path):
     judge = toy_judge(tmp_path)
-    want = float(judge.final.prepared.distance_from_features(judge.selection.real[:150]))
+    moments = neon_ext.feature_moments(judge.selection.real[:150])
+    want = float(judge.final.prepared.distance(*moments))
     assert judge.floor(150) == {"images": 150, "fd": pytest.approx(want, rel=1e-6)}
 
 
 @pytest.mark.parametrize(
     "options, source",
     [
-        ({}, edm.CIFAR10_STATISTICS),
-        ({"base": "uncond"}, edm.CIFAR10_STATISTICS),
+        ({"base": edm.BASES["cond"]}, edm.CIFAR10_STATISTICS),
+        ({"base": edm.BASES["uncond"]}, edm.CIFAR10_STATISTICS),
         ({"base": "mine.pkl", "ref": "cifar10"}, edm.CIFAR10_STATISTICS),
         ({"ref": "mine.npz"}, "mine.npz"),
         ({"base": "mine.pkl"}, None),
@@ -141,10 +143,10 @@ def test_floor_is_the_final_score_of_the_selections_images(tmp_path):
 def test_cifar10_statistics_are_for_cifar10_networks_or_asked_for(options, source):
     c = neon.config.Config(**options)
     if source:
-        assert neon.study.reference_source(c, preset_of(c), None)[0] == source
+        assert neon.judges.reference_source(c, preset_of(c))[0] == source
     else:
         with pytest.raises(neon.files.UserError, match="--ref cifar10"):
-            neon.study.reference_source(c, preset_of(c), None)
+            neon.judges.reference_source(c, preset_of(c))
 
 
 # -------------------- precision and recall

@@ -24,6 +24,7 @@ from edm_helpers import (
 )
 
 import adaptive_neon as neon
+import neon_ext
 
 SELECTION = neon.scores.SeedSet("selection", 10_000, 100)
 
@@ -547,7 +548,8 @@ def distance(scorer, w, seeds=SEEDS):
     scorer.merger.set(w)
     images, _ = scorer.sampler.floats(seeds.seeds)
     features = scorer.judge.features((images * 127.5 + 128).clip(0, 255))
-    return float(scorer.judge.reference(seeds).prepared.distance_from_features(features))
+    moments = neon_ext.feature_moments(features)
+    return float(scorer.judge.reference(seeds).prepared.distance(*moments))
 
 
 def check_gradient(scorer, blocks, h=0.02, seeds=SEEDS):

@@ -179,12 +179,12 @@ def test_base_is_trained_once(tmp_path):
 def test_recipe_of_a_base(tmp_path, monkeypatch):
     """Ramp and half-life are a twentieth of the training."""
     seen = []
-    replace(monkeypatch, "train", lambda *args: seen.append(args) or args[-1](args[1], 0.4))
+    replace(monkeypatch, "train", lambda *args: seen.append(args) or args[6](args[1], 0.4))
     c = {"base_lr": 0.02, "batch": 10, "seed": 7, "train_precision": "bf16"}
     base_of(tmp_path, ToyModel(), **c)
     (args,) = seen
     want = neon.train.Recipe("base", 10, 0.02, 0.02, 0.02, 7, ramp_ratio=0.05, precision="bf16")
-    assert args[4] == want and args[7] == [0.4]
+    assert args[4] == want and args[5] == [0.4]
     assert torch.equal(args[2], real_toys().training.images)
     assert torch.equal(args[3], real_toys().training.labels)
 
@@ -337,7 +337,7 @@ def test_recipe_of_the_self_training(tmp_path, monkeypatch):
 
     def train(*args):
         seen.append(args)
-        args[-1](args[1], 1)
+        args[6](args[1], 1)
 
     replace(monkeypatch, "train", train)
     options = {"batch": 10, "seed": 7, "train_precision": "bf16", "ramp_kimg": 2.0}
@@ -345,7 +345,7 @@ def test_recipe_of_the_self_training(tmp_path, monkeypatch):
     (args,) = seen
     assert args[4] == neon.train.Recipe("self-training", 10, 1e-3, 2.0, 0.1, 8, precision="bf16")
     assert neon.keys.weights_hash(args[1]) == neon.keys.weights_hash(toy_pair()[0])
-    assert args[7] == (1,)
+    assert args[5] == (1,)
     (path,) = tmp_path.glob("synthetic-*.zip")
     images, labels = neon.images.read_dataset(path)
     assert torch.equal(args[2], images) and torch.equal(args[3], labels)
@@ -421,7 +421,7 @@ def test_self_training_improves_on_no_one(tmp_path):
     paths[1].unlink()
     orphan = paths[1].parent / ".part-x"
     orphan.mkdir()
-    (paths[1].parent / "training-state.pt").unlink()
+    (paths[1].parent / "training-state.safetensors").unlink()
     snapshots_of(tmp_path)
     assert paths[1].exists() and not orphan.exists()
 
