@@ -54,9 +54,9 @@ from adaptive_neon.files import (
     save_state,
 )
 from adaptive_neon.glyphs import GlyphsClassifier, draw_glyphs, glyphs_cnn, glyphs_mlp
-from adaptive_neon.sampling import Model
 from adaptive_neon.images import RealData, RealImages, read_dataset, split_by_content
 from adaptive_neon.pickles import Inert, inert_tensors, read_pickle
+from adaptive_neon.sampling import Model
 
 # ==================== presets
 EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm"
