@@ -28,9 +28,9 @@ def key_of(*parts) -> str:
 def tensor_hash(tensor: torch.Tensor) -> str:
     """Of type, shape and content."""
     tensor = tensor.detach().cpu().contiguous()
-    data = tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    digest.update(data)
+    if tensor.numel():
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
