@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .extension import neon_ext
-from .files import UserError, fetch, reading, reason_of
+from .files import UserError, fetch, load_weights, reading, reason_of
 from .keys import design_key, joint_key, weights_hash
-from .pickles import checked_torch_load
 
 INCEPTION = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -71,7 +70,7 @@ class InceptionFeatures(nn.Module):
     def __init__(self, path: Path):
         super().__init__()
         with reading(f"{path} is not the PyTorch port of the FID Inception"):
-            weights = checked_torch_load(path)
+            weights = load_weights(path)
             for key in weights:
                 if key.endswith(".conv.weight"):
                     self.add(key.removesuffix(".conv.weight"), weights)

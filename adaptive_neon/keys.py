@@ -28,15 +28,19 @@ def key_of(*parts) -> str:
 def tensor_hash(tensor: torch.Tensor) -> str:
     """Of type, shape and content."""
     tensor = tensor.detach().cpu().contiguous()
-    data = tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    digest.update(data)
+    if tensor.numel():
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def weights_hash(net: nn.Module) -> str:
-    """Of the names and the content of a network's parameters and buffers."""
+    """Of the names and the content of a network's parameters and buffers, and of its options if it
+    has a dictionary `config` of them: EDM's preconditioning is no tensor."""
     digest = hashlib.sha256()
+    config = getattr(net, "config", None)
+    if type(config) is dict:  # not the one of diffusers, which holds paths and versions
+        digest.update(key_of(config).encode())
     for name, tensor in net.state_dict().items():
         if isinstance(tensor, torch.Tensor):  # a module may keep other things beside them
             digest.update(f"{name} {tensor_hash(tensor)}\n".encode())
