@@ -506,7 +506,7 @@ def test_given_network(tmp_path):
 
 def test_given_snapshots_that_are_not_there(tmp_path):
     (tmp_path / "network-snapshot-best.pkl").touch()
-    with pytest.raises(neon.files.UserError, match=r"has snapshots \['best'\], not all of"):
+    with pytest.raises(neon.files.UserError, match=r"has snapshots \['best'\], not --snapshot"):
         neon.study.given_snapshots(setup_of(tmp_path, aux=str(tmp_path)))
 
 
