@@ -5,9 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .extension import neon_ext
-from .files import UserError, reading, reason_of
+from .files import UserError, load_weights, reading, reason_of
 from .keys import key_of, tensor_hash, weights_hash
-from .pickles import checked_torch_load
 
 INCEPTION = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -42,7 +41,7 @@ class InceptionFeatures(nn.Module):
     def __init__(self, path):
         super().__init__()
         with reading(f"{path} is not the PyTorch port of the FID Inception"):
-            weights = checked_torch_load(path)
+            weights = load_weights(path)
             for key in [key for key in weights if key.endswith(".conv.weight")]:
                 name = key.removesuffix(".conv.weight").replace(".", "_")
                 bn = key.replace("conv.weight", "bn.")

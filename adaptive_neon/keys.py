@@ -35,8 +35,12 @@ def tensor_hash(tensor: torch.Tensor) -> str:
 
 
 def weights_hash(net: nn.Module) -> str:
-    """Of the names and the content of a network's parameters and buffers."""
+    """Of the names and the content of a network's parameters and buffers, and of its options if it
+    has a dictionary `config` of them: EDM's preconditioning is no tensor."""
     digest = hashlib.sha256()
+    config = getattr(net, "config", None)
+    if type(config) is dict:  # not the one of diffusers, which holds paths and versions
+        digest.update(key_of(config).encode())
     for name, tensor in net.state_dict().items():
         if isinstance(tensor, torch.Tensor):  # a module may keep other things beside them
             digest.update(f"{name} {tensor_hash(tensor)}\n".encode())
