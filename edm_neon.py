@@ -40,7 +40,7 @@ from torch import nn
 
 from adaptive_neon import cli
 from adaptive_neon.config import Preset
-from adaptive_neon.features import INCEPTION, InceptionFeatures
+from adaptive_neon.features import inception
 from adaptive_neon.files import (
     Refused,
     UserError,
@@ -109,8 +109,7 @@ class Cifar10(Preset):
         return split_by_content(*read_dataset(c.data), c.data, origin)
 
     def features(self, c):
-        check = "6726825d" if c.detector == INCEPTION else ""
-        return InceptionFeatures(fetch(c.detector, "the Inception weights", check))
+        return inception(c.detector)
 
 
 class Glyphs(Cifar10):
