@@ -179,6 +179,8 @@ def prepare(c: Config, preset: Preset, processes: Processes) -> Setup:
         )
     model = open_model(c, preset, processes)
     real = processes.one_by_one(partial(preset.real_images, c))
+    if c.continue_on_data and real is None:
+        raise UserError("--continue-on-data trains on real images: give --data")
     setup = Setup(c, preset, model, processes, real, seeds)
     if c.aux:
         given_snapshots(setup)  # a wrong --aux shows now
@@ -322,7 +324,7 @@ def controls_of(setup: Setup, scorer: Scorer, values: set[float]) -> dict[str, C
 def trained_on(setup: Setup, base: nn.Module, kimg: float) -> nn.Module:
     """The base after so many thousand real images more, by the recipe of the self-training."""
     c, model, real = setup.c, setup.model, setup.real
-    assert real is not None  # refused by check_combinations()
+    assert real is not None  # see prepare()
     recipe = dataclasses.replace(self_recipe(c), name="training on")
     key = base_key(
         initial=weights_hash(base),
@@ -589,7 +591,9 @@ class Entry:
 
         models = {}
         for name, candidate in (self.models | self.controls).items():
-            models[name] = {"w": candidate.w, "fd": candidate.fd}
+            models[name] = {"w": candidate.w}
+            if candidate.fd is not None:
+                models[name]["fd"] = candidate.fd
             if name == "global":
                 models[name]["w_global"] = candidate.w_global
         return {
