@@ -3,7 +3,7 @@
 The engine, which knows no network. Its method on one page: study.experiment(). For a notebook:
 
     model = neon.Model(shape, classes, sample, loss)       what it needs of a generative model
-    real = neon.split(images, labels)                      to train on, to select with, to judge with
+    real = neon.split(images, labels)                      to train on, select with, judge with
     sampler = neon.Sampler(model, base)                    from seeds to images
     aux = neon.self_train(model, base, *sampler.images(range(6000)), kimg=500)
     scorer = neon.Scorer(sampler, neon.Merger(base, aux, "layers"), [neon.Judge(features, real)])

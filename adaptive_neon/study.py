@@ -64,7 +64,7 @@ def experiment(setup: "Setup", net: nn.Module, sampler: Sampler) -> "Results":
         values = global_weights(c, merger.blocks)
         swept = sweep(scorer, values)
         models = {name: Candidate.at(swept, w, scorer) for name, w in LANDMARKS.items()}
-        if not math.isfinite(models["base"].fd):
+        if models["base"].fd == math.inf:
             raise UserError("the base network's images are not finite: are its weights sound?")
         best = choose(score for score in swept if single_weight(score) != -1)
         models["global"] = Candidate.at(swept, single_weight(best), scorer)
@@ -589,7 +589,7 @@ class Entry:
                 row |= {"precision": score.precision, "recall": score.recall}
             return row
 
-        models = {}
+        models: dict[str, dict] = {}
         for name, candidate in (self.models | self.controls).items():
             models[name] = {"w": candidate.w}
             if candidate.fd is not None:
