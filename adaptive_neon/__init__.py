@@ -42,6 +42,7 @@ from . import (
     verdicts,
 )
 from .blocks import Merger
+from .features import inception, pixels, random_conv
 from .files import UserError
 from .images import RealData, read_dataset, write_dataset
 from .judges import Judge
@@ -94,7 +95,10 @@ __all__ = [
     "compare",
     "descend",
     "grid",
+    "inception",
+    "pixels",
     "race",
+    "random_conv",
     "read_dataset",
     "seed_ledger",
     "self_train",
