@@ -1,5 +1,6 @@
 """Keys of cached results: hashes of the content that decides them."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -43,3 +44,18 @@ def weights_hash(net):
         if isinstance(tensor, torch.Tensor):  # a module may keep other things beside them
             digest.update(f"{name} {tensor_hash(tensor)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def part_key(name, constants, inputs):
+    """Of a part of the toy: its name, what every part depends on, and the part's own inputs, by
+    content: plain data, tensors and dataclasses of these."""
+
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return tensor_hash(value)
+        if dataclasses.is_dataclass(value):
+            return [type(value).__name__, vars(value)]
+        raise TypeError(f"no key of {type(value)}")
+
+    content = json.dumps([name, constants, inputs], sort_keys=True, default=plain)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
