@@ -971,7 +971,7 @@ def study(argv: list[str]):
     for folder in [args.out, *args.out.glob("seed_*")]:
         files.remove_orphans(folder)
 
-    runs = []
+    runs: list[Run] = []
     search = Search() if args.search else None
     for seed in range(args.seed, args.seed + args.seeds):
         training = Training(seed, base_steps=args.base_steps)
