@@ -58,6 +58,7 @@ from adaptive_neon.files import (
 from adaptive_neon.glyphs import GlyphsClassifier, draw_glyphs, glyphs_cnn, glyphs_mlp
 from adaptive_neon.images import RealData, RealImages, read_dataset, split_by_content
 from adaptive_neon.pickles import EdmUnpickler, Inert, Limits, inert_tensors
+from adaptive_neon.sampling import Model
 
 # ==================== presets
 EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm"
@@ -108,10 +109,6 @@ class Cifar10(Preset):
         if c.base or not c.train_base:
             origin += " here; whether the base was trained on it is unknown"
         return split_by_content(*read_dataset(c.data), c.data, origin)
-
-    def judges(self, c):
-        """{name: function that gives the features} of the judges that only this preset has."""
-        return {}
 
     def features(self, c):
         check = "6726825d" if c.detector == INCEPTION else ""
@@ -191,7 +188,7 @@ PRESETS = {"cifar10": Cifar10(), "glyphs": Glyphs()}
 
 
 # ==================== EDM behind the seam
-class EdmModel:
+class EdmModel(Model):
     """EDM's networks behind the seam: EDMPrecond around DDPM++ or NCSN++, its sampler, loss and
     augmentation."""
 
@@ -245,9 +242,6 @@ class EdmModel:
     def sample(self, net, noise, labels, steps):
         return edm_sampler(net, noise, one_hot(net, labels), steps)
 
-    def encode(self, images):
-        return images.float() / 127.5 - 1
-
     def loss(self, net, x, labels):
         return edm_loss(net, x, one_hot(net, labels), self.augment_p)
 
@@ -262,12 +256,6 @@ class EdmModel:
 
     def export(self, net, path, recipe):
         save_network(net, path.with_suffix(".safetensors"), recipe)
-
-    def own_features(self, example):
-        return None
-
-    def start_check(self, base, c, trained):
-        """Nothing to try: the tests have."""
 
 
 def one_hot(net, labels):

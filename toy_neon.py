@@ -656,7 +656,7 @@ def finished(folder: Path, name: str, kind, make, *inputs):
     Its key says all that determines it: the inputs by content, earlier parts among them, the
     constants, the version of the code and those of the packages. kind: the dataclass that holds it.
     """
-    key = part_key(name, constants(), inputs)
+    key = part_key(name=name, constants=constants(), inputs=inputs)
     path = folder / f"{name}, {key}.safetensors"
     if path.exists():
         with files.reading(f"{path} is damaged or foreign: delete it and run again"):

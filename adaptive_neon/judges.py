@@ -58,7 +58,7 @@ def reference_of(statistics, features, source, device, real=None, origin=""):
     count = int(statistics["images"])
     with reading(f"reference {source} has no usable mu and sigma"):
         mu, cov = (torch.as_tensor(statistics[key]).double().to(device) for key in ("mu", "sigma"))
-        prepared = neon_ext.FrechetReference(mu, cov, count)
+        prepared = neon_ext.FrechetReference(mu, cov)
     facts = {"features": features.name, "source": str(source), "images": count}
     if origin:
         facts["origin"] = origin

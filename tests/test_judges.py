@@ -50,9 +50,10 @@ def test_reference_of_images(tmp_path):
     features = ToyFeatures()(images)
     assert torch.equal(found.real, features)
     assert found.facts == {"features": "toy-6", "source": "images.zip", "images": 300}
-    want = neon_ext.FrechetReference(*neon_ext.feature_moments(features), 300)
+    want = neon_ext.FrechetReference(*neon_ext.feature_moments(features))
     other = ToyFeatures()(toy_images(first=5, count=100)[0])
-    distances = [float(r.distance_from_features(other)) for r in (found.prepared, want)]
+    moments = neon_ext.feature_moments(other)
+    distances = [float(r.distance(*moments)) for r in (found.prepared, want)]
     assert distances[0] == pytest.approx(distances[1], rel=1e-9)
 
 
@@ -122,7 +123,8 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path, change, message):
 
 def test_floor_is_the_final_score_of_the_selections_images(tmp_path):
     judge = toy_judge(tmp_path)
-    want = float(judge.final.prepared.distance_from_features(judge.selection.real[:150]))
+    moments = neon_ext.feature_moments(judge.selection.real[:150])
+    want = float(judge.final.prepared.distance(*moments))
     assert judge.floor(150) == {"images": 150, "fd": pytest.approx(want, rel=1e-6)}
 
 
