@@ -184,6 +184,7 @@ class Merger:
         """The resident network with the weights w: one number, or one for each block."""
         if self.net is None:
             self.attach(copied(self.base).eval().requires_grad_(False))
+        assert self.net is not None
         w = self.weights(w)
         values = [w[block] for block in self.blocks]
         theta_r, theta_s = list(self.theta_r.values()), list(self.theta_s.values())
@@ -245,8 +246,8 @@ class Merger:
         first = next(iter(self.rest))
         return (
             f"{len(self.rest)} buffers and frozen parameters differ between base and self-trained "
-            f"network ({first}, ...): they are the base's for w >= 0, the self-trained network's for "
-            "w <= -1, and in between for weights in between"
+            f"network ({first}, ...): they are the base's for w >= 0, the other's for w <= -1, and in "
+            "between for weights in between"
         )
 
     def table(self) -> dict[str, dict]:
@@ -294,7 +295,8 @@ def check_same_network(base: nn.Module, aux: nn.Module) -> None:
             shapes.append(tuple(side[name].shape) if name in side else "absent")
         if shapes[0] != shapes[1]:
             raise UserError(
-                f"base and self-trained network differ, first at {name}: {shapes[0]} and {shapes[1]}"
+                f"base and self-trained network differ, first at {name}: {shapes[0]} and "
+                f"{shapes[1]}"
             )
 
 

@@ -244,7 +244,7 @@ def build_parser(doc: str, presets: dict[str, Preset]) -> Parser:
             parser.add_argument(name, action="store_true", help=text)
             continue
         kind = partial(in_range, field)
-        kind.__name__ = getattr(how["kind"], "__name__", "value")
+        vars(kind)["__name__"] = getattr(how["kind"], "__name__", "value")  # for messages
         # Judges and grids of single blocks are named one by one.
         action = "store"
         if how["kind"] is judge_name:

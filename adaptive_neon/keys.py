@@ -28,15 +28,19 @@ def key_of(*parts) -> str:
 def tensor_hash(tensor: torch.Tensor) -> str:
     """Of type, shape and content."""
     tensor = tensor.detach().cpu().contiguous()
-    data = tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    digest.update(data)
+    if tensor.numel():
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def weights_hash(net: nn.Module) -> str:
-    """Of the names and the content of a network's parameters and buffers."""
+    """Of the names and the content of a network's parameters and buffers, and of its options if it
+    has a dictionary `config` of them: EDM's preconditioning is no tensor."""
     digest = hashlib.sha256()
+    config = getattr(net, "config", None)
+    if type(config) is dict:  # not the one of diffusers, which holds paths and versions
+        digest.update(key_of(config).encode())
     for name, tensor in net.state_dict().items():
         if isinstance(tensor, torch.Tensor):  # a module may keep other things beside them
             digest.update(f"{name} {tensor_hash(tensor)}\n".encode())
@@ -115,3 +119,33 @@ def search_key(
     """The points of a gradient search. start: score_key() of its start on the selection seeds,
     which holds networks, judge and sampling; blocks: {parameter: block}; fresh: its own seeds."""
     return key_of(SEARCH_VERSION, start, blocks, fresh, bounds, precision)
+
+
+def design_key(*, design: str, weights: str) -> str:
+    """A feature network. design: its layers, printed; weights: weights_hash()."""
+    return key_of(design, weights)
+
+
+def joint_key(*, parts: list[str], images: torch.Tensor) -> str:
+    """Feature networks side by side. parts: their identities in order; images: uint8 [N, C, H, W],
+    whose variance scales them."""
+    return key_of(parts, tensor_hash(images))
+
+
+def classifier_key(*, design: str, seed: int, stream: int, images: int, epochs: int) -> str:
+    """A classifier of glyphs, trained on the first images of a stream."""
+    return key_of(TRAINING_VERSION, design, seed, stream, images, epochs)
+
+
+def reference_key(
+    *, mean: torch.Tensor, cov: torch.Tensor, count: int, real: torch.Tensor | None
+) -> str:
+    """Real images in one feature network. mean [D], cov [D, D]: their moments; count: of how many
+    images; real: features [N, D] of the images at hand."""
+    features = None if real is None else tensor_hash(real)
+    return key_of(tensor_hash(mean), tensor_hash(cov), count, features)
+
+
+def judge_key(*, features: str, reference: str) -> str:
+    """A feature network and the real images seen through it, by their identities."""
+    return key_of(features, reference)

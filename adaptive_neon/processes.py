@@ -35,7 +35,7 @@ class Processes:
         """work() on the first rank alone; its result, or its error, on every rank."""
         if self.world == 1:
             return work()
-        outcome = [None, None]  # result, failure
+        outcome: list = [None, None]  # result, failure
         if self.rank == 0:
             try:
                 outcome[0] = work()
@@ -72,18 +72,19 @@ class Processes:
 
         if self.world == 1:
             return [work(part) for part in tqdm(mine, **bar)]
-        outcome = []
+        results: list = []
+        failure = None
         try:
             for part in tqdm(mine, **bar):
-                outcome.append(work(part))
+                results.append(work(part))
         except (UserError, torch.OutOfMemoryError) as error:
-            outcome = type(error)(str(error))  # the others must hear of it
-        gathered = [None] * self.world
-        dist.all_gather_object(gathered, outcome)
-        for outcome in gathered:
-            if isinstance(outcome, Exception):
-                raise outcome
-        return [gathered[i % self.world][i // self.world] for i in range(len(parts))]
+            failure = type(error)(str(error))  # the others must hear of it
+        gathered: list = [None] * self.world
+        dist.all_gather_object(gathered, (results, failure))
+        for _, failure in gathered:
+            if failure is not None:
+                raise failure
+        return [gathered[i % self.world][0][i // self.world] for i in range(len(parts))]
 
     def workers(self) -> int:
         """Batches at once."""
@@ -122,12 +123,11 @@ def cgroup_share(root: Path = Path("/sys/fs/cgroup")) -> float:
     """Cores' worth of time that the container may use, infinity without a limit: version 2 and
     1."""
     with contextlib.suppress(OSError, ValueError):
-        quota, period = (root / "cpu.max").read_text().split()
-        return math.inf if quota == "max" else int(quota) / int(period)
+        limit, period = (root / "cpu.max").read_text().split()
+        return math.inf if limit == "max" else int(limit) / int(period)
     with contextlib.suppress(OSError, ValueError):
         quota = int((root / "cpu/cpu.cfs_quota_us").read_text())
-        period = int((root / "cpu/cpu.cfs_period_us").read_text())
-        return quota / period if quota > 0 else math.inf
+        return quota / int((root / "cpu/cpu.cfs_period_us").read_text()) if quota > 0 else math.inf
     return math.inf
 
 
@@ -142,8 +142,8 @@ def rank_and_world(environment: dict) -> tuple[int, int, int]:
     if missing:
         if given["WORLD_SIZE"] not in ("", "1"):
             print(
-                f"WORLD_SIZE is {given['WORLD_SIZE']}, but {', '.join(missing)} not set: this runs as "
-                "one process (torchrun sets them all)",
+                f"WORLD_SIZE is {given['WORLD_SIZE']}, but {', '.join(missing)} not set: this runs "
+                "as one process (torchrun sets them all)",
                 file=sys.stderr,
             )
         return 0, 1, 0

@@ -13,8 +13,7 @@ import numpy as np
 import scipy
 import torch
 
-import neon_ext
-
+from .extension import neon_ext
 from .files import write_atomically
 from .verdicts import mean_and_spread, number, percent
 
@@ -49,7 +48,7 @@ def weights_title(w) -> str:
 
 def markdown(rows) -> str:
     """A table of rows {column: cell}; what a row has no cell for stays empty."""
-    columns = {}
+    columns: dict[str, None] = {}
     for row in rows:
         columns |= dict.fromkeys(row)
     lines = [[*columns], ["---"] * len(columns)]

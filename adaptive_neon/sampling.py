@@ -186,7 +186,7 @@ class Sampler:
         self.compiled = on_gpu if compiled is None else compiled
         self.net = copied(net).to(self.processes.device).eval().requires_grad_(False)
         if on_gpu:
-            self.net.to(memory_format=torch.channels_last)
+            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compiled:
             self.net.forward = torch.compile(self.net.forward, dynamic=False)
 

@@ -72,9 +72,11 @@ def race(scorer: Scorer, weights: list[dict], level: float = 0.05) -> list[dict]
 
 
 # -------------------- search without gradients
-def cobyqa(scorer: Scorer, start: float, evaluations: int, bounds=BOUNDS) -> list[Score]:
-    """Derivative-free trust-region search (scipy's COBYQA) from one weight for all blocks -> its
-    scores."""
+Start = float | dict[str, float]  # of a search: one weight for all blocks, or one for each
+
+
+def cobyqa(scorer: Scorer, start: Start, evaluations: int, bounds=BOUNDS) -> list[Score]:
+    """Derivative-free trust-region search (scipy's COBYQA) -> its scores, the start first."""
     blocks = scorer.merger.blocks
     scores = []
     quiet = scorer.sampler.processes.rank > 0
@@ -86,7 +88,7 @@ def cobyqa(scorer: Scorer, start: float, evaluations: int, bounds=BOUNDS) -> lis
             return scores[-1].fd
 
         options = {"initial_tr_radius": 0.5, "final_tr_radius": 0.01, "maxfev": evaluations}
-        x = np.full(len(blocks), float(np.clip(start, *bounds)))
+        x = np.clip(list(scorer.merger.weights(start).values()), *bounds)
         limits = [bounds] * len(blocks)
         scipy.optimize.minimize(distance, x, method="COBYQA", bounds=limits, options=options)
     return scores
@@ -98,7 +100,7 @@ class SearchEnds(Exception):
 
 
 def descend(
-    scorer: Scorer, start: float, evaluations: int, bounds=BOUNDS, patience: int = 6
+    scorer: Scorer, start: Start, evaluations: int, bounds=BOUNDS, patience: int = 6
 ) -> list[Score]:
     """The search that scales to layers, from one weight for all blocks -> its scores, the start
     first."""
@@ -111,8 +113,8 @@ class GradientSearch:
     `patience` points without gain there end it, against overfitting. What was computed is kept on
     disk."""
 
-    def __init__(self, scorer: Scorer, start: float, evaluations: int, bounds, patience: int):
-        self.scorer, self.start, self.bounds = scorer, start, bounds
+    def __init__(self, scorer: Scorer, start: Start, evaluations: int, bounds, patience: int):
+        self.scorer, self.start, self.bounds = scorer, scorer.merger.weights(start), bounds
         self.evaluations, self.patience = evaluations, patience
         self.precision = gradient_precision(scorer.selection_precision)
         self.fresh = scorer.seeds.search
@@ -130,7 +132,7 @@ class GradientSearch:
         if folder is None:
             return None
         key = search_key(
-            start=self.scorer.key(merger.weights(self.start), self.scorer.seeds.selection),
+            start=self.scorer.key(self.start, self.scorer.seeds.selection),
             blocks=merger.owners,
             fresh=(self.fresh.first, self.fresh.count),
             bounds=self.bounds,
@@ -157,7 +159,7 @@ class GradientSearch:
         with self.bar, contextlib.suppress(SearchEnds):
             scipy.optimize.minimize(
                 self.scaled,
-                np.full(blocks, self.start),
+                np.array(list(self.start.values())),
                 jac=True,
                 method="L-BFGS-B",
                 bounds=[self.bounds] * blocks,

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import numpy as np
-import scipy.stats
+import scipy.special
 
 FOLDS = 20  # of the seeds of every score: jackknife intervals need no new samples
 
@@ -56,10 +56,10 @@ def jackknife(mean, folds, level=0.05):
     folds = np.array(folds)
     variance = (FOLDS - 1) / FOLDS * ((folds - folds.mean(1, keepdims=True)) ** 2).sum()
     freedom = len(folds) * (FOLDS - 1)
-    half = float(scipy.stats.t.ppf(1 - level / 2, freedom) * variance**0.5 / len(folds))
+    half = float(scipy.special.stdtrit(freedom, 1 - level / 2) * variance**0.5 / len(folds))
     if not half:
         return half, float(mean == 0)
-    return half, float(2 * scipy.stats.t.sf(abs(mean) * len(folds) / variance**0.5, freedom))
+    return half, float(2 * scipy.special.stdtr(freedom, -abs(mean) * len(folds) / variance**0.5))
 
 
 def fd_interval(scores):

@@ -59,7 +59,7 @@ def experiment(setup: "Setup", net: nn.Module, sampler: Sampler) -> "Results":
             sampler, merger, judges, log, setup.seeds, c.precision, c.confirm_precision, kimg
         )
 
-        # One weight for all blocks. The base is w = 0; the collapsed network, w = -1, is no candidate.
+        # One weight for all blocks: the base is 0; the collapsed network, -1, is no candidate.
         swept = sweep(scorer, {-1.0, 0.0, *c.grid, *c.sweep})
         models = {name: Candidate.at(swept, w, scorer) for name, w in LANDMARKS.items()}
         if not math.isfinite(models["base"].fd):
@@ -88,7 +88,7 @@ def experiment(setup: "Setup", net: nn.Module, sampler: Sampler) -> "Results":
             placebos[name] = Candidate.of(winner, dealt)
 
         # The winners once more, on noise and real images that no selection has seen.
-        finals = {judge.name: {} for judge in judges}
+        finals: dict[str, dict] = {judge.name: {} for judge in judges}
         for name, candidate in (models | placebos).items():
             for judge, scores in candidate.scorer.finals(candidate.w, name).items():
                 finals[judge][name] = scores
@@ -112,7 +112,7 @@ class Setup:
     seeds: Ledger
 
     def first_seeds(self) -> dict:
-        """For the report: of the noise, and the numbers that seed real images which are drawn here."""
+        """For the report: of the noise, and of real images that are drawn here."""
         firsts = self.seeds.first_seeds()
         if self.preset.streams:
             firsts["real_streams"] = self.preset.streams
@@ -380,11 +380,11 @@ def given_snapshots(setup: Setup) -> dict[int, Path]:
     files = {}
     for path in sorted(folder.glob("network-snapshot-*.*")):
         files[path.stem.removeprefix("network-snapshot-")] = path
-    wanted = {kimg: files.get(f"{kimg:06d}") for kimg in c.snapshot}
-    if None in wanted.values():
-        raise UserError(
-            f"--aux {folder} has snapshots {[*files]}, not all of --snapshot {c.snapshot}"
-        )
+    wanted = {}
+    for kimg in c.snapshot:
+        if f"{kimg:06d}" not in files:
+            raise UserError(f"--aux {folder} has snapshots {[*files]}, not --snapshot {kimg}")
+        wanted[kimg] = files[f"{kimg:06d}"]
     return wanted
 
 
@@ -468,12 +468,13 @@ class Entry:
         warnings = warnings_of(c, models, final, bool(gridded), scorer.judge)
         if len(placebos) < c.placebo:
             warnings.append(
-                f"--placebo {c.placebo}: this network's layers allow only {len(placebos)} other blocks"
+                f"--placebo {c.placebo}: the layers allow only {len(placebos)} other blocks"
             )
         if scorer.merger.rule():
             warnings.append(scorer.merger.rule())
 
-        parts, judges = {}, {}
+        parts: dict[str, dict] = {}
+        judges: dict[str, dict] = {}
         for judge in scorer.judges[1:]:
             found = finals[judge.name]
             if judge.is_part:

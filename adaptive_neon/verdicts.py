@@ -176,14 +176,17 @@ def warnings_of(c, models, final, had_grid, judge) -> list[str]:
 def claims_over_seeds(summaries) -> list[dict]:
     """What every claim of every snapshot came to over the training seeds (and random partitions,
     which are one), plain data with its sentence."""
-    groups = {}
+    groups: dict[tuple, list] = {}
     for summary in summaries:
         for entry in summary["snapshots"]:
             for claim in entry["claims"]:
                 sides = (claim["model"], claim["against"])
                 names = [re.sub(r"(random blocks) \d+", r"\1", name) for name in sides]
                 groups.setdefault((entry["kimg"], *names), []).append(claim)
-    return [over_seeds(*key, claims) for key, claims in groups.items()]
+    rows = []
+    for (kimg, model, against), claims in groups.items():
+        rows.append(over_seeds(kimg, model, against, claims))
+    return rows
 
 
 def over_seeds(kimg, model, against, claims) -> dict:

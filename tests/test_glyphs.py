@@ -128,12 +128,6 @@ def test_glyphs_preset_refuses_other_real_images(option):
         edm.Glyphs().real_images(neon.config.Config(preset="glyphs", **{option: "x"}))
 
 
-def test_streams_are_in_the_ledger():
-    ledger = neon.study.seed_ledger(neon.config.Config(preset="glyphs"))
-    assert ledger.as_json()["real_streams"] == edm.Glyphs.streams
-    assert "real_streams" not in neon.study.seed_ledger(neon.config.Config()).as_json()
-
-
 # -------------------- real images in three parts
 
 

@@ -133,7 +133,7 @@ def test_errors_of_these_candidates():
     scorer = Candidates([(1, (1.0, 0.0)), (2, (2.0, 0.3))])
     one, other = scorer.score_all(None, SELECTION, "")
     found = neon.stats.compare([other], [one])
-    assert found["high"] - found["difference"] == pytest.approx(2.093 * 0.3, rel=1e-3)
+    assert found.high - found.difference == pytest.approx(2.093 * 0.3, rel=1e-3)
 
 
 @pytest.mark.parametrize(
