@@ -52,6 +52,22 @@ INPUTS: dict[str, dict[str, tuple]] = {
         "bounds": ((-1.0, 2.0), (-1.0, 3.0)),
         "precision": ("fp32", "tf32"),
     },
+    "design_key": {"design": ("Linear(2, 3)", "Linear(3, 2)"), "weights": ("a", "b")},
+    "joint_key": {"parts": (["a", "b"], ["b", "a"]), "images": (torch.zeros(2), torch.ones(2))},
+    "classifier_key": {
+        "design": ("Linear(2, 3)", "Linear(3, 2)"),
+        "seed": (0, 1),
+        "stream": (3, 4),
+        "images": (100, 200),
+        "epochs": (4, 5),
+    },
+    "reference_key": {
+        "mean": (torch.zeros(2), torch.ones(2)),
+        "cov": (torch.eye(2), 2 * torch.eye(2)),
+        "count": (50, 60),
+        "real": (None, torch.zeros(50, 2)),
+    },
+    "judge_key": {"features": ("a", "b"), "reference": ("a", "b")},
 }
 
 VERSIONS = {
@@ -60,6 +76,11 @@ VERSIONS = {
     "self_training_key": {"TRAINING_VERSION"},
     "score_key": {"SAMPLING_VERSION", "SCORING_VERSION"},
     "search_key": {"SEARCH_VERSION"},
+    "design_key": set(),
+    "joint_key": set(),
+    "classifier_key": {"TRAINING_VERSION"},
+    "reference_key": set(),
+    "judge_key": set(),
 }
 
 
@@ -72,6 +93,11 @@ def key(name, **changes):
 def test_key_is_sixteen_digits_and_the_same_again(name):
     assert key(name) == key(name) and len(key(name)) == 16
     assert int(key(name), 16) >= 0
+
+
+def test_every_key_is_tried_here():
+    found = {name for name in vars(keys) if name.endswith("_key")}
+    assert found == set(INPUTS) == set(VERSIONS)
 
 
 @pytest.mark.parametrize("name", INPUTS)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -15,6 +16,48 @@ from adaptive_neon.processes import Diverged, Processes
 CPU = Processes("cpu")
 
 
+@pytest.fixture
+def ranks(monkeypatch):
+    """Two ranks, each in a thread: what `share` gives or raises on each of them."""
+    meeting = threading.Barrier(2, timeout=20)
+    local, said = threading.local(), {}
+
+    def exchange(mine):
+        said[local.rank] = mine
+        meeting.wait()
+        everything = [said[rank] for rank in (0, 1)]
+        meeting.wait()
+        return everything
+
+    def gather(gathered, mine):
+        gathered[:] = exchange(mine)
+
+    def broadcast(outcome):
+        outcome[:] = exchange(list(outcome))[0]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+
+    def run(share):
+        found = [None, None]
+
+        def on_rank(rank):
+            local.rank = rank
+            try:
+                found[rank] = share(Processes("cpu", rank, 2))
+            except Exception as error:
+                found[rank] = error
+
+        threads = [threading.Thread(target=on_rank, args=(rank,)) for rank in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
+    return run
+
+
 # -------------------- batches of seeds
 
 
@@ -25,100 +68,77 @@ def test_batches_keep_the_order_of_the_seeds(monkeypatch):
     assert max(len(part) for part in parts) <= 4
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_every_rank_gets_all_results_in_the_order_of_the_seeds(monkeypatch, rank):
-    parts = np.array_split(np.arange(9), 5)
-    told = []
+@pytest.mark.parametrize("count", [9, 10, 1], ids=str)
+def test_every_rank_gets_all_results_in_the_order_of_the_seeds(ranks, count):
+    found = ranks(lambda rank: rank.map_batches(lambda part: part.tolist(), np.arange(count), 2))
+    want = [part.tolist() for part in np.array_split(np.arange(count), -(-count // 2))]
+    assert found == [want, want]
 
-    def gather(gathered, results):
-        told.extend(results)
-        theirs = [part.tolist() for part in parts[1 - rank :: 2]]
-        gathered[rank], gathered[1 - rank] = results, theirs
 
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    found = Processes("cpu", rank, 2).map_batches(lambda part: part.tolist(), np.arange(9), 2)
-    assert found == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
-    assert told == [part.tolist() for part in parts[rank::2]]
+def test_ranks_share_the_batches(ranks):
+    worked = []
+
+    def share(rank):
+        rank.map_batches(lambda part: worked.append((int(part[0]), rank.rank)), np.arange(10), 2)
+
+    ranks(share)
+    assert sorted(worked) == [(0, 0), (2, 1), (4, 0), (6, 1), (8, 0)]
 
 
 @pytest.mark.parametrize("error", [Diverged, UserError, torch.OutOfMemoryError])
-def test_other_ranks_hear_of_an_error(monkeypatch, error):
-    told = []
+@pytest.mark.parametrize("failing", [0, 1])
+def test_every_rank_hears_of_an_error(ranks, failing, error):
+    def share(rank):
+        def work(part):
+            if rank.rank == failing:
+                raise error("too bad")
 
-    def gather(gathered, results):
-        told.append(results)
-        gathered[:] = [results, [1]]
+        rank.map_batches(work, np.arange(4), 2)
 
-    def work(part):
-        raise error("too bad")
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    with pytest.raises(error):
-        Processes("cpu", 0, 2).map_batches(work, np.arange(4), 2)
-    assert [type(outcome) for outcome in told] == [error]
-
-
-def test_divergence_on_another_rank_is_heard_of(monkeypatch):
-    def gather(gathered, results):
-        gathered[:] = [results, Diverged("not finite")]
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    with pytest.raises(Diverged):
-        Processes("cpu", 0, 2).map_batches(lambda part: 1, np.arange(4), 2)
+    found = ranks(share)
+    assert [type(outcome) for outcome in found] == [error, error]
+    assert [str(outcome) for outcome in found] == ["too bad", "too bad"]
 
 
 # -------------------- decisions of the first rank
 
 
-@pytest.fixture
-def told(monkeypatch):
-    """What the first rank told the others."""
-    outcomes = []
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", outcomes.append)
-    return outcomes
-
-
-def test_first_rank_tells_its_result(told):
-    assert Processes("cpu", 0, 2).decide(lambda: 7) == 7
-    assert told == [[7, None]]
+def test_first_rank_decides_for_all(ranks):
+    found = ranks(lambda rank: rank.decide(lambda: f"of rank {rank.rank}"))
+    assert found == ["of rank 0", "of rank 0"]
 
 
 @pytest.mark.parametrize("error", [UserError("no"), FileNotFoundError("gone")], ids=str)
-def test_first_rank_tells_its_error(told, error):
+def test_every_rank_hears_why_the_first_failed(ranks, error):
     def work():
         raise error
 
-    with pytest.raises(type(error)):
-        Processes("cpu", 0, 2).decide(work)
-    assert told == [[None, error]]
+    found = ranks(lambda rank: rank.decide(work))
+    assert [type(outcome) for outcome in found] == [type(error)] * 2
 
 
-@pytest.mark.parametrize("failure", [None, UserError("no")], ids=["result", "error"])
-def test_another_rank_works_not_itself(monkeypatch, failure):
-    def broadcast(outcome):
-        outcome[:] = [7, failure]
-
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
-    if failure is None:
-        assert Processes("cpu", 1, 2).decide(pytest.fail) == 7
-    else:
-        with pytest.raises(UserError, match="no"):
-            Processes("cpu", 1, 2).decide(pytest.fail)
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_one_by_one_works_once_a_rank_behind_the_first(monkeypatch, rank):
+def test_one_by_one_works_on_every_rank_behind_the_first(ranks):
     order = []
-    monkeypatch.setattr(
-        torch.distributed, "broadcast_object_list", lambda outcome: order.append("told")
-    )
 
-    def work():
-        order.append("worked")
-        return 7
+    def share(rank):
+        def work():
+            order.append(rank.rank)
+            return f"of rank {rank.rank}"
 
-    assert Processes("cpu", rank, 2).one_by_one(work) == 7
-    assert order == (["worked", "told"] if rank == 0 else ["told", "worked"])
+        return rank.one_by_one(work)
+
+    assert ranks(share) == ["of rank 0", "of rank 1"] and order == [0, 1]
+
+
+def test_one_by_one_fails_on_every_rank_with_the_first(ranks):
+    def share(rank):
+        def work():
+            assert rank.rank == 0
+            raise UserError("no")
+
+        return rank.one_by_one(work)
+
+    assert [str(outcome) for outcome in ranks(share)] == ["no", "no"]
 
 
 # -------------------- one run a folder
