@@ -166,7 +166,8 @@ class Glyphs(Cifar10):
         return RealData(**parts, origin="images that no network and no selection has seen")
 
     def classifier(self, c, name, body, seed, stream):
-        return GlyphsClassifier(c.out, name, body, seed, self.streams[stream], self.streams)
+        streams = self.streams[stream], self.streams["classifier test"]
+        return GlyphsClassifier(c.out, name, body, seed, *streams)
 
     def features(self, c):
         return self.classifier(c, "glyphs-cnn-64", glyphs_cnn, 0, "classifier")

@@ -3,7 +3,7 @@
 The engine, which knows no network. Its method on one page: study.experiment(). For a notebook:
 
     model = neon.Model(shape, classes, sample, loss)       what it needs of a generative model
-    real = neon.split(images, labels)                      to train on, to select with, to judge with
+    real = neon.split(images, labels)                      to train on, select with, judge with
     sampler = neon.Sampler(model, base)                    from seeds to images
     aux = neon.self_train(model, base, *sampler.images(range(6000)), kimg=500)
     scorer = neon.Scorer(sampler, neon.Merger(base, aux, "layers"), [neon.Judge(features, real)])
@@ -18,6 +18,7 @@ from . import (
     blocks,
     cli,
     config,
+    controls,
     diffusers,
     extension,
     features,
@@ -41,6 +42,7 @@ from . import (
     verdicts,
 )
 from .blocks import Merger
+from .features import inception, pixels, random_conv
 from .files import UserError
 from .images import RealData, read_dataset, write_dataset
 from .judges import Judge
@@ -55,6 +57,7 @@ __all__ = [
     "blocks",
     "cli",
     "config",
+    "controls",
     "diffusers",
     "extension",
     "features",
@@ -92,7 +95,10 @@ __all__ = [
     "compare",
     "descend",
     "grid",
+    "inception",
+    "pixels",
     "race",
+    "random_conv",
     "read_dataset",
     "seed_ledger",
     "self_train",

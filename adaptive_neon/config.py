@@ -98,6 +98,17 @@ def read_partition(text):
     return table
 
 
+def control_names(text):
+    """Different names of controls, by commas."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if names == ("none",):
+        return ()
+    for name in names:
+        if name not in ("steps", "guided"):
+            raise argparse.ArgumentTypeError(f"{name!r} is no control: steps, guided, or none")
+    return names
+
+
 def judge_name(text):
     """One --judge or --select-with; they add up."""
     return (text,)
@@ -234,6 +245,19 @@ class Config:
         (), "also these global weights, start:stop:step", sweep_values, low=-1e6, high=1e6
     )
     race: bool = option(False, "drop grid points that are surely worse after a fifth of the seeds")
+    controls: tuple = option(
+        ("steps", "guided"),
+        "by commas: steps (the base with twice the sampler's steps), guided (outputs step back "
+        "instead of weights), or none",
+        control_names,
+    )
+    continue_on_data: float = option(
+        0.0,
+        "control: the base trained on real images for this many kimg; without a number: for as "
+        "long as the self-training",
+        low=-1,
+        high=1e8,
+    )
     placebo: int = option(
         0, "this many random partitions go through the same grid", low=0, high=1000
     )
