@@ -139,4 +139,4 @@ def random_images(n, seed=0):
 
 @pytest.fixture
 def real():
-    return neon.images.split_by_content(random_images(800), None, "x.zip")
+    return neon.images.split(random_images(800), None, "x.zip")
