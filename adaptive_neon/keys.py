@@ -4,6 +4,7 @@ One function a key, with every input in its signature. A version is raised with 
 that changes the numbers; older results are then made again.
 """
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -119,3 +120,48 @@ def search_key(
     """The points of a gradient search. start: score_key() of its start on the selection seeds,
     which holds networks, judge and sampling; blocks: {parameter: block}; fresh: its own seeds."""
     return key_of(SEARCH_VERSION, start, blocks, fresh, bounds, precision)
+
+
+def design_key(*, design: str, weights: str) -> str:
+    """A feature network. design: its layers, printed; weights: weights_hash()."""
+    return key_of(design, weights)
+
+
+def joint_key(*, parts: list[str], images: torch.Tensor) -> str:
+    """Feature networks side by side. parts: their identities in order; images: uint8 [N, C, H, W],
+    whose variance scales them."""
+    return key_of(parts, tensor_hash(images))
+
+
+def classifier_key(*, design: str, seed: int, stream: int, images: int, epochs: int) -> str:
+    """A classifier of glyphs, trained on the first images of a stream."""
+    return key_of(TRAINING_VERSION, design, seed, stream, images, epochs)
+
+
+def reference_key(
+    *, mean: torch.Tensor, cov: torch.Tensor, count: int, real: torch.Tensor | None
+) -> str:
+    """Real images in one feature network. mean [D], cov [D, D]: their moments; count: of how many
+    images; real: features [N, D] of the images at hand."""
+    features = None if real is None else tensor_hash(real)
+    return key_of(tensor_hash(mean), tensor_hash(cov), count, features)
+
+
+def judge_key(*, features: str, reference: str) -> str:
+    """A feature network and the real images seen through it, by their identities."""
+    return key_of(features, reference)
+
+
+def part_key(*, name: str, constants: dict, inputs: tuple) -> str:
+    """A part of the toy. constants: what every part depends on; inputs: the part's own, as they
+    are: plain data, tensors, and dataclasses of these."""
+
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return tensor_hash(value)
+        if dataclasses.is_dataclass(value):
+            return [type(value).__name__, vars(value)]
+        raise TypeError(f"no key of {type(value)}")
+
+    content = json.dumps([name, constants, inputs], sort_keys=True, default=plain)
+    return key_of(content)

@@ -233,13 +233,21 @@ def real_toys(first=77_000):
     )
 
 
+def judge_of(features, selection, final=None):
+    """A judge of references made by hand."""
+    judge = neon.judges.Judge.__new__(neon.judges.Judge)
+    judge.features, judge.is_part = features, False
+    judge.selection, judge.final = selection, final or selection
+    return judge
+
+
 def toy_judge(out, real=True):
     """Other real images for the selection than for the final comparison."""
-    judge = neon.judges.judge_of_images(ToyFeatures(), real_toys(), "cpu", out)
-    if real:
-        return judge
-    parts = (dataclasses.replace(part, real=None) for part in (judge.selection, judge.final))
-    return neon.judges.Judge(judge.features, *parts)
+    judge = neon.judges.Judge(ToyFeatures(), real_toys())
+    if not real:
+        judge.selection = dataclasses.replace(judge.selection, real=None)
+        judge.final = dataclasses.replace(judge.final, real=None)
+    return judge
 
 
 def seeds_of(c):
@@ -279,7 +287,7 @@ def edm_scorer(out, kind="cifar", partition="paper", precision="fp32", batch=16,
     generator = torch.Generator().manual_seed(9)
     images = torch.randint(0, 256, (200, 3, 16, 16), dtype=torch.uint8, generator=generator)
     real = neon.images.RealData(*[neon.images.RealImages(images, None, "noise")] * 3, "noise")
-    judge = neon.judges.judge_of_images(features, real, "cpu")
+    judge = neon.judges.Judge(features, real)
     return scorer_of(c, edm_model(), base, aux, [judge])
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from edm_helpers import replace
+from edm_helpers import judge_of, replace
 
 import adaptive_neon as neon
 import edm_neon as edm
@@ -370,7 +370,7 @@ WRONG = {
     "no_grad in features": (
         "\n@torch.no_grad()\ndef features(images):\n    return images.float().flatten(1)[:, ::9]\n",
         GRADIENT,
-        r"no gradient comes through features\(\)",
+        r"no gradient comes through the features mine-8",
     ),
     "features of four": (
         "\ndef features(images):\n    return images\n",
@@ -613,7 +613,7 @@ def scorer_of(path, out, partition="layers", batch=12):
     real = torch.randn(200, 7).double() * 0.4
     prepared = neon_ext.FrechetReference(*neon_ext.feature_moments(real))
     reference = neon.judges.Reference(prepared, None, {}, "r")
-    judge = neon.judges.Judge(Pixels(), reference, reference)
+    judge = judge_of(Pixels(), reference)
     return neon.scores.Scorer(merger, [judge], sampler, neon.scores.ScoreLog(out), {}, 1, c)
 
 
