@@ -118,7 +118,8 @@ class Training:
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.average = copy.deepcopy(self.net).eval().requires_grad_(False)
-        self.averages = list(movable_parameters(self.average, like=self.net).values())
+        movable = movable_parameters(self.average, like=self.net).values()
+        self.averages = [parameter.detach() for parameter in movable]
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=recipe.lr, fused=True)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:

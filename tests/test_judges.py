@@ -311,7 +311,7 @@ class Flat:
 
 @pytest.fixture
 def real():
-    return neon.images.split_by_content(random_images(800), None, "x.zip")
+    return neon.images.split(random_images(800), None, "x.zip")
 
 
 def test_selection_and_final_scores_have_their_own_reference(real, tmp_path):
