@@ -246,8 +246,8 @@ class Merger:
         first = next(iter(self.rest))
         return (
             f"{len(self.rest)} buffers and frozen parameters differ between base and self-trained "
-            f"network ({first}, ...): they are the base's for w >= 0, the other's for w <= -1, and in "
-            "between for weights in between"
+            f"network ({first}, ...): they are the base's for w >= 0, the other's for w <= -1, and "
+            "between them in between"
         )
 
     def table(self) -> dict[str, dict]:

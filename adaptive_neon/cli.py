@@ -35,6 +35,7 @@ from .study import (
     experiment,
     first_network,
     given_snapshots,
+    global_weights,
     grid_points,
     prepare,
     self_training,
@@ -131,12 +132,14 @@ class Cost:
         c = setup.c
         seconds, compilation = sampler.seconds_per_image(c.precision)
         blocks = block_names(c.partition, setup.model, net)
-        scores = len({-1.0, 0.0, *c.grid, *c.sweep})
+        weights = len(global_weights(c, blocks))
+        scores = weights + 2 * (weights - 2) * ("guided" in c.controls)  # two network calls each
         scores += grid_points(c, blocks) * (1 + c.placebo)
         if c.search:
             # A gradient costs about as much as five scores, and its point is scored too.
             scores += c.evaluations * {"cobyqa": 1, "gradient": 6}[c.search]
-        finals = (4 + bool(c.search) + c.placebo) * c.final_repeats
+        finals = 4 + bool(c.search) + c.placebo + 2 * len(c.controls) + bool(c.continue_on_data)
+        finals *= c.final_repeats
         images = (scores * c.select_images + finals * c.final_images) * len(c.snapshot)
         hours = (images + c.synthetic) * seconds / 3600 / setup.processes.world
         return cls(blocks, seconds, compilation, scores, finals, hours + compilation / 3600)
@@ -251,7 +254,9 @@ def build_parser(doc: str, presets: dict[str, Preset]) -> Parser:
             action = "extend"
         if how["kind"] is grid_values:
             action = "append"
-        parser.add_argument(name, type=kind, choices=choices, help=text, action=action)
+        argument = parser.add_argument(name, type=kind, choices=choices, help=text, action=action)
+        if field.name == "continue_on_data":
+            argument.nargs, argument.const = "?", -1.0  # as long as the self-training
     return parser
 
 

@@ -4,6 +4,7 @@ One function a key, with every input in its signature. A version is raised with 
 that changes the numbers; older results are then made again.
 """
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -149,3 +150,18 @@ def reference_key(
 def judge_key(*, features: str, reference: str) -> str:
     """A feature network and the real images seen through it, by their identities."""
     return key_of(features, reference)
+
+
+def part_key(*, name: str, constants: dict, inputs: tuple) -> str:
+    """A part of the toy. constants: what every part depends on; inputs: the part's own, as they
+    are: plain data, tensors, and dataclasses of these."""
+
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return tensor_hash(value)
+        if dataclasses.is_dataclass(value):
+            return [type(value).__name__, vars(value)]
+        raise TypeError(f"no key of {type(value)}")
+
+    content = json.dumps([name, constants, inputs], sort_keys=True, default=plain)
+    return key_of(content)

@@ -68,7 +68,7 @@ def model_row(entry, name, score) -> dict:
         "snapshot (kimg)": f"{entry['kimg']:g}",
         "model": name,
         "w": weights_text(final["w"]),
-        f"selection {score}": number(entry[name]["fd"]),
+        f"selection {score}": number(entry[name]["fd"]) if "fd" in entry[name] else "",
         "final": number(final["fd"]) + spread,
         "against base (95%)": "",
         "verdict": "",

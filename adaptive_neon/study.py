@@ -12,6 +12,7 @@ from torch import nn
 
 from .blocks import Blocks, Merger, block_order, partition, placebo_partitions
 from .config import Config, Preset
+from .controls import guided, with_steps
 from .diffusers import DiffusersModel, is_pipeline
 from .files import UserError, remove_orphans, write_atomically
 from .images import RealData, read_dataset, write_dataset
@@ -60,9 +61,10 @@ def experiment(setup: "Setup", net: nn.Module, sampler: Sampler) -> "Results":
         )
 
         # One weight for all blocks: the base is 0; the collapsed network, -1, is no candidate.
-        swept = sweep(scorer, {-1.0, 0.0, *c.grid, *c.sweep})
+        values = global_weights(c, merger.blocks)
+        swept = sweep(scorer, values)
         models = {name: Candidate.at(swept, w, scorer) for name, w in LANDMARKS.items()}
-        if not math.isfinite(models["base"].fd):
+        if models["base"].fd == math.inf:
             raise UserError("the base network's images are not finite: are its weights sound?")
         best = choose(score for score in swept if single_weight(score) != -1)
         models["global"] = Candidate.at(swept, single_weight(best), scorer)
@@ -87,12 +89,15 @@ def experiment(setup: "Setup", net: nn.Module, sampler: Sampler) -> "Results":
             winner = choose(grid(dealt, c.grid, c.block_grid, c.race, name))
             placebos[name] = Candidate.of(winner, dealt)
 
+        # What a critic asks for first: more steps, more training, guidance instead of new weights.
+        controls = controls_of(setup, scorer, values)
+
         # The winners once more, on noise and real images that no selection has seen.
         finals: dict[str, dict] = {judge.name: {} for judge in judges}
-        for name, candidate in (models | placebos).items():
+        for name, candidate in (models | controls | placebos).items():
             for judge, scores in candidate.scorer.finals(candidate.w, name).items():
                 finals[judge][name] = scores
-        entries.append(Entry.of(c, scorer, swept, gridded, models, placebos, finals))
+        entries.append(Entry.of(c, scorer, swept, gridded, models, controls, placebos, finals))
         show_and_export(setup, entries[-1])
     return Results(judges, entries)
 
@@ -132,8 +137,8 @@ class Candidate:
     """A model of the final comparison: its weights and its distance on the selection seeds."""
 
     w: dict[str, float]
-    fd: float
-    scorer: Scorer  # of its blocks
+    fd: float | None  # None where nothing was selected
+    scorer: Scorer  # of its blocks, its steps, its way of sampling
     w_global: float | None = None  # the one weight of all blocks, where there is one
 
     @classmethod
@@ -174,6 +179,8 @@ def prepare(c: Config, preset: Preset, processes: Processes) -> Setup:
         )
     model = open_model(c, preset, processes)
     real = processes.one_by_one(partial(preset.real_images, c))
+    if c.continue_on_data and real is None:
+        raise UserError("--continue-on-data trains on real images: give --data")
     setup = Setup(c, preset, model, processes, real, seeds)
     if c.aux:
         given_snapshots(setup)  # a wrong --aux shows now
@@ -242,6 +249,17 @@ def block_names(named: str | dict, model: Model, net: nn.Module) -> list[str]:
     return block_order(partition(names, blocks_of(named, model, net)))
 
 
+def global_weights(c: Config, blocks: list[str]) -> set[float]:
+    """Of the sweep: base and self-trained network, the grid's values, and over their range as many
+    as the grid has points and the search has evaluations, so that nothing wins by being tried more
+    often."""
+    tried = grid_points(c, blocks)
+    if c.search:
+        tried = max(tried, c.evaluations)
+    even = torch.linspace(min(c.grid), max(c.grid), tried, dtype=torch.float64)
+    return {-1.0, 0.0, *c.grid, *c.sweep, *(round(value, 4) for value in even.tolist())}
+
+
 def grid_points(c: Config, blocks: list[str]) -> int:
     """How many points the grid has; none when a search takes the place of a large one."""
     points = grid_size(blocks, c.grid, c.block_grid)
@@ -267,6 +285,64 @@ def check_grid(c: Config, blocks: list[str]) -> str:
             f"the grid has {points} points over {len(blocks)} blocks; --search gradient needs none"
         )
     return ""
+
+
+# -------------------- controls
+def controls_of(setup: Setup, scorer: Scorer, values: set[float]) -> dict[str, Candidate]:
+    """The base with twice the steps, the guided network at its best weight of `values`, and on
+    request the base trained on real images for as long as the self-training."""
+    c = setup.c
+    found = {}
+    if "steps" in c.controls:
+        doubled = with_steps(scorer, 2 * c.steps)
+        found["base, twice the steps"] = Candidate(scorer.merger.weights(0), None, doubled)
+    if "guided" in c.controls:
+        guide = guided(scorer)
+        if guide is not None:
+            tried = guide.score_all(sorted(values - {-1.0, 0.0}), "guided")
+            found["guided"] = Candidate.of(choose(tried), guide)
+        elif setup.processes.rank == 0:
+            print("no guided control: the sampler calls parts of the network, not the network")
+    if c.continue_on_data:
+        kimg = scorer.snapshot if c.continue_on_data < 0 else c.continue_on_data
+        further = trained_on(setup, scorer.merger.base, kimg)
+        merger = Merger(scorer.merger.base, further, lambda name: "all")
+        other = Scorer(
+            scorer.sampler,
+            merger,
+            scorer.judges,
+            scorer.log,
+            setup.seeds,
+            c.precision,
+            c.confirm_precision,
+            scorer.snapshot,
+        )
+        found["base, trained on"] = Candidate(merger.weights(-1), None, other)
+    return found
+
+
+def trained_on(setup: Setup, base: nn.Module, kimg: float) -> nn.Module:
+    """The base after so many thousand real images more, by the recipe of the self-training."""
+    c, model, real = setup.c, setup.model, setup.real
+    assert real is not None  # see prepare()
+    recipe = dataclasses.replace(self_recipe(c), name="training on")
+    key = base_key(
+        initial=weights_hash(base),
+        kimg=kimg,
+        images=real.training.identity,
+        model=model.training_identity,
+        recipe=dataclasses.asdict(recipe),
+    )
+    path = c.out / f"continued-{key}.safetensors"
+    state = path.with_name(f"training-state-{path.stem}.safetensors")
+
+    def images():
+        return real.training.images, real.training.labels
+
+    train_once(setup, model.trainable(base, c), images, recipe, {kimg: path}, state, {})
+    if setup.processes.rank == 0:
+        state.unlink(missing_ok=True)
+    return model.load_like(base, path)
 
 
 # -------------------- training stages: what is finished is read back
@@ -339,15 +415,7 @@ def self_trained(setup: Setup, base: nn.Module, sampler: Sampler) -> dict[int, P
 def self_training(setup: Setup, base: nn.Module) -> tuple[dict[int, Path], str, Recipe]:
     """{kimg: file}, the key of the synthetic set, and the recipe."""
     c, model = setup.c, setup.model
-    recipe = Recipe(
-        name="self-training",
-        batch=c.batch,
-        lr=c.lr,
-        ramp_kimg=c.ramp_kimg,
-        ema_kimg=c.ema_kimg,
-        seed=c.seed + 1,
-        precision=c.train_precision,
-    )
+    recipe = self_recipe(c)
     synthetic = synthetic_key(
         base=weights_hash(base),
         model=model.identity,
@@ -363,6 +431,18 @@ def self_training(setup: Setup, base: nn.Module) -> tuple[dict[int, Path], str, 
     folder = c.out / f"self-{key}"
     paths = {kimg: folder / f"network-snapshot-{kimg:06d}.safetensors" for kimg in c.snapshot}
     return paths, synthetic, recipe
+
+
+def self_recipe(c: Config) -> Recipe:
+    return Recipe(
+        name="self-training",
+        batch=c.batch,
+        lr=c.lr,
+        ramp_kimg=c.ramp_kimg,
+        ema_kimg=c.ema_kimg,
+        seed=c.seed + 1,
+        precision=c.train_precision,
+    )
 
 
 def given_snapshots(setup: Setup) -> dict[int, Path]:
@@ -446,6 +526,7 @@ class Entry:
     sweep: list[Score]  # of global weights
     grid: list[Score]  # of the block-wise grid; empty if there was none
     models: dict[str, Candidate]  # base, collapsed, global, blockwise, searched
+    controls: dict[str, Candidate]
     final: dict  # {model: final_comparison()}
     placebo: list  # best of each random partition, against global
     warnings: list[str]
@@ -455,7 +536,7 @@ class Entry:
     samples: dict  # {model: uint8 [N, C, H, W]}, from the same noise
 
     @classmethod
-    def of(cls, c, scorer, swept, gridded, models, placebos, finals) -> "Entry":
+    def of(cls, c, scorer, swept, gridded, models, controls, placebos, finals) -> "Entry":
         """finals: {judge: {model: [Score]}}."""
         own = finals[scorer.judge.name]
         random_blocks = []
@@ -464,7 +545,7 @@ class Entry:
             random_blocks.append(
                 {"w": candidate.w, "fd": candidate.fd, "against_global": gain.as_json()}
             )
-        final = final_comparison({name: own[name] for name in models})
+        final = final_comparison({name: own[name] for name in models | controls})
         warnings = warnings_of(c, models, final, bool(gridded), scorer.judge)
         if len(placebos) < c.placebo:
             warnings.append(
@@ -490,6 +571,7 @@ class Entry:
             sweep=swept,
             grid=gridded,
             models=models,
+            controls=controls,
             final=final,
             placebo=random_blocks,
             warnings=warnings,
@@ -507,9 +589,11 @@ class Entry:
                 row |= {"precision": score.precision, "recall": score.recall}
             return row
 
-        models = {}
-        for name, candidate in self.models.items():
-            models[name] = {"w": candidate.w, "fd": candidate.fd}
+        models: dict[str, dict] = {}
+        for name, candidate in (self.models | self.controls).items():
+            models[name] = {"w": candidate.w}
+            if candidate.fd is not None:
+                models[name]["fd"] = candidate.fd
             if name == "global":
                 models[name]["w_global"] = candidate.w_global
         return {

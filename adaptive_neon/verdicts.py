@@ -102,6 +102,7 @@ CLAIMS = (
     ("searched", "global"),
     ("searched", "blockwise"),
 )
+CONTROLS = ("base, twice the steps", "guided", "base, trained on")  # see controls.py
 
 
 def claims_of(finals, level=0.05) -> list[Claim]:
@@ -109,6 +110,10 @@ def claims_of(finals, level=0.05) -> list[Claim]:
     own, *unseen = finals
     models = finals[own]
     pairs = [pair for pair in CLAIMS if pair[0] in models and pair[1] in models]
+    for control in CONTROLS:
+        for model in ("global", "blockwise", "searched"):
+            if model in models and control in models:
+                pairs.append((model, control))
     for name in models:
         if name.startswith("random blocks"):
             pairs.append((name, "global"))
