@@ -118,7 +118,7 @@ def test_sdist_is_complete_and_needs_no_torch(tmp_path):
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     wanted = {"toy_neon.py", "edm_neon.py", "LICENSE", "README.md", "requirements.txt", "setup.py"}
-    for folder in ("csrc", "tests"):
+    for folder in ("adaptive_neon", "csrc", "examples", "tests"):
         wanted |= {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.*")}
     assert not {name for name in wanted if not name.endswith(".pyc")} - names
     assert not [name for name in names if name.endswith(".so")]
