@@ -486,7 +486,7 @@ class Flat:
 
 @pytest.fixture
 def real():
-    return neon.images.split_by_content(random_images(800), None, "x.zip")
+    return neon.images.split(random_images(800), None, "x.zip")
 
 
 # -------------------- kernel distance
