@@ -18,7 +18,7 @@ from .features import (
     pixels,
     random_conv,
 )
-from .files import UserError, fetch, reading
+from .files import UserError, fetch, read_moments, reading
 from .images import RealData, RealImages
 from .keys import judge_key, reference_key
 from .sampling import allow_tf32
@@ -64,12 +64,9 @@ def reference_of_images(images: RealImages, features, device: str, origin: str) 
 def reference_of_file(path: Path, features, device: str, origin: str, real=None) -> Reference:
     """The same of an npz with mu and sigma, as EDM's, which leaves features and images out. real:
     RealImages for precision, recall and the kernel distance, which need more than moments."""
-    statistics: dict[str, Any] = {"features": "inception", "images": 50_000}
-    with reading(f"reference {path} has no usable mu and sigma"), np.load(path) as file:
-        statistics |= {key: file[key] for key in file if key in ("features", "images")}
-        mean, cov = (torch.as_tensor(file[key]).double().to(device) for key in ("mu", "sigma"))
-        count = int(statistics["images"])
-    shape, kind = tuple(mean.shape), str(statistics["features"])
+    mu, sigma, count, kind = read_moments(path)
+    mean, cov = torch.from_numpy(mu).to(device), torch.from_numpy(sigma).to(device)
+    shape = tuple(mean.shape)
     if shape != (features.dim,) or kind not in (features.name, features.kind):
         raise UserError(
             f"reference {path} has {shape} statistics of {kind}, the features are "
