@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import struct
+import sys
 import tempfile
 import tokenize
 import urllib.parse
@@ -77,6 +78,49 @@ def reason_of(error):
         return printable(line, 500)
     kind = type(error).__name__
     return f"{kind}: {printable(line)}" if line else kind
+
+
+class Terminal:
+    """A stream whose failure costs nothing: it may be gone (`| head`) or know no accents."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        encoding = self.stream.encoding or "utf-8"
+        known = text.encode(encoding, "backslashreplace").decode(encoding)
+        self.attempt(lambda: self.stream.write(known))
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, work) -> None:
+        try:
+            work()
+        except OSError:
+            # Whoever read it has left. Python would complain again when it flushes at exit.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def unfailing_terminal():
+    """Prints and progress bars in this block cannot end it."""
+    with contextlib.ExitStack() as stack:
+        for name, redirect in (
+            ("stdout", contextlib.redirect_stdout),
+            ("stderr", contextlib.redirect_stderr),
+        ):
+            stream = getattr(sys, name)
+            if stream is not None:  # as without a console
+                terminal = Terminal(stream)
+                stack.enter_context(redirect(terminal))
+                stack.callback(terminal.flush)
+        yield
 
 
 @contextlib.contextmanager
