@@ -29,11 +29,9 @@ def leave_quietly(number, frame):
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, leave_quietly)
 
-import io
 import math
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,22 +40,23 @@ from torch import nn
 
 from adaptive_neon import cli
 from adaptive_neon.config import Preset
-from adaptive_neon.features import INCEPTION, InceptionFeatures
+from adaptive_neon.features import inception
 from adaptive_neon.files import (
     Refused,
     UserError,
     fetch,
-    file_bytes,
     is_safetensors,
     kind_of,
     load_state,
     printable,
     reading,
+    reason_of,
     save_state,
 )
 from adaptive_neon.glyphs import GlyphsClassifier, draw_glyphs, glyphs_cnn, glyphs_mlp
 from adaptive_neon.images import RealData, RealImages, read_dataset, split_by_content
-from adaptive_neon.pickles import EdmUnpickler, Inert, Limits, inert_tensors
+from adaptive_neon.pickles import Inert, inert_tensors, read_pickle
+from adaptive_neon.sampling import Model
 
 # ==================== presets
 EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm"
@@ -109,13 +108,8 @@ class Cifar10(Preset):
             origin += " here; whether the base was trained on it is unknown"
         return split_by_content(*read_dataset(c.data), c.data, origin)
 
-    def judges(self, c):
-        """{name: function that gives the features} of the judges that only this preset has."""
-        return {}
-
     def features(self, c):
-        check = "6726825d" if c.detector == INCEPTION else ""
-        return InceptionFeatures(fetch(c.detector, "the Inception weights", check))
+        return inception(c.detector)
 
 
 class Glyphs(Cifar10):
@@ -172,7 +166,8 @@ class Glyphs(Cifar10):
         return RealData(**parts, origin="images that no network and no selection has seen")
 
     def classifier(self, c, name, body, seed, stream):
-        return GlyphsClassifier(c.out, name, body, seed, self.streams[stream], self.streams)
+        streams = self.streams[stream], self.streams["classifier test"]
+        return GlyphsClassifier(c.out, name, body, seed, *streams)
 
     def features(self, c):
         return self.classifier(c, "glyphs-cnn-64", glyphs_cnn, 0, "classifier")
@@ -191,7 +186,7 @@ PRESETS = {"cifar10": Cifar10(), "glyphs": Glyphs()}
 
 
 # ==================== EDM behind the seam
-class EdmModel:
+class EdmModel(Model):
     """EDM's networks behind the seam: EDMPrecond around DDPM++ or NCSN++, its sampler, loss and
     augmentation."""
 
@@ -245,9 +240,6 @@ class EdmModel:
     def sample(self, net, noise, labels, steps):
         return edm_sampler(net, noise, one_hot(net, labels), steps)
 
-    def encode(self, images):
-        return images.float() / 127.5 - 1
-
     def loss(self, net, x, labels):
         return edm_loss(net, x, one_hot(net, labels), self.augment_p)
 
@@ -262,12 +254,6 @@ class EdmModel:
 
     def export(self, net, path, recipe):
         save_network(net, path.with_suffix(".safetensors"), recipe)
-
-    def own_features(self, example):
-        return None
-
-    def start_check(self, base, c, trained):
-        """Nothing to try: the tests have."""
 
 
 def one_hot(net, labels):
@@ -325,15 +311,15 @@ def edm_sampler(
     return x
 
 
-def edm_loss(net, images, labels, augment_p, P_mean=-1.2, P_std=1.2, sigma_data=0.5):
+def edm_loss(net, images, labels, augment_p, P_mean=-1.2, P_std=1.2):
     """EDM's loss [N, C, H, W]: lambda(sigma) (D(y + n; sigma) - y)^2, ln sigma ~ N(P_mean,
-    P_std^2)."""
+    P_std^2), lambda by the network's sigma_data."""
     sigma = (torch.randn(len(images), 1, 1, 1, device=images.device) * P_std + P_mean).exp()
     augment_labels = None
     if augment_p:
         images, augment_labels = augment(images, augment_p)
     noise = torch.randn_like(images) * sigma
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    weight = (sigma**2 + net.sigma_data**2) / (sigma * net.sigma_data) ** 2
     return weight * (net(images + noise, sigma, labels, augment_labels) - images).square()
 
 
@@ -568,6 +554,9 @@ class SongUNet(nn.Module):
         return x
 
 
+SIGMAS = {"sigma_min": 0, "sigma_max": math.inf, "sigma_data": 0.5}  # EDM's defaults
+
+
 class EDMPrecond(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4), the denoised x [N, C, H, W] (EDM,
     table 1)."""
@@ -597,7 +586,12 @@ class EDMPrecond(nn.Module):
             "img_channels": img_channels,
             "label_dim": label_dim,
         }
-        self.config = sizes | model
+        self.options = sizes | model
+
+    @property
+    def config(self):
+        """EDMPrecond(**config) builds this network, without its weights."""
+        return self.options | {name: getattr(self, name) for name in SIGMAS}
 
     def forward(self, x, sigma, class_labels=None, augment_labels=None):
         x = x.float()
@@ -744,97 +738,71 @@ def augment(images, p):
 
 
 # ==================== files
-class Range(NamedTuple):
-    """The values of an option: numbers of one type, or a list of at most sixteen of them."""
-
-    kind: type
-    low: float
-    high: float
-    many: bool = False
-
-    def admits(self, value):
-        if self.many:
-            single = self._replace(many=False)
-            return (
-                type(value) in (list, tuple) and len(value) <= 16 and all(map(single.admits, value))
-            )
-        kinds = (int,) if self.kind is int else (int, float)
-        return type(value) in kinds and self.low <= value <= self.high  # neither bool nor NaN
-
-    def __str__(self):
-        return f"{'a list of numbers' if self.many else 'a number'} from {self.low} to {self.high}"
-
-
-class Words(NamedTuple):
-    """The words that an option may be."""
-
-    allowed: tuple
-
-    def admits(self, value):
-        return type(value) is str and value in self.allowed
-
-    def __str__(self):
-        return " or ".join(self.allowed)
-
-
-# What EDMPrecond and SongUNet take; generous, but no value can stop, fill or crash a machine.
-OPTIONS = {
-    "img_resolution": Range(int, 1, 4096),
-    "img_channels": Range(int, 1, 64),
-    "label_dim": Range(int, 0, 100_000),
-    "sigma_min": Range(float, 0, 1e6),
-    "sigma_max": Range(float, 1e-6, math.inf),
-    "sigma_data": Range(float, 1e-6, 1e6),
-    "augment_dim": Range(int, 0, 64),
-    "model_channels": Range(int, 4, 4096),
-    "channel_mult": Range(int, 1, 64, many=True),
-    "channel_mult_emb": Range(int, 1, 64),
-    "num_blocks": Range(int, 1, 64),
-    "attn_resolutions": Range(int, 0, 4096, many=True),
-    "dropout": Range(float, 0, 1),
-    "label_dropout": Range(float, 0, 1),
-    "embedding_type": Words(("positional", "fourier")),
-    "channel_mult_noise": Range(int, 1, 64),
-    "encoder_type": Words(("standard", "residual")),
-    "decoder_type": Words(("standard",)),
-    "resample_filter": Range(float, -100, 100, many=True),
+# The smallest and largest value of what EDMPrecond and SongUNet take; whole numbers where the
+# smallest is one. Generous, but no value can stop, fill or crash a machine.
+NUMBERS = {
+    "img_resolution": (1, 4096),
+    "img_channels": (1, 64),
+    "label_dim": (0, 100_000),
+    "sigma_min": (0.0, 1e6),
+    "sigma_max": (1e-6, math.inf),
+    "sigma_data": (1e-6, 1e6),
+    "augment_dim": (0, 64),
+    "model_channels": (4, 4096),
+    "channel_mult": (1, 64),
+    "channel_mult_emb": (1, 64),
+    "num_blocks": (1, 32),
+    "attn_resolutions": (0, 4096),
+    "dropout": (0.0, 1.0),
+    "label_dropout": (0.0, 1.0),
+    "channel_mult_noise": (1, 64),
+    "resample_filter": (-100.0, 100.0),
+}
+LISTS = {"channel_mult": 1, "attn_resolutions": 0, "resample_filter": 1}  # at least so long
+WORDS = {
+    "embedding_type": ("positional", "fourier"),
+    "encoder_type": ("standard", "residual"),
+    "decoder_type": ("standard",),
 }
 
 
-SIGMAS = {"sigma_min": 0, "sigma_max": math.inf, "sigma_data": 0.5}  # EDMPrecond's defaults
+def is_option(name, value):
+    """Whether EDMPrecond has this option and it may have this value."""
+    if name in WORDS:
+        return type(value) is str and value in WORDS[name]
+    if name in LISTS:
+        fits = type(value) in (list, tuple) and LISTS[name] <= len(value) <= 8
+        values = value if fits else [None]
+    else:
+        values = [value]
+    low, high = NUMBERS.get(name, (0, 0))
+    kinds = (int,) if type(low) is int else (int, float)
+    return all(type(v) in kinds and low <= v <= high for v in values)  # neither bool nor NaN
 
 
-def check_options(options):
-    """Refuses what EDMPrecond does not take: names, types, ranges, and what must fit together."""
+def untrained_network(options):
+    """EDMPrecond(**options) without memory for its weights, if the options are some and fit
+    together."""
     for name, value in options.items():
-        if name not in OPTIONS:
+        if name not in NUMBERS and name not in WORDS:
             raise Refused(f"option {printable(name)} is unknown")
-        if not OPTIONS[name].admits(value):
-            shown = (
-                printable(value)
-                if type(value) in (str, int, float)
-                else f"a {type(value).__name__}"
-            )
-            raise Refused(f"option {name} is {shown}, not {OPTIONS[name]}")
+        if not is_option(name, value):
+            shown = value if type(value) in (str, int, float) else f"a {type(value).__name__}"
+            raise Refused(f"option {name} cannot be {printable(shown)}")
 
-    # Sizes that EDM's U-Net can halve, double and split in two.
-    size = options.get("img_resolution", 0)
-    levels = len(options.get("channel_mult", (1, 2, 2, 2)))
-    noise = options.get("model_channels", 128) * options.get("channel_mult_noise", 1)
-    taps = options.get("resample_filter", (1, 1))
-    if size < 1 or "img_channels" not in options:
-        raise Refused("its options have no img_resolution or img_channels")
-    if not 1 <= levels <= 8 or size % 2 ** (levels - 1):
-        raise Refused(f"{size} x {size} images cannot be halved for {levels} channel_mult")
-    if noise % 2:
-        raise Refused(f"an odd number of noise channels, {noise}")
-    if len(taps) == 0 or len(taps) % 2 or abs(sum(taps)) < 1e-3:
-        raise Refused("resample_filter is not an even number of taps with a sum")
+    # Sizes that EDM's U-Net can halve and double: one image without memory goes through it.
+    try:
+        with torch.device("meta"):
+            net = EDMPrecond(**options).eval()
+            net(torch.zeros(1, net.img_channels, *[net.img_resolution] * 2), torch.ones(1))
+    except (RuntimeError, ValueError) as error:
+        raise Refused(f"its options do not fit together: {reason_of(error)}") from error
+    return net
 
 
-def pickled_network(data):
-    """EDM's network-snapshot as bytes -> (options, {name: tensor}) as inert data."""
-    snapshot = EdmUnpickler(io.BytesIO(data), memoryview(data), Limits(len(data))).load()
+def pickled_network(path):
+    """EDM's network-snapshot -> (options, {name: tensor}) as inert data."""
+    snapshot = read_pickle(path)
     ema = snapshot.get("ema") if type(snapshot) is dict else None
     if type(ema) is not Inert or type(ema.state.get("_init_kwargs")) is not dict:
         raise Refused("no network snapshot of EDM: it has no ema")
@@ -849,11 +817,14 @@ def pickled_network(data):
     options.pop("use_fp16", None)
 
     # These three are attributes: EDM takes them as they are now, not as the network was built.
-    for name in ("sigma_min", "sigma_max", "sigma_data"):
-        value = ema.state.get(name, SIGMAS[name])
-        if name in options or type(value) not in (int, float) or value != SIGMAS[name]:
-            options[name] = value
-    return options, dict(inert_tensors(ema))
+    for name, default in SIGMAS.items():
+        options[name] = ema.state.get(name, default)
+
+    # Weights that share elements are apart in our network; then a small file could fill a machine.
+    tensors = dict(inert_tensors(ema))
+    if sum(getattr(tensor, "nbytes", 0) for tensor in tensors.values()) > path.stat().st_size:
+        raise Refused("its tensors are larger than the file")
+    return options, tensors
 
 
 def stored_network(path):
@@ -865,12 +836,7 @@ def stored_network(path):
 
 def build_network(options, tensors):
     """EDMPrecond(**options) with these weights, popped from `tensors`: eval, float32, frozen."""
-    check_options(options)
-    blocks = len(options.get("channel_mult", (1, 2, 2, 2))) * options.get("num_blocks", 4)
-    if blocks > len(tensors):
-        raise Refused(f"its options describe a larger network than its {len(tensors)} tensors")
-    with torch.device("meta"):  # no memory: options allocate nothing
-        net = EDMPrecond(**options)
+    net = untrained_network(options)
 
     # Every tensor of the network, of its shape, and no other.
     own = net.state_dict()
@@ -913,19 +879,18 @@ def load_network(path):
         if is_safetensors(path):
             return build_network(*stored_network(path))
         if head[:1] == b"\x80":
-            return build_network(*pickled_network(file_bytes(path)))
+            return build_network(*pickled_network(path))
         raise Refused(f"neither a pickle of EDM nor a .safetensors, but {kind_of(head)}")
 
 
 def save_network(net, path, recipe):
     """.safetensors: weights in float32; options, recipe and SHA-256 in its metadata."""
-    sigmas = {
-        name: getattr(net, name)
-        for name, default in SIGMAS.items()
-        if getattr(net, name) != default
-    }
+    config = {}
+    for name, value in net.config.items():
+        if name not in SIGMAS or value != SIGMAS[name]:  # infinity is no number of JSON
+            config[name] = value
     tensors = {name: tensor.float() for name, tensor in net.state_dict().items()}
-    save_state(path, tensors, {**net.config, **sigmas, "recipe": recipe})
+    save_state(path, tensors, {**config, "recipe": recipe})
 
 
 def main(argv=None):

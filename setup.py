@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -108,9 +109,18 @@ def wants_cuda() -> bool:
 # ------------------------------------------------------------ the extension
 
 
+def version() -> str:
+    """The package's, which it compares with the extension's when it is imported."""
+    text = (Path(__file__).parent / "adaptive_neon" / "__init__.py").read_text()
+    found = re.search(r'^__version__ = "([\w.]+)"', text, re.MULTILINE)
+    assert found, "adaptive_neon/__init__.py states no __version__"
+    return found[1]
+
+
 def extension() -> Extension:
     # Python's own flags ask for debug information, which is 27 of 28 MB.
     flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    flags.append(f"-DADAPTIVE_VERSION={version()}")
     if not wants_cuda():
         return CppExtension(NAME, SOURCES, extra_compile_args={"cxx": flags})
     if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():

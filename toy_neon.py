@@ -14,55 +14,55 @@ says so.
 Exit codes: 0 done, 2 bad input or a file that cannot be read or written, 130 Ctrl-C, 143 SIGTERM.
 """
 
+# ruff: noqa: E402  imports follow the signals on purpose
 import os
 import signal
 import sys
 
-if __name__ == "__main__":  # before the other imports, which take seconds
 
-    def stopped(number, frame):
-        """Ctrl-C, or a batch system's SIGTERM: one line and the exit code, at any moment."""
-        os.write(2, b"\ntoy_neon: stopped; finished parts are kept, run the same command again\n")
-        os._exit(128 + number)
+def stopped(number, frame):
+    """Ctrl-C, or a batch system's SIGTERM: one line and the exit code, at any moment."""
+    os.write(2, b"\ntoy_neon: stopped; finished parts are kept, run the same command again\n")
+    os._exit(128 + number)
 
+
+def take_signals():
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, stopped)
 
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    take_signals()
+
 import argparse
 import contextlib
-import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import math
-import pickle
 import platform
-import shutil
-import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import scipy.optimize
 import torch
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 from scipy.special import ndtri
 from scipy.stats import qmc
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-try:
-    import neon_ext
-except ImportError as error:  # reported by parse(), in one line
-    neon_ext, import_error = None, str(error)
+from adaptive_neon import files
+from adaptive_neon.extension import neon_ext
+from adaptive_neon.files import UserError, write_atomically
+from adaptive_neon.keys import part_key
 
 # ---------------------------------------------------------------- the setting
 # A constant that reaches a number belongs into constants() below, which is part of every key.
+VERSION = 5  # raise it with every change of code that changes numbers: older results are then void
 TARGET_MEAN = (0.0, 0.0)
 TARGET_COV = ((2.0, 1.0), (1.0, 2.0))
 LAYERS = ("input", "block 0", "block 1", "block 2", "block 3", "output")
@@ -103,6 +103,12 @@ class Training:
     self_epochs: tuple[int, ...] = (50, 250)
     self_lr: float = 1e-5
 
+    @property
+    def settings(self) -> list[str]:
+        """Names of the self-training runs."""
+        pairs = itertools.product(self.zetas, self.self_epochs)
+        return [f"zeta {zeta}, {epochs} epochs" for zeta, epochs in pairs]
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -117,6 +123,10 @@ class Scoring:
     # The winner's score: points that no search has used.
     fresh_sets: int = 8
     sw2_points: int = 2**15
+
+    @property
+    def exact(self) -> bool:
+        return self.protocol == "exact"
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,7 @@ class Alignment:
 def constants() -> dict:
     """What every number depends on and no argument says."""
     return {
+        "code": VERSION,
         "target": (TARGET_MEAN, TARGET_COV),
         "network": SHAPES,
         "schedule": (NOISE_LEVELS, SAMPLE_STEPS, SCHEDULE_OFFSET),
@@ -154,38 +165,23 @@ def constants() -> dict:
 
 
 # ---------------------------------------------------------------- results
-# Raise a version with every change of code that changes the numbers: older results are then void.
 @dataclass
 class Models:
     data: torch.Tensor  # [N, 2] float32
     theta_r: torch.Tensor  # [4418] float32
-    theta_s: dict[str, torch.Tensor]  # by setting, "zeta 1.1, 250 epochs"
-    version: ClassVar[int] = 1
+    theta_s: torch.Tensor  # [settings, 4418] float32, in the order of Training.settings
 
 
 @dataclass
-class Ranking:
-    """Configurations W and the one that won; fd and points are those of each one's last round."""
+class Found:
+    """The configurations W that a search has tried, and the one that won."""
 
     w: list[float]  # [6]
     W: torch.Tensor  # [G, 6] float64
-    fd: list[float]  # [G]
-    points: list[int]  # [G]
+    fd: list[float]  # [G], of each one's last score
+    points: list[int]  # [G], that this score took
     evaluations: int
     seconds: float
-    version: ClassVar[int] = 1
-
-
-@dataclass
-class Descent:
-    """A gradient search: the best weights and FD at every evaluation."""
-
-    objective: str
-    start: str
-    w: list[float]  # [6]
-    fd: list[float]  # [evaluations]
-    seconds: float
-    version: ClassVar[int] = 3
 
 
 @dataclass
@@ -196,28 +192,27 @@ class Score:
     fd: float
     fd_error: float | None  # standard error of the integral; one random draw has none
     sw2: float
-    version: ClassVar[int] = 1
 
 
 @dataclass
 class Curve:
     zeta: list[float]
     cosine: list[float]
-    version: ClassVar[int] = 1
 
 
 @dataclass
 class Run:
     """All results of one seed; scores are those of the winners."""
 
-    seed: int
-    models: Models
+    training: Training
+    data: torch.Tensor  # [N, 2], the real points
     main: str  # the setting that the layers are studied in
+    scorer: "Scorer"  # of that setting
     scores: dict[str, Score]  # the rows of the table: base, collapsed, global, delta 1.72, ...
     optima: dict[str, Score]  # the best global weight of each setting
-    sweeps: dict[str, Ranking]  # by setting
-    grids: dict[float, Ranking]  # by delta
-    descents: dict[str, Descent]  # by row of the table
+    sweeps: dict[str, Found]  # by setting
+    grids: dict[float, Found]  # by delta
+    descents: dict[tuple[str, str], Found]  # by objective and start
     alignment: Curve | None
 
 
@@ -241,13 +236,13 @@ def experiment(
         models = part("models", Models, train_models, training)
 
     scorers = {}
-    for setting, theta_s in models.theta_s.items():
+    for setting, theta_s in zip(training.settings, models.theta_s, strict=True):
         scorers[setting] = Scorer(models.theta_r, theta_s, scoring)
 
     # One weight for all layers, in each of the four settings.
     sweeps, optima = {}, {}
     for setting, scorer in progress(scorers.items(), "global sweeps"):
-        sweeps[setting] = part(f"sweep, {setting}", Ranking, global_sweep, scorer, GLOBAL_W)
+        sweeps[setting] = part(f"sweep, {setting}", Found, global_sweep, scorer, GLOBAL_W)
         optima[setting] = part(f"global, {setting}", Score, fresh_score, scorer, sweeps[setting].w)
 
     # The layers are studied in the paper's setting: mode-seeking samples, the longer training.
@@ -262,8 +257,8 @@ def experiment(
     # A weight for each layer: grids around the best global weight.
     grids = {}
     for delta in progress(deltas, "layer-wise grids"):
-        row = f"delta {shortest(delta)}"
-        grids[delta] = part(f"grid, {row}", Ranking, layer_grid, scorer, w_star, delta)
+        row = row_of(delta)
+        grids[delta] = part(f"grid, {row}", Found, layer_grid, scorer, w_star, delta)
         scores[row] = part(row, Score, fresh_score, scorer, grids[delta].w)
 
     # The same weights by descent.
@@ -271,18 +266,20 @@ def experiment(
     pairs = list(itertools.product(("fd", "sw2"), starts)) if search else []
     descents = {}
     for objective, start in progress(pairs, "gradient searches"):
-        row = f"gradient on {objective} from {start}"
-        setup = (scorer, search, objective, start, starts[start])
+        row = row_of((objective, start))
         with threads(1):
-            descents[row] = part(f"search, {row}", Descent, descend, *setup)
-        scores[row] = part(row, Score, fresh_score, scorer, descents[row].w)
+            found = part(f"search, {row}", Found, descend, scorer, search, objective, starts[start])
+        descents[objective, start] = found
+        scores[row] = part(row, Score, fresh_score, scorer, found.w)
 
     # Why a step away from the samples helps: their gradient pulls against the data's.
     curve = None
     if alignment:
         with threads(1):
             curve = part("alignment", Curve, gradient_alignment, models.theta_r, alignment)
-    return Run(training.seed, models, main, scores, optima, sweeps, grids, descents, curve)
+
+    results = (scores, optima, sweeps, grids, descents, curve)
+    return Run(training, models.data, main, scorer, *results)
 
 
 # ---------------------------------------------------------------- data and network
@@ -380,16 +377,15 @@ def train_models(training: Training) -> Models:
     steps = training.base_steps
     theta_r = train(start, data.double(), training.base_lr, [steps])[steps]
 
-    theta_s = {}
+    theta_s: list[torch.Tensor] = []
     for zeta in training.zetas:
         torch.manual_seed(training.seed + 2**20)  # noise of its own, the same for every zeta
         z = torch.randn(training.real_points, 2, dtype=torch.float64)
         with torch.no_grad():
             synthetic = ddim(theta_r, z, zeta)
         saved = train(theta_r, synthetic, training.self_lr, training.self_epochs)
-        for epochs, theta in saved.items():
-            theta_s[f"zeta {zeta}, {epochs} epochs"] = theta.float()
-    return Models(data, theta_r.float(), theta_s)
+        theta_s.extend(saved[epochs] for epochs in training.self_epochs)
+    return Models(data, theta_r.float(), torch.stack(theta_s).float())
 
 
 # ---------------------------------------------------------------- scores
@@ -429,10 +425,6 @@ class Scorer:
     theta_s: torch.Tensor
     scoring: Scoring
 
-    @property
-    def exact(self):
-        return self.scoring.protocol == "exact"
-
     def theta(self, W):
         """W [G][6] -> [G, 4418] float32 on the device."""
         device = self.scoring.device
@@ -452,7 +444,7 @@ class Scorer:
         """W [G][6] -> means [G, 2], covariances [G, 2, 2] of n samples each, float64 on the CPU."""
         theta = self.theta(W)
         abar = cosine_schedule(SAMPLE_STEPS).to(theta.device)
-        if self.exact:
+        if self.scoring.exact:
             z = sobol_normal(n, seed).float().to(theta.device)
             mean, cov = neon_ext.mlp_ddim_moments(theta, z, abar)
             return mean.cpu(), cov.cpu()
@@ -470,7 +462,7 @@ class Scorer:
 
 def fresh_score(scorer: Scorer, w) -> Score:
     """Score of w [6] on point sets that no search uses: FD, its error over the sets, and SW2."""
-    sets = scorer.scoring.fresh_sets if scorer.exact else 1
+    sets = scorer.scoring.fresh_sets if scorer.scoring.exact else 1
     means, covs = [], []
     for k in range(sets):
         mean, cov = scorer.moments([w], scorer.scoring.points, seed=1000 + k)
@@ -489,7 +481,7 @@ def fresh_score(scorer: Scorer, w) -> Score:
 
 
 # ---------------------------------------------------------------- searches
-def ranking(scorer: Scorer, W, rounds) -> Ranking:
+def ranking(scorer: Scorer, W, rounds: list[tuple[int, int]]) -> Found:
     """The best of W [G][6]: each round (points, survivors) scores the survivors of the last."""
     begin = time.perf_counter()
     W = torch.as_tensor(W, dtype=torch.float64)
@@ -506,27 +498,27 @@ def ranking(scorer: Scorer, W, rounds) -> Ranking:
         alive = alive[np.argsort(fd[alive], kind="stable")[:survivors]]
 
     seconds = time.perf_counter() - begin
-    return Ranking(W[alive[0]].tolist(), W, fd.tolist(), points.tolist(), evaluations, seconds)
+    return Found(W[alive[0]].tolist(), W, fd.tolist(), points.tolist(), evaluations, seconds)
 
 
-def refinement(scoring: Scoring):
+def refinement(scoring: Scoring) -> list[tuple[int, int]]:
     """Few points for all, many for the survivors: (points, survivors) of each round."""
     return [(scoring.points // divisor, survivors) for divisor, survivors in scoring.rounds]
 
 
-def global_sweep(scorer: Scorer, weights) -> Ranking:
+def global_sweep(scorer: Scorer, weights) -> Found:
     """One weight for all layers."""
     rounds = [(scorer.scoring.points, 1)]
-    if scorer.exact:
+    if scorer.scoring.exact:
         rounds = refinement(scorer.scoring)[1:]  # it is drawn as a curve: nothing coarse
     return ranking(scorer, [[w] * 6 for w in weights], rounds)
 
 
-def layer_grid(scorer: Scorer, w_star: float, delta: float) -> Ranking:
+def layer_grid(scorer: Scorer, w_star: float, delta: float) -> Found:
     """{w* - delta, w*, w* + delta}^6 around the best global weight."""
     steps = [round(w_star + k * delta, 12) for k in (-1, 0, 1)]
     rounds = [(scorer.scoring.points // 100, 1)]  # as the authors
-    if scorer.exact:
+    if scorer.scoring.exact:
         rounds = refinement(scorer.scoring)
     return ranking(scorer, list(itertools.product(steps, repeat=6)), rounds)
 
@@ -546,6 +538,7 @@ class Objective:
         self.objective, self.evaluations = objective, search.evaluations
         self.best = math.inf
         self.w: list[float] = []  # of the best
+        self.tried: list[list[float]] = []
         self.fds: list[float] = []
 
     def __call__(self, w):
@@ -564,6 +557,7 @@ class Objective:
         loss = fd if self.objective == "fd" else sliced_w2(x)
         (gradient,) = torch.autograd.grad(loss, weights)
 
+        self.tried.append(w.tolist())
         self.fds.append(fd.item())
         if loss.item() < self.best:
             self.best = loss.item()
@@ -571,7 +565,7 @@ class Objective:
         return round(loss.item(), 12), gradient.numpy().round(9)
 
 
-def descend(scorer: Scorer, search: Search, objective: str, start: str, w_start: float) -> Descent:
+def descend(scorer: Scorer, search: Search, objective: str, w_start: float) -> Found:
     """scipy's L-BFGS-B from w_start in all layers."""
     begin = time.perf_counter()
     value = Objective(scorer, search, objective)
@@ -584,7 +578,11 @@ def descend(scorer: Scorer, search: Search, objective: str, start: str, w_start:
             bounds=[(-search.bound, search.bound)] * 6,
             options={"ftol": search.tolerance, "gtol": search.tolerance},
         )
-    return Descent(objective, start, value.w, value.fds, time.perf_counter() - begin)
+
+    tried = torch.tensor(value.tried, dtype=torch.float64)
+    points = [len(value.z)] * len(tried)
+    seconds = time.perf_counter() - begin
+    return Found(value.w, tried, value.fds, points, len(tried), seconds)
 
 
 # ---------------------------------------------------------------- gradient alignment
@@ -635,20 +633,14 @@ def gradient_alignment(theta_r, alignment: Alignment) -> Curve:
     return Curve(list(alignment.zetas), cosines)
 
 
-# ---------------------------------------------------------------- files
-def fail(message, code=2):
-    """Something the user can mend: one line and the exit code."""
-    print(f"toy_neon: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
+# ---------------------------------------------------------------- parts
 def progress(items, what):
     """A bar on a terminal, nothing in a log."""
     return tqdm(items, desc=what, leave=False, mininterval=1, disable=None)
 
 
 @contextlib.contextmanager
-def threads(count):
+def threads(count: int):
     """PyTorch's threads inside the block: on a busy core, waiting for a second costs 10x."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -658,85 +650,29 @@ def threads(count):
         torch.set_num_threads(before)
 
 
-def write_atomically(path, write):
-    """Text, or what write(temporary path) leaves, then rename: either the old or the new."""
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
-        part = Path(folder) / path.name  # torch.save writes the name into the file
-        try:
-            if isinstance(write, str):
-                part.write_text(write, "utf-8")
-            else:
-                write(part)
-        except RuntimeError as error:  # torch's and safetensors' for a full disk
-            reason = str(error).splitlines()[0]
-            raise OSError(f"{path} cannot be written, is the disk full? ({reason})") from error
-        os.replace(part, path)
-
-
-def remove_orphans(folder):
-    """Temporary folders that a killed run has left."""
-    for part in folder.glob(".part-*"):
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def fingerprint(value) -> str:
-    """Hash of the content of plain data, tensors and dataclasses."""
-    if dataclasses.is_dataclass(value):
-        value = {"class": type(value).__name__, **vars(value)}
-
-    if isinstance(value, torch.Tensor):
-        content = repr((value.dtype, value.shape)).encode() + value.contiguous().numpy().tobytes()
-    elif isinstance(value, dict):
-        content = repr([(key, fingerprint(item)) for key, item in value.items()]).encode()
-    elif isinstance(value, list | tuple):
-        content = repr([fingerprint(item) for item in value]).encode()
-    elif value is None or type(value) in (bool, int, float, str):
-        content = repr(value).encode()
-    else:
-        raise TypeError(f"no fingerprint of {type(value)}")
-    return hashlib.sha256(content).hexdigest()
-
-
 def finished(folder: Path, name: str, kind, make, *inputs):
     """A part of the experiment: make(*inputs), or what an earlier run stored for the same inputs.
-    kind: the dataclass that holds it, with the version of the code that makes it.
 
-    The key is a hash of all that determines the part: its inputs by content, earlier parts among
-    them, the constants, the packages' versions and the version of the part's own code.
+    Its key says all that determines it: the inputs by content, earlier parts among them, the
+    constants, the version of the code and those of the packages. kind: the dataclass that holds it.
     """
-    key = fingerprint([name, kind.__name__, kind.version, constants(), inputs])
-    path = folder / f"{name}, {key[:16]}.pt"
+    key = part_key(name=name, constants=constants(), inputs=inputs)
+    path = folder / f"{name}, {key}.safetensors"
     if path.exists():
-        return read_part(path, key, kind)
+        with files.reading(f"{path} is damaged or foreign: delete it and run again"):
+            tensors, facts = files.load_state(path)
+            if facts.pop("key", None) != key:
+                raise files.Refused("it is not what its name says")
+            return kind(**tensors, **facts)
 
     part = make(*inputs)
+    tensors, facts = {}, {"key": key}
+    for field, value in vars(part).items():
+        kept = tensors if isinstance(value, torch.Tensor) else facts
+        kept[field] = value
     folder.mkdir(parents=True, exist_ok=True)
-    stored = {"key": key, "content": fingerprint(vars(part)), "part": vars(part)}
-    write_atomically(path, functools.partial(torch.save, stored))
+    files.save_state(path, tensors, facts)
     return part
-
-
-# What torch.load and the checks below make of a damaged or foreign file.
-BAD_FILE = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    AttributeError,
-    pickle.UnpicklingError,
-)
-
-
-def read_part(path: Path, key: str, kind: type):
-    try:
-        stored = torch.load(path, weights_only=True)
-        if stored["key"] != key or stored["content"] != fingerprint(stored["part"]):
-            raise ValueError("not what its name says")
-        return kind(**stored["part"])
-    except BAD_FILE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        fail(f"{path} is damaged or foreign: delete it and run again ({reason})")
 
 
 # ---------------------------------------------------------------- report
@@ -745,7 +681,14 @@ def shortest(number: float) -> str:
     return repr(float(number)).removesuffix(".0")
 
 
-def table_over_seeds(runs) -> list[dict]:
+def row_of(search: float | tuple[str, str]) -> str:
+    """A grid's (delta) or a descent's (objective, start) name in the table."""
+    if isinstance(search, tuple):
+        return "gradient on {} from {}".format(*search)
+    return f"delta {shortest(search)}"
+
+
+def table_over_seeds(runs: list[Run]) -> list[dict]:
     """For each row: mean and standard deviation over seeds, and how many seeds beat global."""
 
     def column(name):
@@ -767,44 +710,42 @@ def digits(value: float) -> str:
     return f"{value:.5f}" if value >= 1e-3 else f"{value:.1e}"
 
 
-def print_table(table, runs):
-    paper = PAPER_ROWS | {
-        f"delta {shortest(d)}": fd for d, fd in zip(DELTAS, PAPER_FD, strict=True)
-    }
-    weights = "weights: input, blocks 0 to 3, output"
-    last = weights if len(runs) == 1 else "seeds better than global: FD, SW2"
-    print(f"\n{f'seeds: {len(runs)}':<29}{'FD':<20}{'SW2':<20}{'paper FD':<10}{last}")
+def table_text(table: list[dict], runs: list[Run]) -> str:
+    """The table as it is printed; the last column is one seed's weights, or a count of seeds."""
+    paper = PAPER_ROWS | dict(zip(map(row_of, DELTAS), PAPER_FD, strict=True))
+    last = "seeds better than global: FD, SW2"
+    if len(runs) == 1:
+        last = "weights: input, blocks 0 to 3, output"
+    lines = [(f"seeds: {len(runs)}", "FD", "SW2", "paper FD", last)]
 
     for row in table:
-        name, cells = row["name"], []
+        cells = []
         for mean, std in zip(row["mean"], row["std"], strict=True):
             cells.append(digits(mean) if std is None else f"{digits(mean)} +- {digits(std)}")
         last = ", ".join(map(str, row["better_than_global"]))
         if len(runs) == 1:
-            last = ", ".join(f"{w:.2f}" for w in runs[0].scores[name].w)
-        print(f"{name:<29}{cells[0]:<20}{cells[1]:<20}{paper.get(name, ''):<10}{last}")
+            last = ", ".join(f"{w:.2f}" for w in runs[0].scores[row["name"]].w)
+        lines.append((row["name"], *cells, paper.get(row["name"], ""), last))
+    return "\n".join("{:<28} {:<19} {:<19} {:<9} {}".format(*line) for line in lines)
 
 
 def summary_of(run: Run) -> dict:
     """One seed's results as they stand in summary.json."""
 
-    def cost(ranking):
-        return {"evaluations": ranking.evaluations, "seconds": ranking.seconds}
+    def entry(score: Score, found: Found) -> dict:
+        return vars(score) | {"evaluations": found.evaluations, "seconds": found.seconds}
 
-    optima = {name: vars(score) | cost(run.sweeps[name]) for name, score in run.optima.items()}
+    optima = {name: entry(score, run.sweeps[name]) for name, score in run.optima.items()}
     layerwise = []
     for delta, grid in run.grids.items():
-        layerwise.append(
-            {"delta": delta} | vars(run.scores[f"delta {shortest(delta)}"]) | cost(grid)
-        )
+        layerwise.append({"delta": delta} | entry(run.scores[row_of(delta)], grid))
     searches = []
-    for row, found in run.descents.items():
-        about = {"objective": found.objective, "start": found.start}
-        took = {"evaluations": len(found.fd), "seconds": found.seconds}
-        searches.append(about | vars(run.scores[row]) | took)
+    for (objective, start), found in run.descents.items():
+        about = {"objective": objective, "start": start}
+        searches.append(about | entry(run.scores[row_of((objective, start))], found))
 
     return {
-        "seed": run.seed,
+        "seed": run.training.seed,
         "base": vars(run.scores["base"]),
         "collapsed": vars(run.scores["collapsed"]),
         "global": optima[run.main] | {"w": run.scores["global"].w[0]},
@@ -815,7 +756,7 @@ def summary_of(run: Run) -> dict:
     }
 
 
-def grid_csv(grid: Ranking) -> str:
+def grid_csv(grid: Found) -> str:
     """All configurations of a grid, their scores and on how many points."""
     columns = [f"w_{layer.replace(' ', '_')}" for layer in LAYERS]
     lines = [",".join([*columns, "fd", "points"])]
@@ -827,6 +768,8 @@ def grid_csv(grid: Ranking) -> str:
 # ---------------------------------------------------------------- pictures
 def new_figure(width, height, mosaic):
     """A figure of this many inches and its axes by name."""
+    from matplotlib.figure import Figure
+
     figure = Figure((width, height), layout="constrained")
     axes = figure.subplot_mosaic(mosaic)
     for axis in axes.values():
@@ -834,19 +777,22 @@ def new_figure(width, height, mosaic):
     return figure, axes
 
 
-def save(figure, path):
+def save(figure, path: Path):
     write_atomically(path, functools.partial(figure.savefig, dpi=150))
 
 
-def shade(k, n):
-    """One colour a delta, dark to light."""
-    return colormaps["viridis"](0.9 * k / max(n - 1, 1))
+def shades(n: int):
+    """Colours of n deltas, dark to light."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.9 * np.arange(n) / max(n - 1, 1))
 
 
-def draw_sweeps(path, run: Run):
+def draw_sweeps(path: Path, run: Run):
     """FD against the weight of all layers, in the four settings."""
     figure, axes = new_figure(6, 4.6, [["fd"]])
     axis = axes["fd"]
+    cross = {"marker": "x", "linestyle": "", "markersize": 8, "markeredgewidth": 2}
     base = run.scores["base"].fd
     top = 2 * base  # a collapsed network's score would flatten the rest
     interesting = [0.0]
@@ -855,48 +801,49 @@ def draw_sweeps(path, run: Run):
         interesting.extend(w[fd < top])
         axis.plot(w, fd, color=f"C{k}", label=f"{setting}, best w = {best.w[0]:g}")
         axis.plot(best.w[0], best.fd, "o", color=f"C{k}")
-        axis.plot(*PAPER_OPTIMA[setting], "x", color=f"C{k}", markersize=8, markeredgewidth=2)
+        axis.plot(*PAPER_OPTIMA[setting], color=f"C{k}", **cross)
 
     axis.axhline(base, color="black", linestyle=":", label="base, w = 0")
     axis.plot([], [], "o", color="gray", label="our optimum")
-    axis.plot([], [], "x", color="gray", markersize=8, markeredgewidth=2, label="paper's optimum")
-    axis.set(xlim=(min(interesting), max(interesting)), ylim=(0, top), ylabel="FD")
-    axis.set(
-        xlabel="w, the same for all layers", title=f"One weight for all layers (seed {run.seed})"
-    )
+    axis.plot([], [], color="gray", label="paper's optimum", **cross)
+    axis.set(xlim=(min(interesting), max(interesting)), ylim=(0, top))
+    axis.set(xlabel="w, the same for all layers", ylabel="FD")
+    axis.set_title(f"One weight for all layers (seed {run.training.seed})")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     save(figure, path)
 
 
-def draw_deltas(path, runs):
+def draw_deltas(path: Path, runs: list[Run]):
     """The winners' weights as bars and, where there are several deltas, their scores."""
-    first, deltas = runs[0], list(runs[0].grids)
-    several = len(deltas) > 1
-    mosaic = [["weights", "weights"], ["fd", "sw2"]] if several else [["weights"]]
-    figure, axes = new_figure(8.5, 6.5 if several else 3.2, mosaic)
+    first, n = runs[0], len(runs[0].grids)
+    mosaic, height = [["weights"]], 3.2
+    if n > 1:
+        mosaic, height = [["weights", "weights"], ["fd", "sw2"]], 6.5
+    figure, axes = new_figure(8.5, height, mosaic)
 
-    axis, width = axes["weights"], 0.8 / len(deltas)
+    axis, width = axes["weights"], 0.8 / n
     for k, (delta, grid) in enumerate(first.grids.items()):
         left = np.arange(6) - 0.4 + (k + 0.5) * width
-        axis.bar(left, grid.w, width, color=shade(k, len(deltas)), label=f"delta {delta:g}")
+        axis.bar(left, grid.w, width, color=shades(n)[k], label=f"delta {delta:g}")
     w_star = first.scores["global"].w[0]
     axis.axhline(w_star, color="black", linestyle=":", label=f"global, {w_star:g}")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(range(6), LAYERS)
-    axis.set(ylabel="weight of the winner", title=f"Layer-wise winners (seed {first.seed})")
+    axis.set(
+        ylabel="weight of the winner", title=f"Layer-wise winners (seed {first.training.seed})"
+    )
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
-    if several:
+    if n > 1:
         draw_scores(axes["fd"], runs, "fd", "FD, which the grid ranks by")
         draw_scores(axes["sw2"], runs, "sw2", "SW2, which no search has seen")
     save(figure, path)
 
 
-def draw_scores(axis, runs, score: str, title: str):
+def draw_scores(axis, runs: list[Run], score: str, title: str):
     """fd or sw2 of the winners against delta, its mean and standard deviation over seeds."""
     deltas = list(runs[0].grids)
-    rows = [f"delta {shortest(delta)}" for delta in deltas]
-    ours = np.array([[getattr(run.scores[row], score) for row in rows] for run in runs])
+    ours = np.array([[getattr(run.scores[row_of(d)], score) for d in deltas] for run in runs])
     mean, label = ours.mean(0), "ours"
     if len(runs) > 1:
         std, label = ours.std(0, ddof=1), f"ours, mean and std of {len(runs)} seeds"
@@ -912,57 +859,30 @@ def draw_scores(axis, runs, score: str, title: str):
     axis.legend(fontsize=8)
 
 
-def draw_samples(path, run: Run):
+def draw_samples(path: Path, run: Run):
     """Real points and samples, with the target's ellipse at one and two standard deviations."""
-    best = min((f"delta {shortest(d)}" for d in run.grids), key=lambda row: run.scores[row].fd)
-    scorer = Scorer(run.models.theta_r, run.models.theta_s[run.main], Scoring())
-    clouds = {"real data": run.models.data}
+    best = min(map(row_of, run.grids), key=lambda row: run.scores[row].fd)
+    clouds = {"real data": run.data}
     for row in ("base", "collapsed", "global", best):
         score = run.scores[row]
-        clouds[f"{row}: FD {digits(score.fd)}"] = scorer.samples(score.w, 1024)
+        clouds[f"{row}: FD {digits(score.fd)}"] = run.scorer.samples(score.w, 1024)
 
     mean, cov = target()
     circle = torch.linspace(0, 2 * torch.pi, 200).double()
     ellipse = torch.linalg.cholesky(cov) @ torch.stack([circle.cos(), circle.sin()])  # [2, 200]
     figure, axes = new_figure(12.5, 2.7, [list(clouds)])
     for title, points in clouds.items():
-        axes[title].plot(*points.T, ".", markersize=2)
+        axis = axes[title]
+        axis.plot(*points.T, ".", markersize=2)
         for deviations in (1, 2):
-            axes[title].plot(*(mean[:, None] + deviations * ellipse), color="C3")
-        axes[title].set(aspect="equal", xlim=(-5, 5), ylim=(-5, 5))
-        axes[title].set(xticks=range(-4, 5, 2), yticks=range(-4, 5, 2))
-        axes[title].set_title(title, fontsize=10)
+            axis.plot(*(mean[:, None] + deviations * ellipse), color="C3")
+        axis.set(aspect="equal", xlim=(-5, 5), ylim=(-5, 5))
+        axis.set(xticks=range(-4, 5, 2), yticks=range(-4, 5, 2))
+        axis.set_title(title, fontsize=10)
     save(figure, path)
 
 
-def draw_search(path, run: Run):
-    """The best FD so far of every grid and every gradient search."""
-    both = bool(run.descents)
-    figure, axes = new_figure(
-        11 if both else 6.5, 4, [["grids", "searches"] if both else ["grids"]]
-    )
-    for k, (delta, grid) in enumerate(run.grids.items()):
-        best, color = np.minimum.accumulate(grid.fd), shade(k, len(run.grids))
-        axes["grids"].plot(range(1, 1 + len(best)), best, color=color, label=f"delta {delta:g}")
-    axes["grids"].set(
-        xlabel="configurations of the grid, in order", title=f"Grids (seed {run.seed})"
-    )
-
-    for row, found in run.descents.items():
-        best = np.minimum.accumulate(found.fd)
-        style = "-" if found.start == "global" else "--"
-        color = "C0" if found.objective == "fd" else "C1"
-        label = row.removeprefix("gradient ")
-        axes["searches"].plot(range(1, 1 + len(best)), best, style, color=color, label=label)
-    if both:
-        axes["searches"].set(xlabel="evaluations", title="Gradient searches")
-    for axis in axes.values():
-        axis.set(yscale="log", ylabel="best FD so far")
-        axis.legend(fontsize=8)
-    save(figure, path)
-
-
-def draw_alignment(path, curve: Curve):
+def draw_alignment(path: Path, curve: Curve):
     """Cosine of the real and the synthetic gradient against zeta."""
     figure, axes = new_figure(5, 3.5, [["cosine"]])
     axis = axes["cosine"]
@@ -975,25 +895,28 @@ def draw_alignment(path, curve: Curve):
 
 
 # ---------------------------------------------------------------- command line
-def delta_list(text):
+def delta_list(text: str) -> list[float]:
     """ "0.4,1.0" or "all" -> floats."""
-    values = DELTAS if text == "all" else sorted(set(map(float, text.split(","))))
+    values = list(DELTAS) if text == "all" else sorted(set(map(float, text.split(","))))
     if not all(1e-6 <= value <= 100 for value in values):
         raise ValueError
     return values
 
 
-def parse(argv):
+def refuse(message: str):
+    raise UserError(f"{message} (see --help)")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawTextHelpFormatter
-    parser.error = lambda message: fail(f"{message} (see --help)")
+    parser.error = refuse  # type: ignore[assignment]
     add = parser.add_argument
     add("--delta", type=delta_list, default=[1.72], help="spacing of the grid: 1.72, several, all")
     add("--seed", type=int, default=42)
     add("--seeds", type=int, default=1, help="repeat for this many seeds from --seed on")
-    add(
-        "--protocol", choices=["exact", "paper"], default="exact", help="Sobol or the paper's draws"
-    )
+    protocol = "Sobol or the paper's draws"
+    add("--protocol", choices=["exact", "paper"], default="exact", help=protocol)
     add("--points", type=int, help="most points of one score: 32768; --protocol paper: 1000000")
     add("--search", choices=["gradient"], help="also search the six weights by exact gradients")
     add("--alignment", action="store_true", help="also the gradient-alignment curve, first seed")
@@ -1006,59 +929,63 @@ def parse(argv):
     if args.points is None:
         args.points = Scoring.points if exact else 1_000_000
     if args.seeds < 1 or args.base_steps < 1:
-        fail("--seeds and --base-steps must be at least 1")
+        refuse("--seeds and --base-steps must be at least 1")
     if not 0 <= args.seed <= 2**31 - args.seeds:
-        fail(f"--seed {args.seed}: seeds go from 0 to {2**31 - 1}")
+        refuse(f"--seed {args.seed}: seeds go from 0 to {2**31 - 1}")
     if not 512 <= args.points <= 2**24 or (exact and args.points.bit_count() > 1):
-        fail(f"--points {args.points}: give a power of two from 512 to {2**24}")
-    if neon_ext is None:
-        fail(f"neon_ext is not built ({import_error}): run `pip install --no-build-isolation .`")
-    if args.device == "cuda" and not (
-        torch.cuda.is_available() and neon_ext.build_config()["cuda"]
-    ):
-        fail("--device cuda: no usable GPU, or neon_ext was built without CUDA; use --device cpu")
+        refuse(f"--points {args.points}: give a power of two from 512 to {2**24}")
+    built_with_cuda = neon_ext.build_config()["cuda"]
+    if args.device == "cuda" and not (torch.cuda.is_available() and built_with_cuda):
+        refuse("--device cuda: no usable GPU, or neon_ext was built without CUDA: use cpu")
     return args
 
 
-def write_results(args, runs, about):
+def write_results(out: Path, runs: list[Run], about: dict):
     """Grids, pictures and summary.json; what another study has left of them in this folder goes."""
-    for old in [*args.out.glob("grid_*.csv"), args.out / "alignment.png"]:
+    for old in [*out.glob("grid_*.csv"), out / "alignment.png"]:
         old.unlink(missing_ok=True)
     for delta, grid in runs[0].grids.items():
-        write_atomically(args.out / f"grid_{shortest(delta)}.csv", grid_csv(grid))
+        write_atomically(out / f"grid_{shortest(delta)}.csv", grid_csv(grid))
 
-    draw_sweeps(args.out / "score_against_w.png", runs[0])
-    draw_deltas(args.out / "layers_and_deltas.png", runs)
-    draw_samples(args.out / "samples.png", runs[0])
-    draw_search(args.out / "search.png", runs[0])
+    draw_sweeps(out / "score_against_w.png", runs[0])
+    draw_deltas(out / "layers_and_deltas.png", runs)
+    draw_samples(out / "samples.png", runs[0])
     if runs[0].alignment:
-        draw_alignment(args.out / "alignment.png", runs[0].alignment)
-    write_atomically(args.out / "summary.json", json.dumps(about, indent=1) + "\n")
+        draw_alignment(out / "alignment.png", runs[0].alignment)
+    write_atomically(out / "summary.json", json.dumps(about, indent=1) + "\n")
 
 
-def main(argv):
+def say(text: str):
+    """On the terminal, whose failure costs nothing: all results are in files already."""
+    try:
+        print(text, flush=True)
+    except OSError:  # `| head` has left, or a full disk behind `>`: no second try at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def study(argv: list[str]):
+    """One experiment a seed, then everything about them as files and the table."""
     begin = time.perf_counter()
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     for folder in [args.out, *args.out.glob("seed_*")]:
-        remove_orphans(folder)
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=args.out):
-        pass  # fails now if nothing can be written, not after the training
+        files.remove_orphans(folder)
 
-    runs, settings = [], []
+    runs: list[Run] = []
+    search = Search() if args.search else None
     for seed in range(args.seed, args.seed + args.seeds):
         training = Training(seed, base_steps=args.base_steps)
         scoring = Scoring(args.protocol, args.points, args.device, seed)
-        search = Search() if args.search else None
-        alignment = Alignment(seed) if args.alignment and seed == args.seed else None  # one curve
-        settings.append(vars(scoring) | vars(training))
+        alignment = Alignment(seed) if args.alignment and not runs else None  # one curve
         runs.append(experiment(training, scoring, args.delta, search, alignment, args.out))
 
-    table = table_over_seeds(runs)
+    first, table = runs[0], table_over_seeds(runs)
     threads_used = torch.get_num_threads()
+    levels = {"noise_levels": NOISE_LEVELS, "sample_steps": SAMPLE_STEPS}
+    seconds = time.perf_counter() - begin
     summary = {
         "command": " ".join(["python toy_neon.py", *argv]),
-        "config": settings[0] | {"noise_levels": NOISE_LEVELS, "sample_steps": SAMPLE_STEPS},
+        "config": vars(first.scorer.scoring) | vars(first.training) | levels,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads_used} threads",
         "versions": {
             "python": platform.python_version(),
@@ -1067,21 +994,38 @@ def main(argv):
             "scipy": scipy.__version__,
             "neon_ext": neon_ext.build_config(),
         },
-        **summary_of(runs[0]),
+        **summary_of(first),
         "over_seeds": table,
         "seeds": [summary_of(run) for run in runs],
-        "seconds_total": time.perf_counter() - begin,
+        "seconds_total": seconds,
     }
-    write_results(args, runs, summary)
-    print_table(table, runs)
-    print(f"\n{summary['seconds_total']:.1f} s; summary.json, grids and pictures in {args.out}")
-    sys.stdout.flush()
+    write_results(args.out, runs, summary)
+    say(f"\n{table_text(table, runs)}")
+    say(f"\n{seconds:.1f} s; summary.json, grids and pictures in {args.out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code. argv: options from Python, where signals are left alone
+    as in any thread but the first; None: those of the command line.
+    """
+    if argv is None:
+        argv = sys.argv[1:]
+        if threading.current_thread() is threading.main_thread():
+            take_signals()
+    if hasattr(sys.stdout, "reconfigure"):  # an ASCII terminal and a folder with an accent
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+    try:
+        study(argv)
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error}: choose an --out that can be written"
+    else:
+        return 0
+    print(f"toy_neon: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except BrokenPipeError:  # `| head`: everything is written already
-        os._exit(0)
-    except OSError as error:
-        fail(f"{error}: choose an --out that can be written")
+    sys.exit(main())

@@ -7,33 +7,38 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from .blocks import Merger, block_order, partition_owners
-from .config import Config, judge_name
-from .diffusers import DiffusersModel, is_pipeline
+from .blocks import Merger
+from .config import Config, Preset, grid_values, judge_name
+from .diffusers import is_pipeline
 from .extension import neon_ext
 from .files import UserError, printable, reading
-from .judges import build_judges, check_judges
-from .keys import weights_hash
-from .modelfile import FileModel
+from .judges import check_judges
 from .plots import figures_of, plot_report, plot_seeds
-from .processes import Diverged, start_processes
+from .processes import start_processes
 from .report import summarise, write_report, write_seeds
-from .sampling import Sampler, network_calls, time_sampling
-from .scores import ScoreLog, Scorer
-from .search import check_grid, grid_points
+from .sampling import Sampler
 from .study import (
-    get_base,
-    get_snapshots,
-    save_merged,
-    seed_ledger,
-    study,
+    Setup,
+    base_path,
+    block_names,
+    blocks_of,
+    check_grid,
+    experiment,
+    first_network,
+    given_snapshots,
+    global_weights,
+    grid_points,
+    prepare,
+    self_training,
 )
 from .train import time_training
 from .verdicts import summarise_seeds
@@ -41,77 +46,46 @@ from .verdicts import summarise_seeds
 MAX_HOURS = 2.0  # on a CPU, without --yes
 
 
-def run(argv, presets, doc):
-    """Base, synthetic set, self-training; then each snapshot's grid, search and final comparison;
-    report."""
+# -------------------- a run
+def run(argv: list[str], presets: dict[str, Preset], doc: str) -> None:
+    """One study, or one for every training seed."""
     begin = time.perf_counter()
     c = parse(argv, presets, doc)
     preset = presets[c.preset]
-    processes = start_processes(c, preset)
+    processes = start_processes(c.device, c.threads or preset.threads, preset.small)
     with processes.alone_in(c.out, c.plan):
         if c.training_seeds == 1:
-            study_all(c, preset, argv, processes, begin)
+            study_one(c, preset, argv, processes, begin)
         else:
             study_seeds(c, preset, argv, processes, begin)
 
 
-def study_all(c, preset, argv, processes, begin):
+def study_one(c, preset, argv, processes, begin) -> dict | None:
     """One training seed, from the base to the report -> what summary.json holds, on the first
     rank."""
-    ledger = seed_ledger(c, preset.streams)
-    model = get_model(c, preset, processes)
-    real = processes.one_by_one(partial(preset.real_images, c))
-    check_judges(c, preset, real)
+    setup = prepare(c, preset, processes)
+    check_judges(c, preset, setup.real)
     if c.base in preset.bases.values():
-        refuse_download(c, preset, model, processes)
-    # What judges is complete before anything long begins.
-    judges = []
-    if real is not None and not c.plan:
-        judges = build_judges(c, preset, model, real, processes)
-    base = get_base(c, model, real, processes)
-    sampler = Sampler(model, base, processes, c.steps, c.sample_batch, c.labels)
-    seconds, compilation = time_sampling(sampler, c.precision)
-    owners = partition_owners(model, base, c.partition)
-    blocks = block_order(owners)
-    check_grid(c, blocks)
-    refuse_hours(c, seconds, blocks)
-
-    if real is None and not c.plan:
-        example = getattr(model, "example", None)  # images that start_check() made
-        judges = build_judges(c, preset, model, real, processes, example)
-    snapshots = get_snapshots(c, model, base, sampler)
+        refuse_download(setup)
+    net = first_network(setup)
+    sampler = Sampler(setup.model, net, c.steps, c.sample_batch, c.labels, processes)
+    cost = Cost.of(setup, net, sampler)
+    remark = check_grid(c, cost.blocks)
+    if remark and processes.rank == 0:
+        print(remark)
     if c.plan:
-        print_plans(c, model, base, snapshots, owners, sampler, seconds, compilation)
-        return
+        print_plan(setup, net, sampler, cost)
+        return None
+    refuse_hours(c, cost)
 
-    log = ScoreLog(c.out)
-    entries = []
-    samples = {}
-    for kimg, path in sorted(snapshots.items()):
-        merger = Merger(base, model.load_like(base, path), owners, sampler)
-        parents = {"base_weights": weights_hash(base), "aux_weights": merger.aux_hash}
-        scorer = Scorer(merger, judges, sampler, log, parents, kimg, c)
-        searcher = scorer
-        if c.search_partition:
-            searcher = scorer.with_owners(partition_owners(model, base, c.search_partition))
-        entry = study(c, scorer, searcher, model, ledger)
-        entries.append(entry)
-
-        # Pictures of all models from the same noise, and the repaired network.
-        samples[kimg] = {}
-        shown = ledger.finals[0].seeds[: min(64, c.sample_batch)]
-        for name, candidate in entry.models.items():
-            with contextlib.suppress(Diverged), network_calls(merger.net, c.precision):
-                candidate.merger.set(candidate.w)
-                images, _ = sampler.images(shown)
-                samples[kimg][name] = images.cpu()
-        if processes.rank == 0:
-            save_merged(c, model, entry, parents)
-
+    results = experiment(setup, net, sampler)
     if processes.rank > 0:
         return None
-    summary = summarise(c, argv, entries, judges, ledger, seconds, processes, begin)
+    summary = summarise(
+        c, argv, results.entries, results.judges, setup, cost.seconds_per_image, processes, begin
+    )
     write_report(summary, c.out)
+    samples = {entry.kimg: entry.samples for entry in results.entries}
     plot_report(figures_of(summary, samples), c.out)
     print(
         f"\n{summary['seconds_total']:.1f} s; "
@@ -120,7 +94,7 @@ def study_all(c, preset, argv, processes, begin):
     return summary
 
 
-def study_seeds(c, preset, argv, processes, begin):
+def study_seeds(c, preset, argv, processes, begin) -> None:
     """The whole study for every training seed, each in a folder of its own; then what holds over
     the seeds."""
     if c.aux:
@@ -129,9 +103,10 @@ def study_seeds(c, preset, argv, processes, begin):
     for k in range(1 if c.plan else c.training_seeds):
         # The base takes this seed, the self-training the next one.
         one = dataclasses.replace(c, seed=c.seed + 2 * k, out=c.out / f"seed-{k}")
-        one.out.mkdir(exist_ok=True)
+        if not c.plan:
+            one.out.mkdir(exist_ok=True)
         with processes.alone_in(one.out, c.plan):
-            summaries.append(study_all(one, preset, argv, processes, time.perf_counter()))
+            summaries.append(study_one(one, preset, argv, processes, time.perf_counter()))
     if c.plan and processes.rank == 0:
         print(f"and this {c.training_seeds} times, once for every training seed")
     elif processes.rank == 0:
@@ -140,87 +115,103 @@ def study_seeds(c, preset, argv, processes, begin):
         plot_report({"seeds.png": (plot_seeds, summary)}, c.out)
 
 
-def get_model(c, preset, processes):
-    """--model FILE.py, a pipeline of diffusers as --base, or EDM's networks."""
-    if c.model:
-        return processes.one_by_one(partial(FileModel, c.model))
-    if is_pipeline(c.base):
-        return processes.one_by_one(partial(DiffusersModel, c))
-    if c.base and Path(c.base).is_dir():
-        raise UserError(
-            f"--base {c.base} is a folder without model_index.json, so no pipeline of diffusers; "
-            "EDM's networks are files, and other folders need --model"
-        )
-    return preset.model(c)
+# -------------------- what it will cost
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one training seed will take; features are not counted."""
+
+    blocks: list[str]
+    seconds_per_image: float
+    compilation: float  # seconds
+    scores: int  # of one snapshot, on the selection seeds
+    finals: int  # of one snapshot, on the final seeds
+    sampling_hours: float  # of all snapshots and the synthetic set
+
+    @classmethod
+    def of(cls, setup: Setup, net: nn.Module, sampler: Sampler) -> "Cost":
+        c = setup.c
+        seconds, compilation = sampler.seconds_per_image(c.precision)
+        blocks = block_names(c.partition, setup.model, net)
+        weights = len(global_weights(c, blocks))
+        scores = weights + 2 * (weights - 2) * ("guided" in c.controls)  # two network calls each
+        scores += grid_points(c, blocks) * (1 + c.placebo)
+        if c.search:
+            # A gradient costs about as much as five scores, and its point is scored too.
+            scores += c.evaluations * {"cobyqa": 1, "gradient": 6}[c.search]
+        finals = 4 + bool(c.search) + c.placebo + 2 * len(c.controls) + bool(c.continue_on_data)
+        finals *= c.final_repeats
+        images = (scores * c.select_images + finals * c.final_images) * len(c.snapshot)
+        hours = (images + c.synthetic) * seconds / 3600 / setup.processes.world
+        return cls(blocks, seconds, compilation, scores, finals, hours + compilation / 3600)
 
 
-def count_images(c, blocks):
-    """(scores, images of all scores, final scores, images of all final scores)."""
-    scores = len({-1.0, 0.0, *c.grid, *c.sweep})
-    scores += grid_points(c, blocks) * (1 + c.placebo)
-    scores += c.evaluations * {"": 0, "cobyqa": 1, "coordinate": 1, "gradient": 6}[c.search]
-    finals = (4 + bool(c.search) + c.placebo) * c.final_repeats
-    return scores, scores * c.select_images, finals, finals * c.final_images
-
-
-def refuse_hours(c, seconds, blocks):
+def refuse_hours(c: Config, cost: Cost) -> None:
     """On a CPU, long runs only on request: it says how long it would take."""
-    if c.device != "cpu" or c.yes or c.plan:
-        return
-    _, images, _, final_images = count_images(c, blocks)
-    hours = (images + final_images + c.synthetic) * seconds / 3600 * c.training_seeds
-    if hours > MAX_HOURS:
+    hours = cost.sampling_hours * c.training_seeds
+    if c.device == "cpu" and not c.yes and hours > MAX_HOURS:
         raise UserError(
             f"without a GPU this takes about {hours:.0f} hours of sampling alone: add --yes to run "
             "it all the same, or try --preset glyphs"
         )
 
 
-def refuse_download(c, preset, model, processes):
-    """The same before EDM's networks are downloaded, from an untrained one of their size."""
+def refuse_download(setup: Setup) -> None:
+    """The same before a preset's own networks are downloaded, from an untrained one of their
+    size."""
+    c = setup.c
     if c.device == "cpu" and not (c.yes or c.plan):
-        sampler = Sampler(model, preset.untrained(), processes, c.steps, c.sample_batch)
-        seconds, _ = time_sampling(sampler, c.precision)
-        refuse_hours(c, seconds, block_order(partition_owners(model, sampler.net, c.partition)))
+        net = setup.preset.untrained()
+        sampler = Sampler(setup.model, net, c.steps, c.sample_batch, c.labels, setup.processes)
+        refuse_hours(c, Cost.of(setup, net, sampler))
 
 
-def print_plans(c, model, base, snapshots, owners, sampler, seconds, compilation):
+def print_plan(setup: Setup, net: nn.Module, sampler: Sampler, cost: Cost) -> None:
     """Blocks, drift and time of every snapshot; the base stands for one that is not trained yet."""
-    world = sampler.processes.world
-    if sampler.processes.rank > 0:
+    c, model, world = setup.c, setup.model, setup.processes.world
+    base, training = net, 0.0
+    if c.train_base:
+        path = base_path(setup, net)
+        if path.exists():
+            base = model.load_like(net, path)
+        else:
+            training += c.train_base
+    if c.aux:
+        snapshots = given_snapshots(setup)
+    else:
+        snapshots, _, _ = self_training(setup, base)
+    if setup.processes.rank > 0:
         return
-    hours = c.synthetic * seconds / 3600 / world + compilation / 3600
+
     for path in snapshots.values():
         trained = path.exists()
         aux = model.load_like(base, path) if trained else base
-        merger = Merger(base, aux, owners, sampler)
-        print(
-            f"{'block':<24}{'tensors':>8}{'parameters':>12}  "
-            "drift ||theta_s - theta_r|| / ||theta_r||"
-        )
+        merger = Merger(base, aux, blocks_of(c.partition, model, base))
+        head = f"{'block':<24}{'tensors':>8}{'parameters':>12}  "
+        print(head + "drift ||theta_s - theta_r|| / ||theta_r||")
         for block, row in merger.table().items():
             drift = f"{row['drift']:.5f}" if trained else "not trained yet"
             print(f"{block:<24}{row['tensors']:>8}{row['parameters']:>12}  {drift}")
-        scores, images, finals, final_images = count_images(c, merger.blocks)
-        hours += (images + final_images) * seconds / 3600 / world
+        if trained and merger.rule():
+            print(merger.rule())
         print(
-            f"about {scores} scores of {c.select_images} images and {finals} final ones of "
-            f"{c.final_images}"
+            f"about {cost.scores} scores of {c.select_images} images and {cost.finals} final ones "
+            f"of {c.final_images}"
         )
 
-    if not c.aux and not all(path.exists() for path in snapshots.values()):
-        kimg = max(snapshots)
-        if not c.base:
-            kimg += c.train_base
-        training = kimg * 1000 * time_training(c, model, base) / 3600 / world
-        hours += training
-        print(f"training on {kimg:g} kimg: {training:.2f} hours")
+    hours = cost.sampling_hours
+    if not all(path.exists() for path in snapshots.values()):
+        training += max(snapshots)
+    if training:
+        took = training * 1000 * time_training(c, model, base) / 3600 / world
+        hours += took
+        print(f"training on {training:g} kimg: {took:.2f} hours")
     print(
-        f"synthetic set, training, scores and {compilation:.0f} s of compilation: {hours:.2f} "
+        f"synthetic set, training, scores and {cost.compilation:.0f} s of compilation: {hours:.2f} "
         f"hours on {world} x {c.device}, without the time of the features"
     )
 
 
+# -------------------- options
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{printable(message)} (see --help)")
@@ -230,7 +221,10 @@ def in_range(field, text):
     """An option's value, its numbers within the option's range."""
     how = field.metadata
     value = how["kind"](text)
-    for number in value if isinstance(value, tuple) else (value,):
+    numbers = value
+    if isinstance(value, dict) and how["kind"] is grid_values:
+        (numbers,) = value.values()
+    for number in numbers if isinstance(numbers, tuple) else (numbers,):
         if isinstance(number, (int, float)) and not how["low"] <= number <= how["high"]:
             raise argparse.ArgumentTypeError(
                 f"{text} is out of range, it goes from {how['low']:g} to {how['high']:g}"
@@ -238,26 +232,37 @@ def in_range(field, text):
     return value
 
 
-def build_parser(doc, presets):
+def build_parser(doc: str, presets: dict[str, Preset]) -> Parser:
     parser = Parser(description=doc.split("\n")[0], argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Config):
         how = field.metadata
+        if not how:
+            continue
         name = "--" + field.name.replace("_", "-")
-        text = f"{how['help']} (default: {field.default})"
+        text = how["help"]
+        if field.default is not dataclasses.MISSING:
+            text += f" (default: {field.default})"
+        choices = tuple(presets) if field.name == "preset" else how["choices"]
         if how["kind"] is bool:
             parser.add_argument(name, action="store_true", help=text)
-        else:
-            kind = partial(in_range, field)
-            kind.__name__ = getattr(how["kind"], "__name__", "value")
-            # Judges are named one by one.
-            action = "extend" if how["kind"] is judge_name else "store"
-            parser.add_argument(name, type=kind, choices=how["choices"], help=text, action=action)
+            continue
+        kind = partial(in_range, field)
+        vars(kind)["__name__"] = getattr(how["kind"], "__name__", "value")  # for messages
+        # Judges and grids of single blocks are named one by one.
+        action = "store"
+        if how["kind"] is judge_name:
+            action = "extend"
+        if how["kind"] is grid_values:
+            action = "append"
+        argument = parser.add_argument(name, type=kind, choices=choices, help=text, action=action)
+        if field.name == "continue_on_data":
+            argument.nargs, argument.const = "?", -1.0  # as long as the self-training
     return parser
 
 
-def parse(argv, presets, doc):
+def parse(argv: list[str], presets: dict[str, Preset], doc: str) -> Config:
     """Command line -> Config: the class's defaults, then the preset's, then what is given."""
-    joined = []
+    joined: list[str] = []
     for arg in argv:  # argparse takes the -1:2:0.25 of "--sweep -1:2:0.25" for an option
         if joined and re.match(r"-[\d.]", arg):
             joined[-1] += f"={arg}"
@@ -267,14 +272,29 @@ def parse(argv, presets, doc):
     for name in ("judge", "select_with"):
         if name in given:
             given[name] = tuple(given[name])
-    preset = presets[given.get("preset", "cifar10")]
+    for one in given.pop("grid", []):
+        ((block, values),) = one.items()
+        if block:
+            given.setdefault("block_grid", {})[block] = values
+        else:
+            given["grid"] = values
+
+    preset = presets[given.get("preset", Config.preset)]
     defaults = {"out": Path(f"runs/{preset.name}"), **preset.defaults}
     if given.get("protocol") == "paper":
-        defaults["labels"] = "random"
-        given["select_images"] = 2000
+        defaults |= {"labels": "random", "select_images": 2000}
     c = Config(**{**defaults, **given})
-    if not c.model and (c.base or not c.train_base):
-        c = dataclasses.replace(c, base=preset.bases.get(c.base or "cond", c.base))
+
+    # The base is a network that is there, or one that is trained here.
+    if c.base and given.get("train_base"):
+        raise UserError("--base names a network and --train-base trains one: give one of them")
+    if c.base:
+        c = dataclasses.replace(c, train_base=0.0)
+    if not c.model and not c.train_base:
+        c = dataclasses.replace(
+            c, base=preset.bases.get(c.base or next(iter(preset.bases)), c.base)
+        )
+
     if c.device == "cpu" and c.precision == "tf32":
         c = dataclasses.replace(c, precision="fp32")
     check_combinations(c)
@@ -282,7 +302,7 @@ def parse(argv, presets, doc):
     return c
 
 
-def check_combinations(c):
+def check_combinations(c: Config) -> None:
     """Options that contradict each other."""
     if len(c.bounds) != 2:
         raise UserError("--bounds: give two numbers, low,high")
@@ -291,10 +311,10 @@ def check_combinations(c):
     if c.guidance > 1 and (c.model or not is_pipeline(c.base)):
         raise UserError("--guidance is for pipelines of diffusers as --base: leave it out")
     if c.partition in ("paper", "structural") and not c.model:
-        check_grid(c, ("enc", "mid", "dec"))
+        check_grid(c, ["enc", "mid", "dec"])
 
 
-def check_machine(c):
+def check_machine(c: Config) -> None:
     """The extension, the device and a folder to write into."""
     built_with_cuda = neon_ext.build_config()["cuda"]  # or the line that says what to install
     if c.device == "cuda" and not (torch.cuda.is_available() and built_with_cuda):
@@ -307,27 +327,38 @@ def check_machine(c):
             raise PermissionError("no permission")
 
 
+# -------------------- the process: signals, one line, exit codes
 def interrupt(number, frame):
+    """One line at once: what runs may take minutes to notice."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nedm_neon: stopped; finished parts are kept, the same command goes on\n")
     raise KeyboardInterrupt(number)
 
 
-def main(argv, presets, doc):
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
-            signal.signal(number, interrupt)
-    message = None
+def main(argv: list[str] | None, presets: dict[str, Preset], doc: str) -> None:
+    """A whole run; what the user can mend is one line and exit code 2."""
+    if threading.current_thread() is threading.main_thread():  # no other can catch signals
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+                signal.signal(number, interrupt)
+    code = 0
     try:
         run(sys.argv[1:] if argv is None else argv, presets, doc)
-    except (UserError, Diverged) as error:
-        message, code = error, 2
+    except UserError as error:
+        code = complain(error)
     except OSError as error:
-        message, code = f"{error}; what was finished stays", 2
+        code = complain(f"{error}; what was finished stays")
     except KeyboardInterrupt as stop:
-        message = "stopped; finished parts are kept, the same command goes on"
+        if not stop.args:
+            complain("stopped; finished parts are kept, the same command goes on")
         code = 128 + (stop.args[0] if stop.args else signal.SIGINT)  # as shells report a signal
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-    if message is not None:
-        print(f"edm_neon: {message}", file=sys.stderr)
+    if code:
         sys.exit(code)
+
+
+def complain(message) -> int:
+    print(f"edm_neon: {message}", file=sys.stderr)
+    return 2

@@ -4,13 +4,18 @@ import argparse
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from .features import INCEPTION
-from .search import MAX_POINTS
+from .images import RealData
+from .sampling import Model
+from .search import BOUNDS
+from .seeds import FINAL_SEED
 from .stats import FOLDS
 
 
@@ -18,33 +23,38 @@ class Preset:
     """Data, features and defaults that belong together."""
 
     name = ""
-    defaults: dict = {}
+    defaults: dict = {}  # of options
     threads = 0  # CPU threads of one batch; 0: all
-    small = False  # networks that need no more than a CPU's caches
-    streams: dict = {}  # of real images that are drawn here; the numbers that seed them
-    bases: dict = {}  # {name of --base: address}
+    small = False  # networks that a CPU's caches hold
+    streams: dict[str, int] = {}  # of real images that are drawn here; the numbers that seed them
+    bases: dict[str, str] = {}  # {name of --base: address}
     statistics = ""  # address of the real data's, without --data and --ref
     origin = ""  # of these statistics, in words
 
-    def model(self, c):
+    def model(self, c: "Config") -> Model:
         """The built-in model."""
         raise NotImplementedError
 
-    def untrained(self):
+    def untrained(self) -> nn.Module:
         """A network of the size that --base names, before it is downloaded."""
         raise NotImplementedError
 
-    def real_images(self, c):
-        """RealData, or None without --data."""
+    def real_images(self, c: "Config") -> RealData | None:
+        """In three parts; None without --data."""
         raise NotImplementedError
 
-    def judges(self, c):
+    def features(self, c: "Config"):
+        """The feature network that decides."""
+        raise NotImplementedError
+
+    def judges(self, c: "Config") -> dict[str, Callable]:
         """{name: function that gives the features} of the judges that only this preset has."""
         return {}
 
-    def features(self, c):
-        """The feature network that decides."""
-        raise NotImplementedError
+
+# -------------------- kinds of options
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+MOST_VALUES = 10_000  # of a sweep
 
 
 def numbers(text, kind=float):
@@ -69,7 +79,7 @@ def sweep_values(text):
         points = (stop - start) / step if step > 0 else math.inf
     except ValueError:
         points = math.inf
-    if not 0 <= points < MAX_POINTS:
+    if not 0 <= points < MOST_VALUES:
         raise argparse.ArgumentTypeError(f"give start:stop:step with a positive step, not {text!r}")
     return tuple(np.arange(start, stop + step / 2, step).round(6).tolist())
 
@@ -88,23 +98,45 @@ def read_partition(text):
     return table
 
 
+def control_names(text):
+    """Different names of controls, by commas."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if names == ("none",):
+        return ()
+    for name in names:
+        if name not in ("steps", "guided"):
+            raise argparse.ArgumentTypeError(f"{name!r} is no control: steps, guided, or none")
+    return names
+
+
 def judge_name(text):
     """One --judge or --select-with; they add up."""
     return (text,)
 
 
+def grid_values(text):
+    """One --grid: weights for every block, or block=weights for one -> {block or "": weights}."""
+    block, _, values = text.rpartition("=")
+    return {block.strip(): numbers(values)}
+
+
 def option(default, text, kind=None, choices=None, low=-math.inf, high=math.inf):
-    """A field of Config. kind: from the option's text to its value; low, high: allowed range of
-    each number."""
+    """A field of Config. default: a value, or a function that gives it; kind: from the option's
+    text to its value; low, high: allowed range of each number."""
     kind = kind or type(default)
     metadata = {"help": text, "kind": kind, "choices": choices, "low": low, "high": high}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+# The GPU is asked when a run begins, not when this is imported.
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-GPU = torch.cuda.is_available()
+def default_precision():
+    return "tf32" if torch.cuda.is_available() else "fp32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +146,7 @@ class Config:
 
     # What is studied
     preset: str = option("cifar10", "data, features and defaults", choices=("cifar10", "glyphs"))
-    model: str = option("", "Python file of a model of your own (see adapters/)")
+    model: str = option("", "Python file of a model of your own (see examples/)")
     base: str = option(
         "", "cond, uncond, a path or URL (.pkl of EDM, .safetensors of this program)"
     )
@@ -157,11 +189,15 @@ class Config:
     )
     guidance: float = option(1.0, "classifier-free, of diffusers' DiT; 1: none", low=1, high=1e3)
     sample_batch: int = option(256, "images sampled at once", low=1, high=1e6)
-    precision: str = option("tf32" if GPU else "fp32", "of sampling", choices=PRECISIONS)
+    precision: str = option(
+        default_precision, "of sampling; default tf32 on a GPU", str, choices=PRECISIONS
+    )
     confirm_precision: str = option(
         "", "of the final comparison, default --precision", choices=PRECISIONS
     )
-    device: str = option("cuda" if GPU else "cpu", "where", choices=("cuda", "cpu"))
+    device: str = option(
+        default_device, "where; default cuda where there is a GPU", str, choices=("cuda", "cpu")
+    )
     threads: int = option(
         0, "CPU threads of one batch; 0: 1 for small presets, else all", low=0, high=1024
     )
@@ -174,6 +210,9 @@ class Config:
         50_000, "images per score of the final comparison", low=2 * FOLDS, high=1e8
     )
     final_repeats: int = option(1, "disjoint sets of final seeds", low=1, high=1000)
+    final_seed: int = option(
+        FINAL_SEED, "the first final seed: another one repeats the comparison", low=0, high=2**32
+    )
     protocol: str = option(
         "disjoint",
         "paper: 2,000 seeds, trained on, random labels",
@@ -195,22 +234,37 @@ class Config:
 
     # Search over the block weights
     grid: tuple = option(
-        (0.75, 1.0, 1.25), "weights of the grid, for every block", numbers, low=-1e6, high=1e6
+        (0.75, 1.0, 1.25),
+        "weights of the grid, for every block; BLOCK=WEIGHTS for one of them, repeatable",
+        grid_values,
+        low=-1e6,
+        high=1e6,
     )
-    grid_enc: tuple = option((), "other weights for the encoder", numbers, low=-1e6, high=1e6)
-    grid_mid: tuple = option((), "other weights for the middle", numbers, low=-1e6, high=1e6)
-    grid_dec: tuple = option((), "other weights for the decoder", numbers, low=-1e6, high=1e6)
+    block_grid: dict = dataclasses.field(default_factory=dict)  # of --grid BLOCK=WEIGHTS
     sweep: tuple = option(
         (), "also these global weights, start:stop:step", sweep_values, low=-1e6, high=1e6
     )
     race: bool = option(False, "drop grid points that are surely worse after a fifth of the seeds")
+    controls: tuple = option(
+        ("steps", "guided"),
+        "by commas: steps (the base with twice the sampler's steps), guided (outputs step back "
+        "instead of weights), or none",
+        control_names,
+    )
+    continue_on_data: float = option(
+        0.0,
+        "control: the base trained on real images for this many kimg; without a number: for as "
+        "long as the self-training",
+        low=-1,
+        high=1e8,
+    )
     placebo: int = option(
         0, "this many random partitions go through the same grid", low=0, high=1000
     )
     search: str = option(
         "",
         "after the grid; gradient scales to layers",
-        choices=("cobyqa", "coordinate", "gradient"),
+        choices=("cobyqa", "gradient"),
     )
     search_partition: str = option(
         "",
@@ -223,7 +277,7 @@ class Config:
         low=1,
         high=100_000,
     )
-    bounds: tuple = option((-2.0, 6.0), "of the search, low,high", numbers, low=-1e6, high=1e6)
+    bounds: tuple = option(BOUNDS, "of the search, low,high", numbers, low=-1e6, high=1e6)
 
     # The run
     out: Path = option(None, "folder of the results, default runs/<preset>", Path)
@@ -231,7 +285,6 @@ class Config:
     plan: bool = option(False, "print blocks, drift and a time estimate, then stop")
     yes: bool = option(False, "run even if it takes very long")
 
-    def grid_of(self, block):
+    def grid_of(self, block: str) -> tuple:
         """The grid's weights for one block."""
-        own = {"enc": self.grid_enc, "mid": self.grid_mid, "dec": self.grid_dec}
-        return own.get(block) or self.grid
+        return self.block_grid.get(block, self.grid)

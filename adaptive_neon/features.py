@@ -1,18 +1,46 @@
-"""Feature networks: what a distance between images is measured in."""
+"""Feature networks: what a distance between images is measured in.
+
+All are callables from uint8-valued images [N, C, H, W] to features [N, D], with
+    dim       D
+    name      of the network, in results
+    kind      what statistics of a file may call it
+    score     what a distance in it is called
+    identity  hash of all that decides a feature
+    to        the network on a device
+"""
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .extension import neon_ext
-from .files import UserError, reading, reason_of
-from .keys import key_of, tensor_hash, weights_hash
-from .pickles import checked_torch_load
+from .files import UserError, fetch, load_weights, reading, reason_of
+from .keys import design_key, joint_key, weights_hash
 
 INCEPTION = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth"
 )
+INCEPTION_SHA256 = "6726825d"  # its start
+
+
+def inception(source: str = "") -> "InceptionFeatures":
+    """FID's Inception: its public weights, or another file or address of the same form."""
+    check = "" if source and source != INCEPTION else INCEPTION_SHA256
+    return InceptionFeatures(fetch(source or INCEPTION, "the Inception weights", check))
+
+
+def random_conv(channels: int) -> "RandomConvFeatures":
+    """Three convolutions with random weights, always the same."""
+    return RandomConvFeatures(channels)
+
+
+def pixels(images: torch.Tensor) -> "PixelFeatures":
+    """The pixels in the principal components of these images, uint8 [N, C, H, W], which no score
+    may compare with."""
+    return PixelFeatures(images)
 
 
 class InceptionFeatures(nn.Module):
@@ -39,28 +67,31 @@ class InceptionFeatures(nn.Module):
         "7c": {"1x1": 1, "3x3": 2, "3x3dbl": 3},
     }
 
-    def __init__(self, path):
+    def __init__(self, path: Path):
         super().__init__()
         with reading(f"{path} is not the PyTorch port of the FID Inception"):
-            weights = checked_torch_load(path)
-            for key in [key for key in weights if key.endswith(".conv.weight")]:
-                name = key.removesuffix(".conv.weight").replace(".", "_")
-                bn = key.replace("conv.weight", "bn.")
-                scale = (
-                    weights[f"{bn}weight"].double()
-                    / (weights[f"{bn}running_var"].double() + 1e-3).sqrt()
-                )
-                bias = weights[f"{bn}bias"].double() - weights[f"{bn}running_mean"].double() * scale
-                self.register_buffer(
-                    name, (weights[key].double() * scale.view(-1, 1, 1, 1)).float()
-                )
-                self.register_buffer(f"{name}_bias", bias.float())
+            weights = load_weights(path)
+            for key in weights:
+                if key.endswith(".conv.weight"):
+                    self.add(key.removesuffix(".conv.weight"), weights)
             try:
                 self(torch.zeros(1, 3, 8, 8))  # every layer is there and fits
             except AttributeError as error:
                 raise KeyError(str(error)) from error
-        self.name = f"inception-{weights_hash(self)[:8]}-tf1"
         self.identity = weights_hash(self)
+        self.name = f"inception-{self.identity[:8]}-tf1"
+
+    def add(self, name, weights):
+        """One convolution, with the batch normalisation after it folded in."""
+        bn = {}
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            bn[key] = weights[f"{name}.bn.{key}"].double()
+        scale = bn["weight"] / (bn["running_var"] + 1e-3).sqrt()
+        weight = weights[f"{name}.conv.weight"].double() * scale.view(-1, 1, 1, 1)
+        bias = bn["bias"] - bn["running_mean"] * scale
+        buffer = name.replace(".", "_")
+        self.register_buffer(buffer, weight.float())
+        self.register_buffer(f"{buffer}_bias", bias.float())
 
     def conv(self, x, name, stride=1, padding=None):
         """Convolution and ReLU; by default stride 1 keeps the size and stride 2 is unpadded."""
@@ -123,17 +154,18 @@ class RandomConvFeatures(nn.Module):
     name = kind = "random-conv"
     score = "FD (random convolutions, 64-d)"
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(20_06)
-            layers = []
+            layers: list[nn.Module] = []
             for c_in, c_out, stride in ((channels, 32, 1), (32, 64, 2), (64, 64, 2)):
-                layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.ReLU()]
-                nn.init.kaiming_normal_(layers[-2].weight)
+                conv = nn.Conv2d(c_in, c_out, 3, stride, padding=1)
+                nn.init.kaiming_normal_(conv.weight)
+                layers += [conv, nn.ReLU()]
             self.body = nn.Sequential(*layers)
         self.eval().requires_grad_(False)
-        self.identity = key_of(str(self.body), weights_hash(self))
+        self.identity = design_key(design=str(self.body), weights=weights_hash(self))
 
     def forward(self, images):
         return self.body(images.float() / 127.5 - 1).mean((2, 3))
@@ -145,8 +177,9 @@ class PixelFeatures(nn.Module):
     to it."""
 
     name = kind = "pixels"
+    components: torch.Tensor  # [P, D]
 
-    def __init__(self, images, most=32, side=16):
+    def __init__(self, images: torch.Tensor, most: int = 32, side: int = 16):
         super().__init__()
         self.side = (min(images.shape[2], side), min(images.shape[3], side))
         x = torch.cat([self.vectors(part).double() for part in images.split(1000)])  # [N, P]
@@ -201,11 +234,11 @@ class JointFeatures:
     same total variance over real images, so that their units do not matter; the mean variance of
     a feature is 1. images: uint8 [N, C, H, W] that no score compares with."""
 
-    def __init__(self, parts, images, device):
-        self.parts = parts
+    def __init__(self, parts, images: torch.Tensor, device: str = "cpu"):
+        self.parts = [part.to(device) for part in parts]
         self.dim = sum(part.dim for part in parts)
         self.scales = []
-        for part in parts:
+        for part in self.parts:
             found = features_of_images(images, part, device)
             variance = float(found.double().var(0).sum())
             if variance == 0:
@@ -213,14 +246,18 @@ class JointFeatures:
             self.scales.append((self.dim / len(parts) / variance) ** 0.5)
         self.name = self.kind = "+".join(part.name for part in parts)
         self.score = f"FD ({self.name}, {self.dim}-d)"
-        self.identity = key_of([part.identity for part in parts], tensor_hash(images))
+        self.identity = joint_key(parts=[part.identity for part in parts], images=images)
 
     def __call__(self, images):
         found = [part(images) * scale for part, scale in zip(self.parts, self.scales, strict=True)]
         return torch.cat(found, 1)
 
+    def to(self, device):
+        self.parts = [part.to(device) for part in self.parts]
+        return self
 
-def check_differentiable(features, images, what):
+
+def check_differentiable(features, images: torch.Tensor, what: str) -> None:
     """Of a gradient search: joined with others, features without a gradient would be left out of
     the sum without a word. images: uint8-valued [N, C, H, W]; what: their name in the message."""
     with torch.enable_grad():
@@ -241,6 +278,6 @@ def check_differentiable(features, images, what):
 
 
 @torch.no_grad()
-def features_of_images(images, features, device):
+def features_of_images(images: torch.Tensor, features, device: str) -> torch.Tensor:
     """Features [N, D] of uint8 images [N, C, H, W]."""
     return torch.cat([features(part.to(device)) for part in images.split(256)])

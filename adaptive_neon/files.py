@@ -29,9 +29,6 @@ class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
 
 
-MOST_BYTES = 8 << 30  # of a file
-
-
 class Refused(ValueError):
     """What is wrong with a file, in words for its owner; reading() adds which file it is."""
 
@@ -83,16 +80,6 @@ def reading(what):
         yield
     except FILE_ERRORS as error:
         raise UserError(f"{what} ({reason_of(error)})") from error
-
-
-def file_bytes(path):
-    """The content of a regular file that can be a network's: a pipe would never end."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is no file")
-    if path.stat().st_size > MOST_BYTES:
-        raise Refused(f"it is larger than {MOST_BYTES >> 30} GB")
-    return path.read_bytes()
 
 
 def write_atomically(path, write):
@@ -310,3 +297,31 @@ def load_state(path: Path) -> tuple[dict, dict]:
     if stored is not None and stored != state_hash(tensors, facts):
         raise Refused("its SHA-256 does not agree: the file is damaged, delete it or get it again")
     return tensors, facts
+
+
+def torch_load(path):
+    """What torch.save wrote, as torch.load(weights_only=True) has it; use it inside reading()."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # any kind comes from a damaged file
+        # torch advises to load it without weights_only, which runs what is in it.
+        if called := re.search(r"GLOBAL (\S+)", str(error)):
+            raise Refused(f"it wants to call {printable(called.group(1))}") from error
+        reason = printable(str(error).partition(". ")[0])
+        raise Refused(f"torch.load(weights_only=True) refuses it: {reason}") from error
+
+
+def load_weights(path: Path) -> dict:
+    """{name: tensor} of a state dict that torch.save wrote; use it inside reading()."""
+    weights = torch_load(path)
+    if not isinstance(weights, dict):
+        raise Refused(f"it holds a {type(weights).__name__}, not a dictionary of weights")
+    for name, tensor in weights.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            shown = printable(name) if isinstance(name, (str, int)) else type(name).__name__
+            raise Refused(f"its entry {shown} is a {type(tensor).__name__}, not a weight")
+        if tensor.layout != torch.strided or not tensor.isfinite().all():
+            raise Refused(f"its entry {printable(name)} is not finite")
+    return dict(weights)

@@ -1,7 +1,7 @@
 """Digits from matplotlib's fonts, as many as one likes, and small classifiers of them."""
 
 import functools
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .files import reading, write_atomically
-from .keys import TRAINING_VERSION, key_of, weights_hash
-from .pickles import checked_torch_load
+from .files import load_state, reading, save_state
+from .keys import classifier_key, design_key, weights_hash
 
 GLYPH_SIZE = 12
-
-
 GLYPH_FONTS = (
     "DejaVuSans.ttf",
     "DejaVuSans-Bold.ttf",
@@ -38,7 +35,7 @@ GLYPH_FONTS = (
 
 
 @functools.cache
-def glyph_atlas(size=64, points=46):
+def glyph_atlas(size: int = 64, points: int = 46) -> torch.Tensor:
     """Every digit in every font, in the middle: float32 [fonts, 10, size, size] in [0, 1]."""
     import matplotlib
 
@@ -59,7 +56,9 @@ def glyph_atlas(size=64, points=46):
     return atlas
 
 
-def draw_glyphs(count, stream, size=GLYPH_SIZE, oversampling=3):
+def draw_glyphs(
+    count: int, stream: int, size: int = GLYPH_SIZE, oversampling: int = 3
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The first images of a stream: uint8 [count, 1, size, size], int64 labels [count]. Image i of
     a stream is always the same, however many are drawn."""
     # A row of nine numbers for every image, one after the other.
@@ -88,9 +87,9 @@ def draw_glyphs(count, stream, size=GLYPH_SIZE, oversampling=3):
     return torch.cat(images), label
 
 
-def glyphs_cnn():
+def glyphs_cnn() -> nn.Sequential:
     side = -(-GLYPH_SIZE // 4)
-    conv = partial(nn.Conv2d, kernel_size=3, padding=1)
+    conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
     return nn.Sequential(
         conv(1, 32),
         nn.ReLU(),
@@ -104,7 +103,7 @@ def glyphs_cnn():
     )
 
 
-def glyphs_mlp():
+def glyphs_mlp() -> nn.Sequential:
     return nn.Sequential(
         nn.Flatten(), nn.Linear(GLYPH_SIZE**2, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU()
     )
@@ -118,7 +117,17 @@ class GlyphsClassifier(nn.Module):
 
     dim = 64
 
-    def __init__(self, folder, name, body, seed, stream, streams, images=10_000, epochs=4):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        body: Callable[[], nn.Module],
+        seed: int,
+        stream: int,
+        test_stream: int,
+        images: int = 10_000,
+        epochs: int = 4,
+    ):
         super().__init__()
         self.name = self.kind = name
         self.score = "FD (glyphs CNN, 64-d)" if name == "glyphs-cnn-64" else f"FD ({name}, 64-d)"
@@ -127,21 +136,22 @@ class GlyphsClassifier(nn.Module):
             self.body = body()
             self.head = nn.Linear(64, 10)
             design = str(self.body)
-            key = key_of(TRAINING_VERSION, design, seed, stream, images, epochs)
-            path = folder / f"{name}-{key}.pt"
+            inputs = {"seed": seed, "stream": stream, "images": images, "epochs": epochs}
+            path = folder / f"{name}-{classifier_key(design=design, **inputs)}.safetensors"
             if not path.exists():
                 self.fit(*draw_glyphs(images, stream), epochs)
-                write_atomically(path, partial(torch.save, self.state_dict()))
+                save_state(path, self.state_dict(), {"classifier": name, **inputs})
         with reading(f"{path} is damaged, delete it"):
-            self.load_state_dict(checked_torch_load(path))
+            weights, _ = load_state(path)
+            self.load_state_dict(weights)
         self.eval().requires_grad_(False)
-        self.identity = key_of(design, weights_hash(self))
+        self.identity = design_key(design=design, weights=weights_hash(self))
 
-        fresh, labels = draw_glyphs(2000, streams["classifier test"])
+        fresh, labels = draw_glyphs(2000, test_stream)
         right = self.head(self(fresh)).argmax(1) == labels
         self.facts = {"accuracy": float(right.double().mean()), "accuracy_images": len(right)}
 
-    def fit(self, images, labels, epochs):
+    def fit(self, images: torch.Tensor, labels: torch.Tensor, epochs: int) -> None:
         optimizer = torch.optim.Adam(self.parameters(), lr=2e-3)
         for _ in range(epochs):
             for index in torch.randperm(len(images)).split(128):

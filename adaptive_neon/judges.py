@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,155 +13,154 @@ from .features import (
     FileFeatures,
     InceptionFeatures,
     JointFeatures,
-    PixelFeatures,
-    RandomConvFeatures,
     check_differentiable,
     features_of_images,
+    pixels,
+    random_conv,
 )
-from .files import UserError, fetch, reading, write_atomically
-from .keys import key_of, tensor_hash
+from .files import UserError, fetch, reading
+from .images import RealData, RealImages
+from .keys import judge_key, reference_key
 from .sampling import allow_tf32
 from .stats import FOLDS
 
+KERNEL_IMAGES = 10_000  # at most, of each side of the kernel distance
+SHARE_IMAGES = 10_000  # the same of precision and recall
+NEIGHBOURS = 5  # of precision and recall
 
+
+# -------------------- real images in one feature network
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Statistics of the real data in one feature network. prepared: neon_ext.FrechetReference;
-    real: the features themselves [N, D] where they are at hand; facts: features, source, images,
-    origin, for the report."""
+    """Statistics of real images in one feature network. prepared: neon_ext.FrechetReference;
+    real: the features themselves [N, D], where the images are at hand; facts: features, source,
+    images, origin, for the report; identity: hash of mean, covariance and features."""
 
-    prepared: object
-    real: torch.Tensor | None
+    prepared: Any
+    real: Any  # or None
     facts: dict
-    identity: str  # hash of mean, covariance and features
+    identity: str
 
     @functools.cached_property
-    def radii(self):
+    def radii(self) -> torch.Tensor:
         """Of precision_recall(), which needs them for every score."""
         return neighbour_radii(self.real)
 
     @functools.cached_property
-    def kernel_mean(self):
+    def kernel_mean(self) -> float:
         """Of kernel_distance(): the mean kernel of two different real images."""
         real = self.real[:KERNEL_IMAGES].double()
         rows, diagonal = kernel_rows(real, real), kernel_diagonal(real)
         return float(rows.sum() - diagonal.sum()) / (len(real) * (len(real) - 1))
 
 
-def reference_of(statistics, features, source, device, real=None, origin=""):
-    """Reference from {mu [D], sigma [D, D], images, features}, if they are of these features and
-    usable."""
-    kind, shape = str(statistics["features"]), np.shape(statistics["mu"])
+def reference_of_images(images: RealImages, features, device: str, origin: str) -> Reference:
+    """What real images are to a feature network."""
+    found = features_of_images(images.images, features, device)
+    mean, cov = neon_ext.feature_moments(found)
+    return prepared_reference(mean, cov, len(found), features, images.source, origin, found)
+
+
+def reference_of_file(path: Path, features, device: str, origin: str, real=None) -> Reference:
+    """The same of an npz with mu and sigma, as EDM's, which leaves features and images out. real:
+    RealImages for precision, recall and the kernel distance, which need more than moments."""
+    statistics: dict[str, Any] = {"features": "inception", "images": 50_000}
+    with reading(f"reference {path} has no usable mu and sigma"), np.load(path) as file:
+        statistics |= {key: file[key] for key in file if key in ("features", "images")}
+        mean, cov = (torch.as_tensor(file[key]).double().to(device) for key in ("mu", "sigma"))
+        count = int(statistics["images"])
+    shape, kind = tuple(mean.shape), str(statistics["features"])
     if shape != (features.dim,) or kind not in (features.name, features.kind):
         raise UserError(
-            f"reference {source} has {shape} statistics of {kind}, the features are "
+            f"reference {path} has {shape} statistics of {kind}, the features are "
             f"{features.name}, {features.dim}-d: use statistics of the same features"
         )
-    count = int(statistics["images"])
+    found = None if real is None else features_of_images(real.images, features, device)
+    return prepared_reference(mean, cov, count, features, str(path), origin, found)
+
+
+def prepared_reference(mean, cov, count, features, source, origin, real) -> Reference:
+    """mean [D], cov [D, D], float64; real: features [N, D] or None."""
     with reading(f"reference {source} has no usable mu and sigma"):
-        mu, cov = (torch.as_tensor(statistics[key]).double().to(device) for key in ("mu", "sigma"))
-        prepared = neon_ext.FrechetReference(mu, cov, count)
-    facts = {"features": features.name, "source": str(source), "images": count}
+        prepared = neon_ext.FrechetReference(mean, cov)
+    facts = {"features": features.name, "source": source, "images": count}
     if origin:
         facts["origin"] = origin
-    identity = key_of(
-        tensor_hash(mu), tensor_hash(cov), count, None if real is None else tensor_hash(real)
-    )
+    identity = reference_key(mean=mean, cov=cov, count=count, real=real)
     return Reference(prepared, real, facts, identity)
 
 
-def reference_from_images(real, features, path, device, origin=""):
-    """Reference of real images; path, if any, keeps its statistics."""
-    found = features_of_images(real.images, features, device)
-    mu, cov = (moment.cpu().numpy() for moment in neon_ext.feature_moments(found))
-    statistics = {"mu": mu, "sigma": cov, "images": len(real.images), "features": features.name}
-
-    def write(part):
-        np.savez(part, **statistics)
-
-    if path is not None:
-        write_atomically(path, write)
-    return reference_of(statistics, features, real.source, device, found, origin)
-
-
-def reference_from_file(path, features, device, real=None, origin=""):
-    """Reference of an npz with mu and sigma, as EDM's (which leaves features and images out). real:
-    images for precision, recall and the kernel distance, which need more than moments."""
-    with reading(f"reference {path} has no usable mu and sigma"), np.load(path) as file:
-        statistics = {"features": "inception", "images": 50_000} | dict(file)
-        for key in ("mu", "sigma"):
-            if key not in statistics:
-                raise KeyError(key)
-    found = None if real is None else features_of_images(real.images, features, device)
-    return reference_of(statistics, features, path, device, found, origin)
-
-
-@dataclasses.dataclass(frozen=True)
 class Judge:
     """A feature network and the real data seen through it: what a score is. Weights are selected
-    against one part of the real images and compared against another, where there are two."""
+    against one part of the real images and compared against another.
 
-    features: object  # callable with dim, name, kind, score, identity, perhaps facts
-    selection: Reference
-    final: Reference
-    is_part: bool = False  # of the joint features that the selection saw
+    features: see features.py; is_part: of the joint features that the selection saw."""
 
-    def reference(self, seeds):
+    def __init__(self, features, real: RealData, device: str = "cpu", is_part: bool = False):
+        self.features = on_device(features, device)
+        self.is_part = is_part
+        self.selection = reference_of_images(real.selection, self.features, device, real.origin)
+        self.final = reference_of_images(real.final, self.features, device, real.origin)
+
+    @classmethod
+    def of_statistics(
+        cls,
+        features,
+        path: Path,
+        origin: str = "",
+        device: str = "cpu",
+        real: RealData | None = None,
+    ) -> "Judge":
+        """A judge by the statistics of a file, the same for selection and final comparison; real
+        images, if any, serve precision, recall and the kernel distance."""
+        origin = origin or "of unknown origin: base and selection may have seen its images"
+        judge = cls.__new__(cls)
+        judge.features, judge.is_part = on_device(features, device), False
+        file = functools.partial(reference_of_file, path, judge.features, device, origin)
+        judge.selection = judge.final = file(None if real is None else real.final)
+        if real is not None:
+            judge.selection = file(real.selection)
+        return judge
+
+    def reference(self, seeds) -> Reference:
         """The one that scores of this SeedSet are distances to."""
         return self.final if seeds.is_final else self.selection
 
-    def identity(self, seeds):
-        return key_of(self.features.identity, self.reference(seeds).identity)
+    def identity(self, seeds) -> str:
+        reference = self.reference(seeds)
+        return judge_key(features=self.features.identity, reference=reference.identity)
 
     @property
-    def name(self):
+    def name(self) -> str:
         return self.features.name
 
     @property
-    def facts(self):
+    def facts(self) -> dict:
         """For the report: features, source, images of the final reference, and what else is
         known."""
-        facts = dict(self.final.facts) | getattr(self.features, "facts", {})
+        facts = self.final.facts | getattr(self.features, "facts", {})
         if self.selection is not self.final:
             facts["selection"] = self.selection.facts
         return facts
 
-    def floor(self, images):
+    def floor(self, images: int) -> dict:
         """The final score of real images, the first of the selection part: bias, and the best that
         a model can hope for."""
         moments = neon_ext.feature_moments(self.selection.real[:images])
         return {"images": images, "fd": float(self.final.prepared.distance(*moments))}
 
 
-def judge_of_images(features, real, device, folder=None, is_part=False):
-    """Judge of a feature network with the selection and final parts of the real images as
-    references; folder, if any, keeps their statistics."""
-    references = {}
-    for purpose in ("selection", "final"):
-        path = None if folder is None else folder / f"reference-{purpose}.npz"
-        part = getattr(real, purpose)
-        references[purpose] = reference_from_images(part, features, path, device, real.origin)
-    return Judge(features, **references, is_part=is_part)
+def on_device(features, device):
+    features = features.to(device)
+    if device == "cuda" and isinstance(features, InceptionFeatures):
+        return features.to(memory_format=torch.channels_last)  # its convolutions follow its weights
+    return features
 
 
-def judge_of_file(features, real, source, origin, c):
-    """Judge of a feature network with the statistics of a file, the same for selection and final
-    comparison; real images, if any, serve precision, recall and the kernel distance."""
-
-    def check(path):
-        reference_from_file(path, features, c.device, None, "")
-
-    path = fetch(source, "the reference statistics", check=check)
-    origin = origin or "of unknown origin: base and selection may have seen its images"
-    if real is None:
-        reference = reference_from_file(path, features, c.device, None, origin)
-        return Judge(features, reference, reference)
-    parts = (real.selection, real.final)
-    references = [reference_from_file(path, features, c.device, r, origin) for r in parts]
-    return Judge(features, *references)
-
-
-def neighbour_radii(points, k=5, most=10_000):
+# -------------------- precision and recall
+def neighbour_radii(
+    points: torch.Tensor, k: int = NEIGHBOURS, most: int = SHARE_IMAGES
+) -> torch.Tensor:
     """Distance of each of the first `most` points [N, D] to its k-th neighbour: float64 [N]."""
     points = points[:most].double()
     # A point's own zero distance is its first neighbour, hence k + 1.
@@ -168,25 +169,30 @@ def neighbour_radii(points, k=5, most=10_000):
 
 
 @torch.no_grad()
-def precision_recall(real, fake, k=5, most=10_000, real_radii=None):
-    """Improved precision and recall (arXiv 1904.06991), k nearest neighbours, at most `most` of
-    each."""
+def precision_recall(
+    real: torch.Tensor,
+    fake: torch.Tensor,
+    k: int = NEIGHBOURS,
+    most: int = SHARE_IMAGES,
+    real_radii: torch.Tensor | None = None,
+) -> tuple[float, float]:
+    """Improved precision and recall (arXiv 1904.06991) of features [N, D] and [M, D], at most
+    `most` of each. real_radii: neighbour_radii(real), where they are known."""
     real, fake = real[:most].double(), fake[:most].double()
-
-    def share_inside(points, manifold, radii):
-        hits = [(torch.cdist(part, manifold) <= radii).any(1) for part in points.split(1000)]
-        return float(torch.cat(hits).double().mean())
-
     if real_radii is None:
         real_radii = neighbour_radii(real, k, most)
     precision = share_inside(fake, real, real_radii)
     return precision, share_inside(real, fake, neighbour_radii(fake, k, most))
 
 
-KERNEL_IMAGES = 10_000  # at most, of each side of the kernel distance
+def share_inside(points: torch.Tensor, manifold: torch.Tensor, radii: torch.Tensor) -> float:
+    """Share of the points [N, D] within the radius [M] of some point of the manifold [M, D]."""
+    hits = [(torch.cdist(part, manifold) <= radii).any(1) for part in points.split(1000)]
+    return float(torch.cat(hits).double().mean())
 
 
-def kernel_rows(points, others):
+# -------------------- kernel distance
+def kernel_rows(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Sum over `others` [M, D] of the kernel (x y / D + 1)^3 with each of the points [N, D]:
     float64 [N]."""
     sums = []
@@ -196,13 +202,13 @@ def kernel_rows(points, others):
     return torch.cat(sums)
 
 
-def kernel_diagonal(points):
+def kernel_diagonal(points: torch.Tensor) -> torch.Tensor:
     """The kernel of each point with itself: float64 [N]."""
     return ((points * points).sum(1) / points.shape[1] + 1) ** 3
 
 
 @torch.no_grad()
-def kernel_distance(reference, fake):
+def kernel_distance(reference: Reference, fake: torch.Tensor) -> tuple[float, list[float]]:
     """Kernel Inception distance (arXiv 1801.01401): the unbiased squared maximum mean discrepancy
     to the real features, and the same without each of FOLDS folds of the fake ones [N, D]."""
     real = reference.real[:KERNEL_IMAGES].double()
@@ -226,9 +232,40 @@ def kernel_distance(reference, fake):
     return float(distance(every)), [float(distance(every[every != k])) for k in every]
 
 
-def check_judges(c, preset, real):
-    """Refuse a --judge or --select-with without real images, or whose file is missing or wrong,
-    before anything is trained."""
+# -------------------- the judges of a study
+def build_judges(c, preset, model, real: RealData | None, processes, example=None) -> list[Judge]:
+    """What decides, then what only judges: the features of the model's own file, or the preset's,
+    or these joined with --select-with, which then follow one by one; then those of --judge.
+
+    Needs no network that is studied, so that what is wrong shows before one is trained. example:
+    four of its images [4, C, H, W], where there are no real ones."""
+    allow_tf32(c.precision)
+    if real is not None:
+        example = real.training.images[:4].to(c.device)
+
+    def build():
+        selecting = [model.own_features(example) or preset.features(c)]
+        for name in dict.fromkeys(c.select_with):
+            selecting.append(feature_network(name, c, preset, real, "--select-with"))
+        unseen = [feature_network(name, c, preset, real, "--judge") for name in judge_names(c)]
+        selecting = [on_device(features, c.device) for features in selecting]
+        check_networks(c, selecting, unseen, example)
+
+        if c.ref or real is None:
+            judges = [judge_of_source(selecting[0], real, *reference_source(c, preset), c.device)]
+        elif len(selecting) == 1:
+            judges = [Judge(selecting[0], real, c.device)]
+        else:
+            joint = JointFeatures(selecting, real.training.images, c.device)
+            judges = [Judge(joint, real, c.device)]
+            judges += [Judge(part, real, c.device, is_part=True) for part in selecting]
+        return judges + [Judge(features, real, c.device) for features in unseen]
+
+    return processes.one_by_one(build)
+
+
+def check_judges(c, preset, real: RealData | None) -> None:
+    """Refuse a --judge or --select-with without real images, or whose file is missing or wrong."""
     if c.select_with and c.ref:
         raise UserError(
             "--select-with needs real images, whose features are joined: leave --ref out"
@@ -241,67 +278,21 @@ def check_judges(c, preset, real):
                 open_judge_file(name, option)
 
 
-def judge_names(c):
+def judge_names(c) -> list[str]:
     """Judges that no selection sees."""
     return [name for name in dict.fromkeys(c.judge) if name not in ("none", *c.select_with)]
 
 
-def build_judges(c, preset, model, real, processes, example=None):
-    """What decides, then what only judges. The first: the features of the model's own file, or the
-    preset's, or these joined with --select-with, which then follow one by one; then those of
-    --judge. With their references. Needs no network that is studied; example: four images of
-    it, where there are no real ones."""
-    allow_tf32(c.precision)
-
-    def build():
-        shown = example if real is None else real.training.images[:4].to(c.device)
-        own = (model.own_features(shown) or preset.features(c)).to(c.device)
-        if c.device == "cuda" and isinstance(own, InceptionFeatures):
-            own.to(memory_format=torch.channels_last)  # its convolutions follow their weights
-
-        # The feature networks, before their references are computed.
-        selecting, unseen = [own], []
-        for name in dict.fromkeys(c.select_with):
-            selecting.append(feature_network(name, c, preset, real, "--select-with").to(c.device))
-        for name in judge_names(c):
-            unseen.append(feature_network(name, c, preset, real).to(c.device))
-        names = [features.name for features in selecting + unseen]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(
-                    f"--judge, --select-with: there are two feature networks named {name}"
-                )
-
-        # The references: of what decides, of its parts, of what only judges.
-        if c.ref or real is None:
-            judges = [judge_of_file(own, real, *reference_source(c, preset), c)]
-        elif len(selecting) == 1:
-            judges = [judge_of_images(own, real, c.device, c.out)]
-        else:
-            images = real.training.images
-            if c.search == "gradient":
-                for part in selecting:
-                    few = images[:4].to(c.device)
-                    check_differentiable(part, few, f"the features {part.name}")
-            joint = JointFeatures(selecting, images, c.device)
-            judges = [judge_of_images(joint, real, c.device, c.out)]
-            judges += [judge_of_images(part, real, c.device, is_part=True) for part in selecting]
-        judges += [judge_of_images(features, real, c.device) for features in unseen]
-        return judges
-
-    return processes.one_by_one(build)
-
-
-def feature_network(name, c, preset, real, option="--judge"):
+def feature_network(name: str, c, preset, real: RealData, option: str = "--judge"):
     """The feature network of one --judge or --select-with."""
     images = real.training.images
     own = preset.judges(c)
     if name in own:
         return own[name]()
     if name == "random-conv":
-        return RandomConvFeatures(images.shape[1])
+        return random_conv(images.shape[1])
     if name == "pixels":
-        return PixelFeatures(images)
+        return pixels(images)
     return FileFeatures(open_judge_file(name, option), images[:4].to(c.device))
 
 
@@ -312,9 +303,30 @@ def open_judge_file(path, option):
     return JudgeFile(path, option)
 
 
-def reference_source(c, preset):
-    """--ref; CIFAR-10's own statistics only for EDM's CIFAR-10 networks, or when they are asked
-    for."""
+def check_networks(c, selecting, unseen, example) -> None:
+    """No two of one name, and a gradient where the search needs one."""
+    names = [features.name for features in selecting + unseen]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--judge, --select-with: there are two feature networks named {name}")
+    if c.search == "gradient" and example is not None:
+        for features in selecting:
+            check_differentiable(features, example, f"the features {features.name}")
+
+
+def judge_of_source(features, real, source: str, origin: str, device: str) -> Judge:
+    """Judge by the statistics of a file or an address; what does not fit is not kept."""
+
+    def check(path):
+        reference_of_file(path, features, device, origin)
+
+    path = fetch(source, "the reference statistics", check=check)
+    return Judge.of_statistics(features, path, origin, device, real)
+
+
+def reference_source(c, preset) -> tuple[str, str]:
+    """(address or path, origin) of --ref; CIFAR-10's own statistics only for EDM's CIFAR-10
+    networks, or when they are asked for."""
     if c.ref and c.ref != "cifar10":
         return c.ref, ""
     if not c.ref and (c.model or c.base not in preset.bases.values()):

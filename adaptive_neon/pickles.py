@@ -1,53 +1,29 @@
-"""Pickles of networks are parsed, never run."""
+"""EDM's pickled networks, read as plain data: nothing in them is imported or called.
+
+A pickle is a program for Python's unpickler. Here none runs: PickleReader walks over its opcodes
+and builds plain data. Safe by construction, whatever the file says:
+  opcodes   those of EDM's files (protocols 2 to 5), at most MOST_OPCODES of them
+  names     those in the tables below; each stands for a type or a method here
+  bytes     text is hardly larger than the file; tensors are views of the file itself
+  nesting   nothing follows the data's own nesting: no recursion, hash or repr of a container"""
 
 import dataclasses
 import io
 import itertools
-import math
+import mmap
 import pickletools
 import sys
-import zipfile
+from pathlib import Path
 
-import numpy as np
 import torch
 
-from .files import Refused, file_bytes, printable
+from .files import Refused, printable
 
-# A pickle is a program for Python's unpickler. None runs here: SafeUnpickler walks over its opcodes
-# and builds plain data. Safe by construction, whatever the file says:
-#   opcodes   those of EDM's and torch's own files (protocols 2 to 5); any other is refused
-#   names     those in the tables below; each stands for a function here, nothing is imported
-#   time      opcodes are counted; a step costs no more than its operands or bytes of the file
-#   memory    storages and text are hardly larger than the file, tensors not larger than it
-#   nesting   nothing follows the data's own nesting: no recursion, hash or repr of a container
 MOST_OPCODES = 500_000  # EDM's CIFAR-10 network has 72,163 (75,815 in protocol 2)
-
-
-SPARE_BYTES = 300 << 20  # beyond a file's own size
-
-
+SPARE_BYTES = 300 << 20  # of text, beyond the file's own size
 MOST_NAMES = 20_000  # of tensors and modules; 427 tensors there
-
-
-MOST_DIMENSION = 1 << 40  # of a tensor, and of its strides and offset
-
-
-TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save's old format begins with it and its version
-
-
-TORCH_VERSION = 1001
-
-
-class Limits:
-    """What a file of `size` bytes may still use: opcodes, bytes of text and storages, tensors."""
-
-    def __init__(self, size):
-        self.left = {"opcodes": MOST_OPCODES, "memory": size + SPARE_BYTES, "tensors": size}
-
-    def spend(self, what, amount):
-        self.left[what] -= amount
-        if self.left[what] < 0:
-            raise Refused(f"it needs more {what} than a network of its size")
+MOST_SIZE = 1 << 40  # of a tensor in one direction, and of its strides and offset
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save's old format begins with it
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,120 +34,68 @@ class Inert:
     state: dict = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(eq=False)
-class Storage:
-    """The elements [count] that tensors are views of; in torch's old format they come last."""
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+CONTAINERS = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": Inert}
 
-    elements: torch.Tensor
-
-    def fill(self, raw):
-        target = self.elements.view(torch.uint8).numpy()
-        if len(raw) != len(target):
-            raise Refused(
-                f"a storage of {len(target)} bytes has {len(raw)}, the file is cut off or damaged"
-            )
-        if len(target):
-            target[:] = np.frombuffer(raw, np.uint8)
-
-
-STORAGE_TYPES = {
+STORAGE_NAMES = {
     ("torch", "DoubleStorage"): torch.float64,
     ("torch", "FloatStorage"): torch.float32,
     ("torch", "HalfStorage"): torch.float16,
     ("torch", "BFloat16Storage"): torch.bfloat16,
-    ("torch", "LongStorage"): torch.int64,
-    ("torch", "IntStorage"): torch.int32,
-    ("torch", "ShortStorage"): torch.int16,
-    ("torch", "CharStorage"): torch.int8,
-    ("torch", "ByteStorage"): torch.uint8,
-    ("torch", "BoolStorage"): torch.bool,
+}
+
+NETWORK_NAMES = {
+    ("collections", "OrderedDict"): "plain_dict",
+    ("dnnlib.util", "EasyDict"): "plain_dict",
+    ("torch._utils", "_rebuild_parameter"): "parameter",
+    ("torch._utils", "_rebuild_tensor_v2"): "tensor",
+    ("torch.storage", "_load_from_bytes"): "storage",
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): "persistent_object",
+    ("torch.nn.modules.container", "ModuleDict"): "other_object",
+    ("numpy", "dtype"): "other_object",
+    ("numpy.core.multiarray", "scalar"): "other_object",
+    ("numpy._core.multiarray", "scalar"): "other_object",
+    ("builtins", "set"): "other_object",
+    ("__builtin__", "set"): "other_object",
+    ("_codecs", "encode"): "encoded",
 }
 
 
-# The opcodes of EDM's and torch's own files, protocols 2 to 5, by what they need.
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+class PickleReader:
+    """The pickles of a stream, one after the other, as plain data.
 
+    stream: binary file; data: writable memoryview of the same bytes. names: what a pickle may name,
+    {(module, name): a type, or the name of a method}. Values: None, bool, int, float, str,
+    memoryview (for bytes), tuple, list, dict, torch.dtype, Tensor and Inert."""
 
-CONTAINERS = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": Inert}
-
-
-NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
-
-
-TEXTS = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
-
-
-BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
-
-
-MEMO = {"MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"}
-
-
-ITEMS = {"MARK", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS"}
-
-
-CALLS = {"GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID"}
-
-
-ADMITTED = {*CONSTANTS, *CONTAINERS, *NUMBERS, *TEXTS, *BYTES, *MEMO, *ITEMS, *CALLS}
-
-
-ADMITTED |= {"PROTO", "FRAME", "STOP"}
-
-
-OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes if opcode.name in ADMITTED}
-
-
-CUT_OFF = "it ends in the middle, the file is cut off"
-
-
-class SafeUnpickler:
-    """One pickle after the other of a stream, as plain data; the names are those of torch.save.
-
-    stream: binary file; data: memoryview of the same bytes. Values: None, bool, int, float, str,
-    memoryview (for bytes), tuple, list, dict, torch.dtype, Tensor, Inert and Storage."""
-
-    def __init__(self, stream, data, limits):
-        self.stream, self.data, self.limits = stream, data, limits
-        self.storages = {}  # key -> Storage
-        self.names = STORAGE_TYPES | {
-            ("collections", "OrderedDict"): self.plain_dict,
-            ("torch._utils", "_rebuild_parameter"): self.parameter,
-            ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
-        }
+    def __init__(self, stream, data, names):
+        self.stream, self.data, self.names = stream, data, names
+        self.opcodes, self.text = MOST_OPCODES, len(data) + SPARE_BYTES  # what is left of them
 
     def load(self):
         """The next pickle; the stream then stands behind it."""
         self.stack, self.marks, self.memo = [], [], {}
-        name = None
-        while name != "STOP":
-            self.limits.spend("opcodes", 1)
-            code = self.stream.read(1).decode("latin1")
-            if code not in OPCODES:
-                name = pickletools.code2op[code].name if code in pickletools.code2op else repr(code)
-                raise Refused(f"opcode {name}, which EDM's files do not have" if code else CUT_OFF)
-            name, operand = OPCODES[code].name, OPCODES[code].arg
-            self.step(name, operand.reader(self.stream) if operand else None)
+        for opcode, arg, _ in pickletools.genops(self.stream):
+            self.opcodes -= 1
+            if self.opcodes < 0:
+                raise Refused("it needs more opcodes than a network")
+            self.step(opcode.name, arg)
         return self.stack.pop()
 
     def step(self, opcode, arg):
-        stack = self.stack
-        if opcode in CONSTANTS:
-            stack.append(CONSTANTS[opcode])
-        elif opcode in CONTAINERS:
-            stack.append(CONTAINERS[opcode]())
-        elif opcode in NUMBERS:
-            stack.append(arg)
-        elif opcode not in ("PROTO", "FRAME", "STOP"):
-            self.work(opcode, arg)
-
-    def work(self, opcode, arg):
         stack, memo = self.stack, self.memo
         match opcode:
-            # Text, bytes, and what was there before
-            case "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8":
-                self.limits.spend("memory", sys.getsizeof(arg))
+            # Values, and what was there before
+            case "PROTO" | "FRAME" | "STOP" | "BINPERSID":
+                pass  # the last: storage() knows what its tuple means
+            case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
+                stack.append(CONSTANTS[opcode])
+            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
+                stack.append(CONTAINERS[opcode]())
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
                 stack.append(arg)
+            case "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8":
+                stack.append(self.counted(arg))
             case "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8":
                 end = self.stream.tell()
                 stack.append(self.data[end - len(arg) : end])
@@ -190,12 +114,14 @@ class SafeUnpickler:
                 stack.append(tuple(reversed(items)))
             case "APPEND" | "APPENDS":
                 items = [stack.pop()] if opcode == "APPEND" else self.since_mark()
-                self.top(list).extend(items)
+                if type(stack[-1]) is not list:
+                    raise Refused("items for something that is not a list")
+                stack[-1].extend(items)
             case "SETITEM" | "SETITEMS":
                 items = [stack.pop(-2), stack.pop()] if opcode == "SETITEM" else self.since_mark()
-                self.set_items(self.top(dict), items)
+                self.set_items(stack[-1], items)
 
-            # Names, and calls of the functions that they stand for
+            # Names, and calls of what they stand for
             case "GLOBAL":
                 stack.append(self.named(*arg.split(" ", 1)))
             case "STACK_GLOBAL":
@@ -207,16 +133,28 @@ class SafeUnpickler:
                     raise Refused(f"{opcode} of something that is not a call")
                 stack.append(function(*args))
             case "BUILD":
-                self.build(stack.pop())
-            case "BINPERSID":
-                stack.append(self.persistent(stack.pop()))
+                # Attributes of a dict (torch's _metadata, hooks) are not needed.
+                state = stack.pop()
+                if type(stack[-1]) is Inert:
+                    stack[-1].state = state if type(state) is dict else {}
+                elif type(stack[-1]) is not dict:
+                    raise Refused("BUILD would change something that has no attributes")
+            case _:
+                raise Refused(f"opcode {opcode}, which EDM's files do not have")
+
+    def counted(self, text):
+        """One wide character makes all of a text wide."""
+        self.text -= sys.getsizeof(text)
+        if self.text < 0:
+            raise Refused("it needs more memory for its text than a network")
+        return text
 
     def named(self, module, name):
         found = self.names.get((module, name)) if type(module) is type(name) is str else None
         if found is None:
             name = ".".join(part for part in (module, name) if type(part) is str)
             raise Refused(f"it wants to call {printable(name)}")
-        return found
+        return getattr(self, found) if type(found) is str else found
 
     def since_mark(self):
         start = self.marks.pop()
@@ -224,201 +162,84 @@ class SafeUnpickler:
         del self.stack[start:]
         return items
 
-    def top(self, kind):
-        if type(self.stack[-1]) is not kind:
-            raise Refused(f"items for something that is not a {kind.__name__}")
-        return self.stack[-1]
-
     def set_items(self, target, items):
         """items: key, value, key, value, ...; a key that is long or deep could be slow to hash."""
+        if type(target) is not dict:
+            raise Refused("items for something that is not a dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            text = type(key) is str and len(key) <= 200
-            number = type(key) is int and 0 <= key < 100_000
-            if not (text or number):
-                raise Refused("a dictionary's key is neither short text nor a small integer")
+            if not (type(key) is str and len(key) <= 200):
+                raise Refused("a dictionary's key is not a short text")
             target[key] = value
 
-    def build(self, state):
-        """The state of an Inert; attributes of a dict (torch's _metadata, hooks) are not needed."""
-        target = self.stack[-1]
-        if type(target) is Inert:
-            target.state = state if type(state) is dict else {}
-        elif type(target) is not dict:
-            raise Refused("BUILD would change the attributes of something that has none")
-
-    # The functions that names in the pickle stand for; what they are given can be anything.
+    # What the names in a pickle stand for; what they are given can be anything.
     def plain_dict(self):
         return {}
 
-    def parameter(self, tensor, requires_grad=False, hooks=None):
-        return tensor
-
-    def tensor(self, storage, offset, size, stride, *_):
-        """A view of the storage; repeated elements (stride 0) count as often as they appear."""
-        for numbers in (size, stride, (offset,)):
-            if type(numbers) is not tuple or len(numbers) > 8:
-                raise Refused("the size of a tensor is not a short tuple")
-            if not all(type(n) is int and 0 <= n < MOST_DIMENSION for n in numbers):
-                raise Refused("the size of a tensor has something else than non-negative integers")
-        if type(storage) is not Storage or len(size) != len(stride):
-            raise Refused("a tensor without a storage of its shape")
-
-        elements = storage.elements
-        self.limits.spend("tensors", math.prod(size) * elements.itemsize)
-        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if 0 in size:
-            return elements.new_empty(size)
-        if last >= len(elements):
-            raise Refused("a tensor reaches beyond its storage")
-        return elements.as_strided(size, stride, offset)
-
-    def persistent(self, value):
-        """("storage", type, key, device, count, ...) of torch.save -> Storage on the CPU."""
-        if (
-            type(value) is not tuple
-            or len(value) < 5
-            or type(value[0]) is not str
-            or value[0] != "storage"
-        ):
-            raise Refused("a persistent object that is no storage")
-        _, dtype, key, _, count, *_ = value
-        if type(key) is not str or len(key) > 200:
-            raise Refused("a storage without a name")
-        if key not in self.storages:
-            self.storages[key] = self.new_storage(key, dtype, count)
-        elements = self.storages[key].elements
-        if elements.dtype != dtype or len(elements) != count:
-            raise Refused("a storage of two types or sizes")
-        return self.storages[key]
-
-    def new_storage(self, key, dtype, count):
-        if (
-            type(dtype) is not torch.dtype
-            or type(count) is not int
-            or not 0 <= count < MOST_DIMENSION
-        ):
-            raise Refused("a storage without type or size")
-        self.limits.spend("memory", count * dtype.itemsize)
-        return Storage(torch.empty(count, dtype=dtype))
-
-
-class EdmUnpickler(SafeUnpickler):
-    """A network snapshot: EDM's persistent objects, and storages that are pickles in the pickle."""
-
-    def __init__(self, stream, data, limits):
-        super().__init__(stream, data, limits)
-        self.names |= {
-            ("torch_utils.persistence", "_reconstruct_persistent_obj"): self.persistent_object,
-            ("torch.storage", "_load_from_bytes"): self.storage_of_bytes,
-            ("torch.nn.modules.container", "ModuleDict"): self.object,
-            ("torch.nn.modules.container", "ModuleList"): self.object,
-            ("torch.nn.modules.container", "Sequential"): self.object,
-            ("numpy", "dtype"): self.object,
-            ("numpy.core.multiarray", "scalar"): self.object,
-            ("numpy._core.multiarray", "scalar"): self.object,
-            ("builtins", "set"): self.object,
-            ("__builtin__", "set"): self.object,
-            ("dnnlib.util", "EasyDict"): self.plain_dict,
-            ("_codecs", "encode"): self.encoded,
-        }
-
-    def object(self, *_):
+    def other_object(self, *_):
         return Inert()
 
     def persistent_object(self, meta):
         """EDM's modules carry their source, which EDM runs; here it is text that nobody reads."""
-        name, state = (
-            (meta.get("class_name"), meta.get("state")) if type(meta) is dict else (None, None)
-        )
+        meta = meta if type(meta) is dict else {}
+        name, state = meta.get("class_name"), meta.get("state")
         if type(name) is not str or type(state) is not dict:
             raise Refused("a persistent object without class_name and state")
         return Inert(name, state)
-
-    def storage_of_bytes(self, blob):
-        if type(blob) is Inert and type(blob.state.get("latin1")) is str:
-            blob = memoryview(blob.state["latin1"].encode("latin1"))
-        if type(blob) is not memoryview:
-            raise Refused("a storage that is not bytes")
-        if bytes(blob[:2]) == b"PK":
-            raise Refused("a storage in a zip archive, which could be compressed")
-        return read_legacy(io.BytesIO(blob[:4096]), blob, self.limits)
 
     def encoded(self, text, encoding):
         """Protocol 2 has no bytes: they are text in Latin-1."""
         if type(text) is not str or type(encoding) is not str or encoding != "latin1":
             raise Refused("text in an encoding other than Latin-1")
-        return Inert(state={"latin1": text})
+        return memoryview(bytearray(self.counted(text).encode("latin1")))
 
+    def parameter(self, tensor, requires_grad=False, hooks=None):
+        return tensor
 
-def read_legacy(stream, data, limits):
-    """torch.save's old format: magic number, version, system, value and keys, then the storages."""
-    reader = SafeUnpickler(stream, data, limits)
-    magic, version = reader.load(), reader.load()
-    if (type(magic), magic, type(version), version) != (int, TORCH_MAGIC, int, TORCH_VERSION):
-        raise Refused("neither a torch.save archive nor its old format")
-    system, value, keys = reader.load(), reader.load(), reader.load()
-    if type(system) is not dict or system.get("little_endian") is not True:
-        raise Refused("written on a big-endian machine")
-    if type(keys) is not list or not all(type(key) is str for key in keys):
-        raise Refused("its storages have no names")
-    if sorted(keys) != sorted(reader.storages):
-        raise Refused("its storages are not the ones that its tensors need")
+    def tensor(self, elements, offset, size, stride, *_):
+        """A view of a storage's elements [count]."""
+        if type(elements) is not torch.Tensor or elements.ndim != 1:
+            raise Refused("a tensor without a storage")
+        if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride):
+            raise Refused("a tensor without a size")
+        numbers = (*size, *stride, offset)
+        if len(numbers) > 20 or not all(type(n) is int and 0 <= n < MOST_SIZE for n in numbers):
+            raise Refused("the size of a tensor is not a few non-negative integers")
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if 0 in size or last >= len(elements):
+            raise Refused("a tensor is empty or reaches beyond its storage")
+        return elements.as_strided(size, stride, offset)
 
-    # Each storage: its element count in 8 bytes, then the elements.
-    position = stream.tell()
-    for key in keys:
-        storage = reader.storages[key]
-        start, position = position + 8, position + 8 + storage.elements.nbytes
-        if int.from_bytes(data[start - 8 : start], "little") != len(storage.elements):
-            raise Refused(f"storage {printable(key)} has another size than its tensors say")
-        storage.fill(data[start:position])
-    if position != len(data):
-        raise Refused("it goes on behind its last storage")
-    return value
-
-
-class ZipUnpickler(SafeUnpickler):
-    """data.pkl of torch.save's archive; the storages are files beside it, with checksums."""
-
-    def __init__(self, archive, folder, limits):
-        self.archive, self.folder = archive, folder
-        data = self.entry("data.pkl")
-        super().__init__(io.BytesIO(data), memoryview(data), limits)
-        if f"{folder}byteorder" in archive.namelist() and self.entry("byteorder") != b"little":
+    def storage(self, blob):
+        """A storage in torch.save's old format: magic number, version, system, ("storage", type,
+        key, device, count, ...) and [key] as pickles; the count in 8 bytes; the elements."""
+        if type(blob) is not memoryview:
+            raise Refused("a storage that is not bytes")
+        stream = io.BytesIO(blob[:4096])
+        reader = PickleReader(stream, blob, STORAGE_NAMES)
+        magic, _, system, saved, keys = (reader.load() for _ in range(5))
+        if type(magic) is not int or magic != LEGACY_MAGIC or type(saved) is not tuple:
+            raise Refused("a storage that is not in the old format of torch.save")
+        if type(system) is not dict or system.get("little_endian") is not True:
             raise Refused("written on a big-endian machine")
 
-    def entry(self, name):
-        info = self.archive.getinfo(self.folder + name)
-        if info.compress_type != zipfile.ZIP_STORED:  # it could inflate
-            raise Refused(f"{printable(name)} in it is compressed, torch.save compresses nothing")
-        return self.archive.read(info)
+        _, dtype, key, _, count, *_ = saved
+        start = stream.tell() + 8
+        elements = blob[start:]
+        if type(dtype) is not torch.dtype or type(key) is not str or keys != [key]:
+            raise Refused("a storage without type and name")
+        whole = type(count) is int and len(elements) == count * dtype.itemsize > 0
+        if not whole or int.from_bytes(blob[start - 8 : start], "little") != count:
+            raise Refused("a storage of another size than it says, the file is cut off or damaged")
+        return torch.frombuffer(elements, dtype=dtype)
 
-    def new_storage(self, key, dtype, count):
-        storage = super().new_storage(key, dtype, count)
-        storage.fill(self.entry(f"data/{key}"))
-        return storage
 
+def read_pickle(path: Path):
+    """The pickle of an EDM network in a file, as plain data: see PickleReader for its values.
 
-def checked_torch_load(path):
-    """What torch.save wrote, archive or old format, as plain data and CPU tensors; nothing is run.
-
-    For state dicts, optimizer and training states: numbers, text, tuples, lists, dicts and tensors
-    (an OrderedDict is a dict). Refused or another of FILE_ERRORS: use it inside reading()."""
-    data = file_bytes(path)
-    limits = Limits(len(data))
-    if not data.startswith(b"PK"):
-        return read_legacy(io.BytesIO(data), memoryview(data), limits)
-    if data.count(b"PK\x01\x02") > MOST_NAMES:  # entries, before each becomes an object
-        raise Refused("an archive of too many files")
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        folders = [
-            name.removesuffix("data.pkl")
-            for name in archive.namelist()
-            if name.endswith("/data.pkl")
-        ]
-        if len(folders) != 1:
-            raise Refused("an archive without data.pkl: torch.save did not write it")
-        return ZipUnpickler(archive, folders[0], limits).load()
+    Refused or another of FILE_ERRORS: use it inside reading()."""
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # tensors are views of it
+    return PickleReader(mapped, memoryview(mapped), NETWORK_NAMES).load()
 
 
 def inert_tensors(module, prefix="", steps=None):
@@ -429,10 +250,8 @@ def inert_tensors(module, prefix="", steps=None):
         if type(entries) is not dict:
             raise Refused("a module that is no module")
         for name, value in entries.items():
-            if next(steps) > MOST_NAMES:
+            if next(steps) > MOST_NAMES or len(prefix) > 200:
                 raise Refused("it has too many tensors and modules")
-            if type(name) is not str or not name or "." in name or len(prefix) > 200:
-                raise Refused("names of modules that torch does not have")
             if kind == "_modules" and value is not None:
                 yield from inert_tensors(value, f"{prefix}{name}.", steps)
             elif value is not None:

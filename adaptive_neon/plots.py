@@ -1,6 +1,7 @@
 """Pictures of a study."""
 
 import math
+import re
 from functools import partial
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from .files import write_atomically
-from .report import weights_title
+from .report import strict, weights_title
+from .verdicts import number
 
 # Dark to light, so that they stay apart in grey print; markers and hatches repeat them.
 STYLES = {
@@ -21,12 +23,16 @@ STYLES = {
 }
 
 
+OTHER = {"color": "#3f8f6b", "marker": "P", "hatch": "||"}
+
+
 def style_of(name):
-    return STYLES[name.split()[0]]
+    return STYLES.get(re.split("[ ,]", name)[0], OTHER)
 
 
 def figures_of(summary, samples):
     """{file name: (function, data)} of one training seed's pictures."""
+    summary = strict(summary)
     figures = {"scores.png": (plot_scores, summary)}
     for entry in summary["snapshots"]:
         kimg = entry["kimg"]
@@ -39,58 +45,63 @@ def figures_of(summary, samples):
 
 
 def error_bars(rows, key="fd"):
-    """Values and the lengths of their intervals below and above, as errorbar() takes them."""
+    """Values and the lengths of their intervals below and above, as errorbar() takes them; where a
+    sampler diverged (None) there is nothing to draw."""
     table = np.array([[row[key], row["low"], row["high"]] for row in rows], float)
-    table[~np.isfinite(table)] = np.nan  # where a sampler diverged there is nothing to draw
-    values, low, high = table.T
+    values, low, high = table.reshape(-1, 3).T
     return values, np.stack([values - low, high - values]).clip(0)
 
 
 def plot_scores(plt, summary):
-    """Final distances with their intervals, against the snapshot where there are several; distance,
-    precision and recall against the global weight."""
-    entries = summary["snapshots"]
+    """Final distances; distance, precision and recall against the global weight."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    final, sweep, shares = axes
+    plot_final(axes[0], summary["snapshots"])
+    axes[0].set(title="final comparison, 95% (not paired)", ylabel=summary["score"])
+    colours = plt.get_cmap("cividis")(np.linspace(0, 0.8, len(summary["snapshots"])))
+    plot_sweep(*axes[1:], summary["snapshots"], colours)
+    axes[1].set(title="selection seeds, 95% (not paired)", ylabel=summary["score"])
+
+
+def plot_final(axis, entries):
+    """Final distances with their intervals, against the snapshot where there are several."""
     names = list(entries[0]["final"])
     if len(entries) == 1:
-        rows = [entries[0]["final"][name] for name in names]
-        values, errors = error_bars(rows)
+        values, errors = error_bars([entries[0]["final"][name] for name in names])
         for i, name in enumerate(names):
             style = style_of(name)
-            final.bar(i, values[i], color=style["color"], hatch=style["hatch"], edgecolor="white")
-        final.errorbar(range(len(names)), values, errors, fmt="none", ecolor="black", capsize=4)
-        final.set_xticks(range(len(names)), names, rotation=20)
-        final.set(ylim=(0, None))
-    else:
-        x = [entry["kimg"] for entry in entries]
-        for name in names:
-            if name != "collapsed":
-                values, errors = error_bars([entry["final"][name] for entry in entries])
-                style = style_of(name)
-                final.errorbar(
-                    x, values, errors, color=style["color"], marker=style["marker"], label=name
-                )
-        final.set(xlabel="self-training (kimg)")
-        final.legend()
-    final.set(title="final comparison, 95% (not paired)", ylabel=summary["score"])
+            axis.bar(i, values[i], color=style["color"], hatch=style["hatch"], edgecolor="white")
+        axis.errorbar(range(len(names)), values, errors, fmt="none", ecolor="black", capsize=4)
+        axis.set_xticks(range(len(names)), names, rotation=20)
+        axis.set(ylim=(0, None))
+        return
 
-    greys = plt.get_cmap("cividis")(np.linspace(0, 0.8, len(entries)))
-    for entry, colour in zip(entries, greys, strict=True):
+    x = [entry["kimg"] for entry in entries]
+    for name in names:
+        if name == "collapsed":
+            continue  # so far above that the others would be one line
+        values, errors = error_bars([entry["final"][name] for entry in entries])
+        style = style_of(name)
+        axis.errorbar(x, values, errors, color=style["color"], marker=style["marker"], label=name)
+    axis.set(xlabel="self-training (kimg)")
+    axis.legend()
+
+
+def plot_sweep(distance, shares, entries, colours):
+    """Distance with its interval, precision and recall against the global weight."""
+    for entry, colour in zip(entries, colours, strict=True):
         kimg = f", {entry['kimg']:g} kimg" if len(entries) > 1 else ""
-        rows = [row for row in entry["sweep"] if math.isfinite(row["fd"])]
+        rows = [row for row in entry["sweep"] if row["fd"] is not None]
         x = [row["w_global"] for row in rows]
         values, errors = error_bars(rows)
-        sweep.errorbar(x, values, errors, color=colour, marker="o", capsize=3, label=kimg[2:])
+        distance.errorbar(x, values, errors, color=colour, marker="o", capsize=3, label=kimg[2:])
         if all("precision" in row for row in rows):
             for key, line in (("precision", "-"), ("recall", "--")):
                 y = [row[key] for row in rows]
                 shares.plot(x, y, line, color=colour, marker="o", label=f"{key}{kimg}")
-    sweep.axvline(0, color="#8c8c8c", linewidth=0.8, linestyle=":")
-    sweep.set(xlabel="w, the same for all blocks", ylabel=summary["score"])
-    sweep.set(title="selection seeds, 95% (not paired)")
+    distance.axvline(0, color="#8c8c8c", linewidth=0.8, linestyle=":")
+    distance.set(xlabel="w, the same for all blocks")
     if len(entries) > 1:
-        sweep.legend()
+        distance.legend()
     if shares.lines:
         shares.set(xlabel="w, the same for all blocks", title="selection seeds")
         shares.legend()
@@ -104,16 +115,19 @@ def plot_grid(plt, data):
     rows, score = data
     first, middle, last = rows[0]["w"]
     columns = {block: sorted({row["w"][block] for row in rows}) for block in (first, middle, last)}
-    table = {tuple(row["w"].values()): row["fd"] for row in rows}
+    table = {}
+    for row in rows:
+        if row["fd"] is not None:
+            table[row["w"][first], row["w"][middle], row["w"][last]] = row["fd"]
+    low, high = min(table.values(), default=0), max(table.values(), default=1)
+    least = min(table, key=table.get, default=None)
+
     width = 0.9 + max(1.6, 0.62 * len(columns[last]))
     height = 1.0 + max(1.3, 0.46 * len(columns[first]))
     count = len(columns[middle])
     figure, axes = plt.subplots(
         1, count, figsize=(width * count + 0.8, height), squeeze=False, layout="constrained"
     )
-    finite = [fd for fd in table.values() if math.isfinite(fd)]
-    low, high = min(finite, default=0), max(finite, default=1)
-    least = min(table, key=table.get)
     for axis, m in zip(axes[0], columns[middle], strict=True):
         cells = [[table.get((y, m, x), np.nan) for x in columns[last]] for y in columns[first]]
         image = axis.imshow(cells, vmin=low, vmax=high, cmap="cividis", aspect="auto")
@@ -122,8 +136,8 @@ def plot_grid(plt, data):
         axis.set_yticks(range(len(columns[first])), [f"{value:g}" for value in columns[first]])
         for i, y in enumerate(columns[first]):
             for j, x in enumerate(columns[last]):
-                value = table.get((y, m, x), math.nan)
-                if not math.isfinite(value):
+                value = table.get((y, m, x))
+                if value is None:
                     continue
                 dark = value < (low + high) / 2
                 ink = "white" if dark else "black"
@@ -147,38 +161,37 @@ def plot_judges(plt, data):
     """Relative gains side by side, one group of points for each judge; the selection's own features
     come first."""
     entry, score = data
-    claims = {(claim["model"], claim["against"]): claim for claim in entry["claims"]}
-    panels = []
-    for against in ("base", "global"):
-        models = [model for model, other in claims if other == against]
-        if models:
-            panels.append((against, models))
+    panels = {"base": [], "global": []}  # claims against each
+    for claim in entry["claims"]:
+        if claim["against"] in panels:
+            panels[claim["against"]].append(claim)
+    panels = {against: claims for against, claims in panels.items() if claims}
     own = score.removeprefix("FD (").split(",")[0].replace("+", " +\n")
     names = [f"{own} (own)", *entry["judges"]]
+
     figure, axes = plt.subplots(
         1, len(panels), figsize=(6.5 * len(panels), 3.8), squeeze=False, layout="constrained"
     )
-    for axis, (against, models) in zip(axes[0], panels, strict=True):
-        for place, model in enumerate(models):
-            claim = claims[model, against]
-            gains = [claim["own"], *claim["judges"].values()]
+    for axis, (against, claims) in zip(axes[0], panels.items(), strict=True):
+        for place, claim in enumerate(claims):
+            gains = [claim["own"], *(claim["judges"][judge] for judge in entry["judges"])]
             rows = []
             for gain in gains:
                 keys = {"fd": "difference", "low": "low", "high": "high"}
-                rows.append({k: 100 * gain[f"relative_{v}"] for k, v in keys.items()})
+                rows.append({key: gain[f"relative_{of}"] for key, of in keys.items()})
             values, errors = error_bars(rows)
-            x = np.arange(len(names)) + 0.14 * (place - (len(models) - 1) / 2)
-            style = style_of(model)
+            x = np.arange(len(names)) + 0.14 * (place - (len(claims) - 1) / 2)
+            style = style_of(claim["model"])
             axis.errorbar(
                 x,
-                values,
-                errors,
+                100 * values,
+                100 * errors,
                 fmt=style["marker"],
                 color=style["color"],
                 markeredgecolor="black",
                 ecolor="#404040",
                 capsize=3,
-                label=model,
+                label=claim["model"],
             )
         axis.axhline(0, color="black", linewidth=0.8)
         axis.axvline(0.5, color="#8c8c8c", linewidth=0.8, linestyle=":")
@@ -198,10 +211,12 @@ def plot_seeds(plt, summary):
     for key, label, marker, shift_y in sides:
         colour = STYLES["global" if key == "own_relative" else "blockwise"]["color"]
         for i, row in enumerate(rows):
-            x = 100 * np.array(row[key])
+            x = 100 * np.array(row[key], float)
             axis.plot(x, np.full(len(x), i + shift_y), marker, color=colour, alpha=0.6)
             if len(x):
-                axis.plot(x.mean(), i + shift_y, "|", color="black", markersize=14)
+                axis.plot(
+                    np.mean(x[np.isfinite(x)]), i + shift_y, "|", color="black", markersize=14
+                )
         axis.plot([], [], marker, color=colour, label=label)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(
@@ -240,7 +255,7 @@ def plot_samples(plt, data, title_height=56, margin=12):
     for name, panel in panels.items():
         figure.figimage(panel, x, margin, origin="upper")
         result = entry["final"][name]
-        text = f"{name}: {result['fd']:.4g}\nw = {weights_title(result['w'])}"
+        text = f"{name}: {number(result['fd'])}\nw = {weights_title(result['w'])}"
         figure.text(x / width, 1 - 8 / height, text, fontsize=8, va="top")
         x += panel.shape[1] + margin
 

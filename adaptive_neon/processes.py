@@ -2,7 +2,11 @@
 
 import contextlib
 import datetime
+import math
 import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,18 +24,18 @@ class Diverged(UserError):
 class Processes:
     """This process among `world`: its device and rank, and how the ranks share work and agree."""
 
-    def __init__(self, device, rank=0, world=1):
+    def __init__(self, device: str = "cpu", rank: int = 0, world: int = 1):
         self.device, self.rank, self.world = device, rank, world
 
-    def barrier(self):
+    def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
 
-    def decide(self, work):
+    def decide(self, work: Callable):
         """work() on the first rank alone; its result, or its error, on every rank."""
         if self.world == 1:
             return work()
-        outcome = [None, None]  # result, failure
+        outcome: list = [None, None]  # result, failure
         if self.rank == 0:
             try:
                 outcome[0] = work()
@@ -43,7 +47,7 @@ class Processes:
             raise failure
         return result
 
-    def one_by_one(self, work):
+    def one_by_one(self, work: Callable):
         """work() on the first rank, then on the others, which find its files."""
         if self.world == 1:
             return work()
@@ -56,7 +60,7 @@ class Processes:
         self.decide(on_first_rank)
         return first if self.rank == 0 else work()
 
-    def map_batches(self, work, seeds, batch, desc=None):
+    def map_batches(self, work: Callable, seeds, batch: int, desc: str | None = None) -> list:
         """[work(batch of seeds)] in the order of the seeds; every rank gets all. On a CPU, where
         small networks leave cores idle, several batches at once."""
         parts = np.array_split(np.asarray(seeds), -(-len(seeds) // batch))
@@ -68,27 +72,28 @@ class Processes:
 
         if self.world == 1:
             return [work(part) for part in tqdm(mine, **bar)]
-        outcome = []
+        results: list = []
+        failure = None
         try:
             for part in tqdm(mine, **bar):
-                outcome.append(work(part))
-        except (Diverged, UserError, torch.OutOfMemoryError) as error:
-            outcome = type(error)(str(error))  # the others must hear of it
-        gathered = [None] * self.world
-        dist.all_gather_object(gathered, outcome)
-        for outcome in gathered:
-            if isinstance(outcome, Exception):
-                raise outcome
-        return [gathered[i % self.world][i // self.world] for i in range(len(parts))]
+                results.append(work(part))
+        except (UserError, torch.OutOfMemoryError) as error:
+            failure = type(error)(str(error))  # the others must hear of it
+        gathered: list = [None] * self.world
+        dist.all_gather_object(gathered, (results, failure))
+        for _, failure in gathered:
+            if failure is not None:
+                raise failure
+        return [gathered[i % self.world][0][i // self.world] for i in range(len(parts))]
 
-    def workers(self):
+    def workers(self) -> int:
         """Batches at once."""
         if self.device != "cpu" or self.world > 1:
             return 1
-        return max(1, os.cpu_count() // torch.get_num_threads())
+        return max(1, usable_cores() // torch.get_num_threads())
 
     @contextlib.contextmanager
-    def alone_in(self, folder, reads_only):
+    def alone_in(self, folder: Path, reads_only: bool = False) -> Iterator[None]:
         """Refuse a second run in the same folder while this one lives; clear what a killed one
         left."""
         if reads_only or self.rank > 0:
@@ -105,22 +110,74 @@ class Processes:
             yield
 
 
-def start_processes(c, preset):
-    """Threads, and torch.distributed under torchrun; nothing changes either of them later."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def usable_cores() -> int:
+    """Cores that this process may use: taskset and batch systems allow fewer than there are, and a
+    container's share may be smaller still."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return max(1, math.ceil(min(cores, cgroup_share())))
+
+
+def cgroup_share(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Cores' worth of time that the container may use, infinity without a limit: version 2 and
+    1."""
+    with contextlib.suppress(OSError, ValueError):
+        limit, period = (root / "cpu.max").read_text().split()
+        return math.inf if limit == "max" else int(limit) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        quota = int((root / "cpu/cpu.cfs_quota_us").read_text())
+        return quota / int((root / "cpu/cpu.cfs_period_us").read_text()) if quota > 0 else math.inf
+    return math.inf
+
+
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of torchrun
+
+
+def rank_and_world(environment: dict) -> tuple[int, int, int]:
+    """(rank, world, local rank) of torchrun's variables; (0, 1, 0) without them. Batch systems
+    leave some of the same names behind: unless all are there, this is one process, and says so."""
+    given = {name: environment.get(name, "").strip() for name in RENDEZVOUS}
+    missing = [name for name, value in given.items() if not value]
+    if missing:
+        if given["WORLD_SIZE"] not in ("", "1"):
+            print(
+                f"WORLD_SIZE is {given['WORLD_SIZE']}, but {', '.join(missing)} not set: this runs "
+                "as one process (torchrun sets them all)",
+                file=sys.stderr,
+            )
+        return 0, 1, 0
+
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        if not given[name].isdecimal():
+            raise UserError(f"the environment variable {name} is {given[name]!r}, not a number")
+        numbers[name] = int(given[name])
+    rank, world, local_rank = numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"]
+    for name in ("RANK", "LOCAL_RANK"):
+        if numbers[name] >= max(world, 1):
+            raise UserError(
+                f"the environment variable {name} is {numbers[name]}, and WORLD_SIZE is {world}: "
+                "start with torchrun, or unset them"
+            )
+    return rank, world, local_rank
+
+
+def start_processes(device: str, threads: int = 0, small: bool = False) -> Processes:
+    """Threads of one batch (0: all), and torch.distributed under torchrun; nothing changes either
+    of them later. small: networks that a CPU's caches hold."""
+    rank, world, local_rank = rank_and_world(dict(os.environ))
     if world > 1:
-        if c.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if device == "cuda":
+            torch.cuda.set_device(local_rank)
         # The first rank may download or train features for long while the others wait.
         patience = datetime.timedelta(days=1)
-        dist.init_process_group("nccl" if c.device == "cuda" else "gloo", timeout=patience)
-    threads = c.threads or preset.threads
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=patience)
     if threads:
         torch.set_num_threads(threads)
-    if c.device == "cuda":
+    if device == "cuda":
         torch.backends.cudnn.benchmark = True
-    if preset.small:
-        torch.empty(
-            2**22
-        )  # freeing 16 MB raises glibc's mmap threshold: no page faults for every activation
-    return Processes(c.device, rank, world)
+    if small:
+        # Freeing 16 MB raises glibc's mmap threshold: no page faults for every activation.
+        torch.empty(2**22)
+    return Processes(device, rank, world)

@@ -1,5 +1,6 @@
-"""Tables and notes: summary.json and table.md."""
+"""Tables and notes: summary.json and table.md, from plain data."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -12,17 +13,26 @@ import numpy as np
 import scipy
 import torch
 
-import neon_ext
-
+from .extension import neon_ext
 from .files import write_atomically
-from .stats import as_shares, mean_and_spread
+from .verdicts import mean_and_spread, number, percent
+
+# -------------------- cells
 
 
-def interval(gain):
-    return f"{gain['difference']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]"
+def interval(gain) -> str:
+    """A paired difference and its 95% interval."""
+    low, high = number(gain["low"], "+"), number(gain["high"], "+")
+    return f"{number(gain['difference'], '+')} [{low}, {high}]"
 
 
-def weights_text(w):
+def interval_in_shares(gain) -> str:
+    """The same as shares of the other's distance."""
+    low, high = percent(gain["relative_low"]), percent(gain["relative_high"])
+    return f"{percent(gain['relative_difference'])} [{low}, {high}]"
+
+
+def weights_text(w) -> str:
     """One number where all blocks agree, else every block's."""
     values = set(w.values())
     if len(values) == 1:
@@ -30,83 +40,81 @@ def weights_text(w):
     return ", ".join(f"{block} {value:.3g}" for block, value in w.items())
 
 
-def weights_title(w):
+def weights_title(w) -> str:
     """The same, short enough for a picture's title."""
     text = weights_text(w)
     return text if len(w) <= 4 or "," not in text else f"one for each of {len(w)} blocks"
 
 
-def table_row(entry, name):
-    """The cells of one model of one snapshot."""
+def markdown(rows) -> str:
+    """A table of rows {column: cell}; what a row has no cell for stays empty."""
+    columns: dict[str, None] = {}
+    for row in rows:
+        columns |= dict.fromkeys(row)
+    lines = [[*columns], ["---"] * len(columns)]
+    for row in rows:
+        lines.append([row.get(column, "") for column in columns])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# -------------------- one training seed
+
+
+def model_row(entry, name, score) -> dict:
+    """The cells of one model of one snapshot. score: what the distance is called."""
     final = entry["final"][name]
-    final_text = f"{final['fd']:.4f}"
-    if final["std"] is not None:
-        final_text += f" +- {final['std']:.4f}"
-    gain, verdict = "", ""
+    spread = "" if final["std"] is None else f" +- {number(final['std'])}"
+    row = {
+        "snapshot (kimg)": f"{entry['kimg']:g}",
+        "model": name,
+        "w": weights_text(final["w"]),
+        f"selection {score}": number(entry[name]["fd"]) if "fd" in entry[name] else "",
+        "final": number(final["fd"]) + spread,
+        "against base (95%)": "",
+        "verdict": "",
+        "precision": "",
+        "recall": "",
+        "kernel distance (95%)": "",
+    }
     if "against_base" in final:
-        gain = interval(final["against_base"])
-        verdict = final["against_base"]["verdict"]
-    precision, recall = "", ""
+        row["against base (95%)"] = interval(final["against_base"])
+        row["verdict"] = final["against_base"]["verdict"]
     if "precision" in final:
-        precision, recall = f"{final['precision']:.3f}", f"{final['recall']:.3f}"
-    kernel = ""
+        row["precision"] = f"{final['precision']:.3f}"
+        row["recall"] = f"{final['recall']:.3f}"
     if "kernel" in final:
-        kernel = "{value:.4g} [{low:.4g}, {high:.4g}]".format(**final["kernel"])
-    selection = f"{entry[name]['fd']:.4f}"
-    return [
-        f"{entry['kimg']:g}",
-        name,
-        weights_text(final["w"]),
-        selection,
-        final_text,
-        gain,
-        verdict,
-        precision,
-        recall,
-        kernel,
-    ]
+        value, low, high = (number(final["kernel"][key]) for key in ("value", "low", "high"))
+        row["kernel distance (95%)"] = f"{value} [{low}, {high}]"
+    return row
 
 
-def judge_rows(entry, key):
-    """A row for every feature network of an entry's judges or parts: distances, paired differences
-    as shares."""
-    models = list(entry["final"])
-    pairs = [("global", "base")]
-    for name in ("blockwise", "searched"):
-        if name in models:
-            pairs.append((name, "global"))
-    head = ["judge", *models, *(f"{model} against {against} (95%)" for model, against in pairs)]
-    rows = [head, ["---"] * len(head)]
-    for result in entry[key].values():
-        final = result["final"]
-        row = [result["score"]]
-        for name in models:
-            row.append(f"{final[name]['fd']:.4g}")
-        for model, against in pairs:
+def judge_row(judge) -> dict:
+    """The cells of one feature network: distances, paired differences as shares."""
+    final = judge["final"]
+    row = {"judge": judge["score"]}
+    for name in final:
+        row[name] = number(final[name]["fd"])
+    for model, against in (("global", "base"), ("blockwise", "global"), ("searched", "global")):
+        if model in final:
             gain = final[model][f"against_{against}"]
-            shares = as_shares(gain, final[against]["fd"])
-            text = "{relative_difference:+.1%} [{relative_low:+.1%}, {relative_high:+.1%}]"
-            row.append(f"{text.format(**shares)} {gain['verdict']}")
-        rows.append(row)
-    return rows
+            text = f"{interval_in_shares(gain)} {gain['verdict']}"
+            row[f"{model} against {against} (95%)"] = text
+    return row
 
 
-def entry_notes(entry):
+def entry_notes(entry) -> list[str]:
     """Paired comparisons of the models, in all judges, and warnings."""
-    kimg = f"{entry['kimg']:g}"
-    notes = []
+    comparisons = {}
     for name in ("searched", "blockwise"):
         if name in entry["final"]:
-            gain = entry["final"][name]["against_global"]
-            notes.append(
-                f"Snapshot {kimg}: {name} against global {interval(gain)}: {gain['verdict']}."
-            )
+            comparisons[name] = entry["final"][name]["against_global"]
     for k, placebo in enumerate(entry["placebo"], 1):
-        gain = placebo["against_global"]
-        notes.append(
-            f"Snapshot {kimg}: random blocks {k} against global {interval(gain)}: "
-            f"{gain['verdict']}."
-        )
+        comparisons[f"random blocks {k}"] = placebo["against_global"]
+
+    kimg = f"{entry['kimg']:g}"
+    notes = []
+    for name, gain in comparisons.items():
+        notes.append(f"Snapshot {kimg}: {name} against global {interval(gain)}: {gain['verdict']}.")
     if entry["judges"]:
         for claim in entry["claims"]:
             notes.append(f"Snapshot {kimg}: {claim['sentence']}.")
@@ -115,7 +123,7 @@ def entry_notes(entry):
     return notes
 
 
-def reference_notes(summary):
+def reference_notes(summary) -> list[str]:
     """What the final comparison compares with, and what only it does."""
     reference = summary["reference"]
     notes = []
@@ -135,9 +143,98 @@ def reference_notes(summary):
     for floor in summary["floors"]:
         notes.append(
             f"Floor: {floor['images']} real images, of the selection part, score "
-            f"{floor['fd']:.4f} against the final one."
+            f"{number(floor['fd'])} against the final one."
         )
     return notes
+
+
+def write_report(summary, out):
+    """summary.json and table.md; the terminal gets the table."""
+    plain = strict(summary)
+    models, judged, notes = [], [], []
+    for entry in plain["snapshots"]:
+        for name in entry["final"]:
+            models.append(model_row(entry, name, plain["score"]))
+        kimg = f"{entry['kimg']:g}"
+        for key, title in (
+            ("parts", f"Parts of the selection's features, snapshot {kimg}:"),
+            ("judges", f"Judges that no selection saw, snapshot {kimg}:"),
+        ):
+            if entry[key]:
+                judged += [title, markdown([judge_row(judge) for judge in entry[key].values()])]
+        notes += entry_notes(entry)
+    publish([markdown(models), *judged, *notes, *reference_notes(plain)], plain, out)
+
+
+# -------------------- several training seeds
+
+
+def seed_rows(summary) -> list[dict]:
+    """Every model of every snapshot and training seed."""
+    rows = []
+    for seed, finals in zip(summary["seeds"], summary["final"], strict=True):
+        for kimg, final in zip(summary["kimg"], finals, strict=True):
+            for name, result in final.items():
+                row = {
+                    "snapshot (kimg)": f"{kimg:g}",
+                    "training seed": str(seed["seed"]),
+                    "model": name,
+                    f"final {summary['score']}": number(result["fd"]),
+                }
+                for other in ("base", "global"):
+                    gain = result.get(f"against_{other}")
+                    text = f"{interval(gain)} {gain['verdict']}" if gain else ""
+                    row[f"against {other} (95%)"] = text
+                rows.append(row)
+    return rows
+
+
+def claim_row(claim) -> dict:
+    """One claim over all training seeds."""
+    verdicts = claim["own_verdicts"]
+    return {
+        "snapshot (kimg)": f"{claim['kimg']:g}",
+        "model": claim["model"],
+        "against": claim["against"],
+        "own features: better in": f"{verdicts.count('better')} of {len(verdicts)}",
+        "own features: difference": mean_and_spread(claim["own_relative"]),
+        "unseen judges: better in": f"{claim['better']} of {claim['cases']}",
+        "unseen judges: worse in": str(claim["worse"]),
+        "unseen judges: difference": mean_and_spread(claim["relative"]),
+    }
+
+
+QUESTIONS = (
+    ("blockwise", "global"),
+    ("blockwise", "random blocks"),
+    ("searched", "global"),
+    ("searched", "blockwise"),
+)
+
+
+def answer(over, kimg, seeds) -> str:
+    """The question of the paper in one sentence: is block-wise better than global, than random
+    blocks, and what was searched (layers, say) better than both?"""
+    parts = []
+    for question in QUESTIONS:
+        for row in over:
+            if row["kimg"] == kimg and (row["model"], row["against"]) == question:
+                parts.append(row["sentence"])
+    return f"Snapshot {kimg:g}, {seeds} training seeds: {'; '.join(parts)}." if parts else ""
+
+
+def write_seeds(summary, out):
+    """summary.json and table.md over the training seeds; the terminal gets the table."""
+    plain = strict(summary)
+    over = plain["over_seeds"]
+    texts = [markdown(seed_rows(plain)), markdown([claim_row(claim) for claim in over])]
+    for kimg in plain["kimg"]:
+        texts.append(answer(over, kimg, len(plain["seeds"])))
+    texts.append("Differences are shares of the other's distance, mean +- std.")
+    publish(texts, plain, out)
+
+
+# -------------------- files, then the terminal
 
 
 def strict(value):
@@ -151,96 +248,27 @@ def strict(value):
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
-def markdown(rows):
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def write_report(summary, out):
-    """summary.json and table.md; the terminal gets the table."""
-    head = [
-        "snapshot (kimg)",
-        "model",
-        "w",
-        f"selection {summary['score']}",
-        "final",
-        "against base (95%)",
-        "verdict",
-        "precision",
-        "recall",
-        "kernel distance (95%)",
-    ]
-    rows = [head, ["---"] * len(head)]
-    judged, notes = [], []
-    for entry in summary["snapshots"]:
-        for name in entry["final"]:
-            rows.append(table_row(entry, name))
-        kimg = f"{entry['kimg']:g}"
-        for key, title in (
-            ("parts", f"Parts of the selection's features, snapshot {kimg}:"),
-            ("judges", f"Judges that no selection saw, snapshot {kimg}:"),
-        ):
-            if entry[key]:
-                judged += [title, markdown(judge_rows(entry, key))]
-        notes += entry_notes(entry)
-    text = "\n\n".join([markdown(rows), *judged, *notes, *reference_notes(summary)])
-    print("\n" + text)
+def publish(texts, plain, out):
+    """table.md and summary.json; then, where nothing can be lost any more, the terminal."""
+    text = "\n\n".join(filter(None, texts))
     write_atomically(out / "table.md", text + "\n")
-    write_atomically(out / "summary.json", json.dumps(strict(summary), indent=1, allow_nan=False))
+    write_atomically(out / "summary.json", json.dumps(plain, indent=1, allow_nan=False))
+    show("\n" + text)
 
 
-def write_seeds(summary, out):
-    """summary.json and table.md over the training seeds; the terminal gets the table."""
-    rows = [["snapshot (kimg)", "training seed", "model", f"final {summary['score']}"]]
-    rows[0] += ["against base (95%)", "against global (95%)"]
-    rows.append(["---"] * len(rows[0]))
-    for k, finals in enumerate(summary["final"]):
-        for entry, final in zip(summary["kimg"], finals, strict=True):
-            for name, result in final.items():
-                row = [f"{entry:g}", str(summary["seeds"][k]["seed"]), name, f"{result['fd']:.4f}"]
-                for other in ("base", "global"):
-                    gain = result.get(f"against_{other}")
-                    row.append(f"{interval(gain)} {gain['verdict']}" if gain else "")
-                rows.append(row)
-
-    head = ["snapshot (kimg)", "model", "against", "own features: better in", "difference"]
-    head += ["unseen judges: better in", "worse in", "difference"]
-    over = [head, ["---"] * len(head)]
-    for row in summary["over_seeds"]:
-        better = row["own_verdicts"].count("better")
-        cells = [f"{row['kimg']:g}", row["model"], row["against"]]
-        cells += [f"{better} of {len(row['own_verdicts'])}", mean_and_spread(row["own_relative"])]
-        cells += [f"{row['better']} of {row['cases']}", str(row["worse"])]
-        cells.append(mean_and_spread(row["relative"]) if row["relative"] else "")
-        over.append(cells)
-
-    answers = [answer(summary["over_seeds"], k, len(summary["seeds"])) for k in summary["kimg"]]
-    notes = [*filter(None, answers), "Differences are shares of the other's distance, mean +- std."]
-    text = "\n\n".join([markdown(rows), markdown(over), *notes])
-    print("\n" + text)
-    write_atomically(out / "table.md", text + "\n")
-    write_atomically(out / "summary.json", json.dumps(strict(summary), indent=1, allow_nan=False))
+def show(text):
+    """Print, at no risk: a terminal may be gone (`| head`) or know no accents."""
+    stream = sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError:
+        # Whoever read it has left. Python would complain again when it flushes at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-QUESTIONS = (
-    ("blockwise", "global"),
-    ("blockwise", "random blocks"),
-    ("searched", "global"),
-    ("searched", "blockwise"),
-)
-
-
-def answer(over, kimg, seeds):
-    """The question of the paper in one sentence: is block-wise better than global, than random
-    blocks, and what was searched (layers, say) better than both?"""
-    parts = []
-    for model, against in QUESTIONS:
-        for row in over:
-            if (row["kimg"], row["model"], row["against"]) == (kimg, model, against):
-                parts.append(row["sentence"])
-    return f"Snapshot {kimg:g}, {seeds} training seeds: {'; '.join(parts)}." if parts else ""
-
-
-def summarise(c, argv, entries, judges, ledger, seconds, processes, begin):
+def summarise(c, argv, entries, judges, setup, seconds, processes, begin):
     """What summary.json holds."""
     judge = judges[0]
     apart = judge.selection is not judge.final and judge.selection.real is not None
@@ -264,7 +292,7 @@ def summarise(c, argv, entries, judges, ledger, seconds, processes, begin):
         "snapshots": [entry.as_json() for entry in entries],
         "floors": [judge.floor(count) for count in counts],
         "seconds_per_image": seconds,
-        "first_seeds": ledger.as_json(),
+        "first_seeds": setup.first_seeds(),
         "machine": machine,
         "threads": torch.get_num_threads(),
         "world": processes.world,

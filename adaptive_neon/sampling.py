@@ -3,80 +3,137 @@
 import contextlib
 import copy
 import math
+import sys
 import time
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .processes import Diverged
+from .blocks import copied, layer_of
+from .files import UserError
+from .processes import Diverged, Processes
 
 
-class Model(Protocol):
-    """A generative model, as the pipeline sees it: EdmModel, or FileModel around --model
-    FILE.py."""
+# -------------------- the seam: what the engine needs of a model
+class Model:
+    """A generative model, as the engine sees it. With functions of your own it serves a notebook;
+    EDM's networks, FILE.py and pipelines of diffusers are subclasses, which files and the command
+    line need.
 
-    identity: str  # hash of all but the weights that decides an image; part of every key
-    training_identity: str  # the same of what decides a training
-    encodes: bool  # whether encode() is worth doing once for all images, as through a VAE
+    shape: of one sample's starting noise, standard normal. classes: labels are int64 in [0,
+    classes); 0: it takes none. sample(net, noise, labels, steps): noise [N, *shape], labels [N] or
+    None -> images [N, C, H, W] in [-1, 1], each a function of its own noise, its label and the
+    network alone, differentiable in the weights. loss(net, x, labels): training loss of each
+    sample, [N] or [N, ...]; randomness from torch's global generator. encode(images): uint8 [N, C,
+    H, W] -> what loss() trains on; default: images / 127.5 - 1. block(name), layer(name): of a
+    parameter.
+    """
 
-    def fetch(self, source: str, what: str) -> Path:
-        """A local file or folder of load()'s kind from a path or an address."""
+    identity = ""  # hash of all but the weights that decides an image; part of every key
+    training_identity = ""  # the same of what decides a training
 
-    def load(self, path: Path) -> nn.Module:
-        """The network that is moved: eval mode, float32, on the CPU."""
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        classes: int,
+        sample: Callable,
+        loss: Callable | None = None,
+        encode: Callable | None = None,
+        block: Callable[[str], str] | None = None,
+        layer: Callable[[str], str] | None = None,
+        identity: str = "",
+    ):
+        self.shape, self.number_of_classes = tuple(shape), classes
+        self.functions = {
+            "sample": sample,
+            "loss": loss,
+            "encode": encode,
+            "block": block,
+            "layer": layer,
+        }
+        self.encodes = encode is not None
+        self.identity = self.training_identity = identity
 
-    def load_like(self, base: nn.Module, path: Path) -> nn.Module:
-        """A self-trained relative of the base: what load() reads, or a snapshot of this program."""
-
-    def create(self, images: torch.Tensor, labels: torch.Tensor | None, c) -> nn.Module:
-        """An untrained network for these real images, for --train-base."""
-
-    def trainable(self, base: nn.Module, c) -> nn.Module:
-        """A copy of the base as it is self-trained: with dropout, for example."""
-
-    def noise_shape(self, net: nn.Module) -> tuple[int, ...]: ...
-
-    def image_shape(self, net: nn.Module) -> tuple[int, int, int]: ...
+    # ---------- sampling and training
+    def noise_shape(self, net: nn.Module) -> tuple[int, ...]:
+        return self.shape
 
     def classes(self, net: nn.Module) -> int:
-        """Labels are int64 in [0, classes); 0: the model takes none."""
+        return self.number_of_classes
 
-    def sample(self, net, noise, labels, steps):
-        """noise [N, *noise_shape], int64 labels [N] (or None) -> images [N, C, H, W] in [-1, 1];
-        each a function of its own noise, its label and the network alone, differentiable in the
-        weights."""
+    def sample(self, net, noise, labels, steps: int) -> torch.Tensor:
+        return self.function("sample")(net, noise, labels, steps)
 
-    def encode(self, images):
-        """uint8 [N, C, H, W] -> what loss() trains on."""
+    def loss(self, net, x, labels) -> torch.Tensor:
+        return self.function("loss")(net, x, labels)
 
-    def loss(self, net, x, labels):
-        """Training loss of each sample, [N] or [N, ...]; randomness from torch's global
-        generator."""
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        if self.encodes:
+            return self.function("encode")(images)
+        return images.float() / 127.5 - 1
 
+    def trainable(self, base: nn.Module, c=None) -> nn.Module:
+        """A copy of the base as it is self-trained: with dropout, for example."""
+        return copied(base)
+
+    def function(self, name: str) -> Callable:
+        found = self.functions[name]
+        if found is None:
+            raise UserError(f"Model(..., {name}=...) is needed for this, and was not given")
+        return found
+
+    # ---------- blocks
     def block(self, name: str, net: nn.Module, partition: str) -> str:
         """The block of a parameter in --partition paper or structural."""
+        return self.function("block")(name)
 
     def layer(self, name: str) -> str:
         """The layer of a parameter in --partition layers."""
+        own = self.functions["layer"]
+        return own(name) if own is not None else layer_of(name)
+
+    # ---------- files and the command line
+    def fetch(self, source: str, what: str) -> Path:
+        """A local file or folder of load()'s kind from a path or an address."""
+        raise NotImplementedError
+
+    def load(self, path: Path) -> nn.Module:
+        """The network that is moved: eval mode, float32, on the CPU."""
+        raise NotImplementedError
+
+    def load_like(self, base: nn.Module, path: Path) -> nn.Module:
+        """A self-trained relative of the base: what load() reads, or a snapshot of this program."""
+        raise NotImplementedError
+
+    def create(self, images: torch.Tensor, labels: torch.Tensor | None, c) -> nn.Module:
+        """An untrained network for these real images, for --train-base."""
+        raise NotImplementedError
+
+    def image_shape(self, net: nn.Module) -> tuple[int, ...]:
+        """[C, H, W] of its images."""
+        raise NotImplementedError
 
     def save(self, net: nn.Module, path: Path, recipe: dict) -> None:
         """A snapshot that load_like() reads back."""
+        raise NotImplementedError
 
     def export(self, net: nn.Module, path: Path, recipe: dict) -> None:
         """The repaired network, in the form the model's users know; path has no suffix yet."""
+        raise NotImplementedError
 
-    def own_features(self, example: torch.Tensor):
-        """A feature network of the model's own (see Judge), or None. example: four images, uint8
-        values [4, C, H, W]."""
+    def own_features(self, base: nn.Module):
+        """A feature network of the model's own (see Judge), or None."""
+        return None
 
     def start_check(self, base: nn.Module, c, trained: bool) -> None:
-        """UserError for a model that breaks a promise of this protocol."""
+        """UserError for a model that breaks a promise of this class."""
 
 
+# -------------------- seeds to noise and labels
 def balanced_labels(classes, seeds, device):
     """int64 [N]: any `classes` seeds in a row, from a multiple of it on, hold each class once, in
     an order of their own. The distribution is that of random labels, but the classes' shares are no
@@ -105,24 +162,42 @@ def to_pixels(images):
     return (images * 127.5 + 128).clip(0, 255)
 
 
+# -------------------- one network, many images
 class Sampler:
     """From seeds to images of one model: a seed decides its noise and label, whatever the batch or
     rank. Holds the one network of the run that samples, on the device and, on a GPU, compiled:
     every other network is written into it, so there is one graph for the base, all mergers and all
-    ranks' batches, which are padded to one size."""
+    ranks' batches, which are padded to one size. labels: "balanced" or "random"."""
 
-    def __init__(self, model, base, processes, steps, batch, labels="balanced", compiled=None):
-        self.model, self.processes, self.steps, self.batch = model, processes, steps, batch
-        self.labels = labels  # balanced or random
-        self.shape, self.classes = tuple(model.noise_shape(base)), model.classes(base)
-        self.compiled = processes.device == "cuda" if compiled is None else compiled
-        self.net = copy.deepcopy(base).to(processes.device).eval().requires_grad_(False)
-        if processes.device == "cuda":
-            self.net.to(memory_format=torch.channels_last)
+    def __init__(
+        self,
+        model: Model,
+        net: nn.Module,
+        steps: int = 18,
+        batch: int = 256,
+        labels: str = "balanced",
+        processes: Processes | None = None,
+        compiled: bool | None = None,
+    ):
+        self.model, self.steps, self.batch, self.labels = model, steps, batch, labels
+        self.processes = processes or Processes(next(net.parameters()).device.type)
+        self.shape, self.classes = tuple(model.noise_shape(net)), model.classes(net)
+        on_gpu = self.processes.device == "cuda"
+        self.compiled = on_gpu if compiled is None else compiled
+        self.net = copied(net).to(self.processes.device).eval().requires_grad_(False)
+        if on_gpu:
+            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compiled:
             self.net.forward = torch.compile(self.net.forward, dynamic=False)
 
-    def floats(self, seeds, batch=None):
+    @torch.no_grad()
+    def write(self, net: nn.Module) -> None:
+        """The weights and buffers of another network of the same kind."""
+        theirs = dict(net.named_parameters()) | dict(net.named_buffers())
+        for name, tensor in (*self.net.named_parameters(), *self.net.named_buffers()):
+            tensor.copy_(theirs[name])
+
+    def floats(self, seeds, batch: int | None = None):
         """Images [N, C, H, W] in [-1, 1] and labels [N] (or None) of one batch of seeds; `batch`:
         the size that a compiled network sees (default: that of sampling)."""
         seeds = list(seeds)
@@ -137,14 +212,66 @@ class Sampler:
         return images, None if labels is None else labels[: len(seeds)]
 
     @torch.no_grad()
-    def images(self, seeds):
+    def batch_images(self, seeds, batch: int | None = None):
         """uint8 images [N, C, H, W] and labels [N] (or None) of one batch of seeds."""
-        images, labels = self.floats(seeds)
+        images, labels = self.floats(seeds, batch)
         if not images.isfinite().all():
             raise Diverged("the sampler gave images that are not finite: are the weights sound?")
         return to_pixels(images).to(torch.uint8), labels
 
+    def images(self, seeds: Iterable[int], precision: str = "fp32", desc: str | None = None):
+        """uint8 images [N, C, H, W] and labels [N] (or None) at any number of seeds, on the CPU."""
+        with network_calls(self.net, precision):
+            parts = self.in_batches(self.batch_images, list(seeds), desc)
+        images = torch.cat([images.cpu() for images, _ in parts])
+        labels = torch.cat([labels.cpu() for _, labels in parts]) if self.classes else None
+        return images, labels
 
+    def in_batches(self, work: Callable, seeds, desc: str | None = None) -> list:
+        """[work(batch of seeds, size of the batches)], with all later ones where the memory is too
+        small."""
+        results, self.batch = halving(work, seeds, self.batch, self.processes, desc)
+        return results
+
+    def seconds_per_image(self, precision: str = "fp32") -> tuple[float, float]:
+        """Seconds of sampling one image, from a few steps with one small batch; and what the first
+        batch took longer (compilation)."""
+        few = copy.copy(self)
+        few.steps = min(self.steps, 3)
+        if self.processes.device == "cpu":
+            few.batch = min(self.batch, 2 if math.prod(self.shape) >= 3 * 32 * 32 else 32)
+
+        times = []
+        with network_calls(self.net, precision), torch.no_grad():
+            for _ in range(3 if self.compiled else 2):
+                begin = time.perf_counter()
+                images, _ = few.floats(range(few.batch))
+                float(images.sum())  # waits for the device
+                times.append(time.perf_counter() - begin)
+
+        # Heun's method calls the network twice a step, once in the last.
+        steps = (2 * self.steps - 1) / (2 * few.steps - 1)
+        per_image = min(times) / few.batch * steps / self.processes.workers()
+        return per_image, max(0.0, times[0] - min(times))
+
+
+def halving(work: Callable, seeds, batch: int, processes: Processes, desc: str | None = None):
+    """Results of work(part, batch) over batches of seeds, on all ranks with half the batch where
+    the memory is too small, and the size that fits. No result depends on it."""
+    while True:
+        try:
+            return processes.map_batches(partial(work, batch=batch), seeds, batch, desc), batch
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
+            if processes.rank == 0:
+                print(f"out of memory: going on with batches of {batch}", file=sys.stderr)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # outside the handler, whose traceback holds the tensors
+
+
+# -------------------- precision, and how the network is called
 def allow_tf32(precision):
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -189,24 +316,3 @@ def network_calls(net, precision, checkpointed=False):
             net.forward = forward
         else:
             vars(net).pop("forward", None)
-
-
-def time_sampling(sampler, precision):
-    """Seconds of sampling one image, from a few steps with one small batch; and what the first
-    batch took longer (compilation)."""
-    few = copy.copy(sampler)
-    few.steps = min(sampler.steps, 3)
-    if sampler.processes.device == "cpu":
-        few.batch = min(sampler.batch, 2 if math.prod(sampler.shape) >= 3 * 32 * 32 else 32)
-
-    times = []
-    with network_calls(sampler.net, precision), torch.no_grad():
-        for _ in range(3 if sampler.compiled else 2):
-            begin = time.perf_counter()
-            images, _ = few.floats(range(few.batch))
-            float(images.sum())  # waits for the device
-            times.append(time.perf_counter() - begin)
-    # Heun's method calls the network twice a step, once in the last.
-    steps = (2 * sampler.steps - 1) / (2 * few.steps - 1)
-    per_image = min(times) / few.batch * steps / sampler.processes.workers()
-    return per_image, max(0.0, times[0] - min(times))

@@ -1,48 +1,23 @@
-"""Scores of networks on seed sets, and their log."""
+"""Scores of merged networks on seed sets, and their log."""
 
 import copy
 import dataclasses
 import json
 import math
 import time
+from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
+from .blocks import Blocks, Merger
 from .files import UserError, lock, printable
-from .judges import kernel_distance, precision_recall
-from .keys import SAMPLING_VERSION, SCORING_VERSION, key_of
+from .judges import Judge, kernel_distance, precision_recall
+from .keys import score_key
 from .processes import Diverged
-from .sampling import network_calls
-from .stats import FOLDS
-
-SELECT_SEED, FINAL_SEED, SEARCH_SEED = 10_000, 50_000, 10_000_000  # the first seeds of each
-
-
-@dataclasses.dataclass(frozen=True)
-class SeedSet:
-    """Consecutive seeds and what they are for."""
-
-    purpose: str
-    first: int
-    count: int
-
-    @property
-    def seeds(self):
-        return np.arange(self.first, self.first + self.count)
-
-    @property
-    def last(self):
-        return self.first + self.count - 1
-
-    @property
-    def is_final(self):
-        return self.purpose.startswith("final")
-
-    def start(self, count):
-        """Its first seeds."""
-        return dataclasses.replace(self, count=count)
+from .sampling import Sampler, network_calls
+from .seeds import Ledger, SeedSet, seed_ledger
+from .stats import FOLDS, Comparison, compare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +39,7 @@ class Score:
     kernel: float | None = None  # unbiased kernel distance, on final seeds
     kernel_folds: list | None = None
 
-    def as_line(self):
+    def as_line(self) -> str:
         """One line of JSON, which knows no infinity."""
         row = dataclasses.asdict(self)
         if not math.isfinite(self.fd):
@@ -72,7 +47,7 @@ class Score:
         return json.dumps(row, allow_nan=False)
 
     @classmethod
-    def from_line(cls, line):
+    def from_line(cls, line: str) -> "Score":
         """The score of a line of our own; ValueError says what is wrong with it."""
         row = json.loads(line)
         fields = dataclasses.fields(cls)
@@ -92,44 +67,44 @@ class Score:
             raise ValueError("its distance or folds are impossible")
         return cls(**row)
 
-    @property
-    def name(self):
-        """What is scored with the same key only once."""
-        return json.dumps([self.w, self.images, self.first_seed], sort_keys=True)
-
 
 class ScoreLog:
-    """Finished scores: grid.jsonl (selection seeds) and final.jsonl (final seeds), a line each."""
+    """Finished scores: grid.jsonl (selection seeds) and final.jsonl (final seeds), a line each;
+    without a folder in memory alone."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path | None = None):
         self.folder = folder
-        self.scores = {}
+        self.scores: dict[str, Score] = {}
+        if folder is None:
+            return
         for path in (folder / "grid.jsonl", folder / "final.jsonl"):
             if path.exists():
                 self.read(path)
 
-    def read(self, path):
+    def read(self, path: Path) -> None:
         # What follows the last line break was cut off by a kill; add() takes it away.
         *lines, _ = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             try:
-                self.keep(Score.from_line(line.decode("utf-8")))
+                score = Score.from_line(line.decode("utf-8"))
+                self.scores[score.key] = score
             except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(
                     f"{path}, line {number}, is damaged ({printable(error)}): "
                     "delete the line, or the file"
                 ) from error
 
-    def keep(self, score):
-        self.scores[score.key, score.name] = score
+    def find(self, key: str, w: dict[str, float]) -> Score | None:
+        """The score with this key. w: how it is cut into blocks here; another partition may have
+        given the same network."""
+        found = self.scores.get(key)
+        return None if found is None else dataclasses.replace(found, w=w)
 
-    def find(self, key, w, seeds):
-        name = json.dumps([w, seeds.count, int(seeds.first)], sort_keys=True)
-        return self.scores.get((key, name))
-
-    def add(self, score, seeds):
+    def add(self, score: Score, seeds: SeedSet) -> None:
         """Append to the file of these seeds; the lock keeps lines of several processes apart."""
-        self.keep(score)
+        self.scores[score.key] = score
+        if self.folder is None:
+            return
         path = self.folder / ("final.jsonl" if seeds.is_final else "grid.jsonl")
         with open(path, "a+b") as file:
             lock(file)
@@ -142,79 +117,124 @@ class ScoreLog:
 
 
 class Scorer:
-    """Scores of one snapshot's extrapolations; what is finished is read back from the log."""
+    """Scores of one self-trained network's extrapolations; what is finished is read back from the
+    log.
 
-    def __init__(self, merger, judges, sampler, log, parents, kimg, c):
-        self.merger, self.sampler, self.log = merger, sampler, log
-        self.judges = judges  # the first decides, the others only see the final comparison
-        self.judge = judges[0]
-        self.parents, self.kimg = parents, kimg
-        self.selection_precision = c.precision
-        self.final_precision = c.confirm_precision or c.precision
+    judges: the first decides, the others only see the final comparison. seeds: of the selection and
+    of the final comparison. precision, final_precision: of the sampling network there ("fp32",
+    "tf32", "bf16", "fp16"). snapshot: kimg of the self-training, for the report.
+    """
 
-    def with_owners(self, owners):
+    def __init__(
+        self,
+        sampler: Sampler,
+        merger: Merger,
+        judges: list[Judge],
+        log: ScoreLog | None = None,
+        seeds: Ledger | None = None,
+        precision: str = "fp32",
+        final_precision: str = "",
+        snapshot: float = 0,
+    ):
+        if log is not None and log.folder is not None and not sampler.model.identity:
+            raise UserError("a log on disk needs Model(..., identity=...): what decides its images")
+        self.sampler, self.merger = sampler, merger
+        self.judges, self.judge = judges, judges[0]
+        self.log = log or ScoreLog()
+        self.seeds = seeds or seed_ledger()
+        self.selection_precision = precision
+        self.final_precision = final_precision or precision
+        self.snapshot = snapshot
+        if merger.net is not sampler.net:
+            merger.attach(sampler.net)
+
+    def with_blocks(self, blocks: Blocks) -> "Scorer":
         """The same networks cut into other blocks."""
         other = copy.copy(self)
-        other.merger = self.merger.with_owners(owners)
+        other.merger = self.merger.with_blocks(blocks)
         return other
 
-    def weights(self, values):
-        """Numbers in the order of the blocks -> {block: weight}, rounded: the same key after a
-        resume."""
-        return {
-            block: round(float(v), 6) for block, v in zip(self.merger.blocks, values, strict=True)
-        }
-
-    def arithmetic(self, seeds):
+    def precision(self, seeds: SeedSet) -> str:
         return self.final_precision if seeds.is_final else self.selection_precision
 
-    def key(self, seeds, judge=None):
-        sampler = self.sampler
-        inputs = {
-            "networks": self.parents,
-            "owners": self.merger.owners,
-            "model": sampler.model.identity,
-            "judge": (judge or self.judge).identity(seeds),
-            "steps": sampler.steps,
-            "labels": sampler.labels,
-            "precision": self.arithmetic(seeds),
-            "device": sampler.processes.device,
-            "torch": torch.__version__,
-            "folds": FOLDS,
-            "snapshot": self.kimg,
-        }
-        return key_of(SCORING_VERSION, SAMPLING_VERSION, inputs)
+    def key(self, w: dict[str, float], seeds: SeedSet, judge: Judge | None = None) -> str:
+        sampler, merger = self.sampler, self.merger
+        return score_key(
+            networks=(merger.base_hash, merger.aux_hash),
+            weights=merger.parameter_weights(w),
+            model=sampler.model.identity,
+            judge=(judge or self.judge).identity(seeds),
+            seeds=(int(seeds.first), seeds.count),
+            steps=sampler.steps,
+            labels=sampler.labels,
+            precision=self.precision(seeds),
+            device=sampler.processes.device,
+            folds=FOLDS,
+        )
 
-    def features(self, w, seeds, judges, desc=None):
-        """Every judge's features [N, D] of the images at these seeds, in their order, on every
-        rank; None: it diverged."""
-        net = self.merger.set(w)
-        processes = self.sampler.processes
+    # ---------- selection
+    def score(
+        self,
+        w: float | dict[str, float],
+        seeds: SeedSet | None = None,
+        shares: bool = False,
+        desc: str | None = None,
+    ) -> Score:
+        """Score of the weights w (one number, or {block: weight}), in the judge that decides; by
+        default on the selection's seeds. shares: precision and recall too."""
+        w = self.merger.weights(w)
+        return self.scores(w, seeds or self.seeds.selection, [self.judge], shares, desc)[0]
 
-        def work(part):
-            images, _ = self.sampler.images(part)
-            found = [judge.features(images) for judge in judges]
-            return [features.cpu() for features in found] if processes.world > 1 else found
+    def score_all(self, weights: list, desc: str, shares: bool = False, seeds=None) -> list[Score]:
+        """One score after the other, with a progress bar."""
+        quiet = self.sampler.processes.rank > 0
+        desc = f"snapshot {self.snapshot}: {desc}"
+        bar = tqdm(weights, desc=desc, leave=False, disable=quiet)
+        return [self.score(w, seeds, shares) for w in bar]
 
-        try:
-            with network_calls(net, self.arithmetic(seeds)):
-                parts = processes.map_batches(work, seeds.seeds, self.sampler.batch, desc)
-        except Diverged:
-            return None
-        return [torch.cat(side).to(processes.device) for side in zip(*parts, strict=True)]
+    # ---------- final comparison
+    def finals(self, w: float | dict[str, float], desc: str = "") -> dict[str, list[Score]]:
+        """{judge: a Score for every set of final seeds}, all judges on the same images."""
+        w = self.merger.weights(w)
+        found: dict[str, list[Score]] = {judge.name: [] for judge in self.judges}
+        for seeds in self.seeds.finals:
+            scores = self.scores(w, seeds, self.judges, True, f"final: {desc}")
+            for judge, score in zip(self.judges, scores, strict=True):
+                found[judge.name].append(score)
+        return found
 
-    def score(self, w, seeds, desc=None):
-        """Score of the weights w on a SeedSet, in the judge that decides."""
-        return self.scores(w, seeds, [self.judge], desc)[0]
+    def compare(self, w, against, level: float = 0.05) -> dict[str, Comparison]:
+        """{judge: paired comparison of two weights} on the final seeds."""
+        ours, theirs = self.finals(w), self.finals(against)
+        return {name: compare(ours[name], theirs[name], level) for name in ours}
 
+    # ---------- both
     @torch.no_grad()
-    def scores(self, w, seeds, judges, desc=None):
-        """One Score a judge, all of the same images; precision and recall where real images are at
-        hand, on final seeds the kernel distance too."""
+    def scores(
+        self,
+        w: dict[str, float],
+        seeds: SeedSet,
+        judges: list[Judge],
+        shares: bool = False,
+        desc: str | None = None,
+    ) -> list[Score]:
+        """One Score a judge, all of the same images. shares: precision and recall in the judge that
+        decides; on final seeds all have the kernel distance."""
         begin = time.perf_counter()
         processes = self.sampler.processes
-        keys = [self.key(seeds, judge) for judge in judges]
-        scores = processes.decide(lambda: [self.log.find(key, w, seeds) for key in keys])
+        keys = [self.key(w, seeds, judge) for judge in judges]
+
+        def known():
+            found = []
+            for judge, key in zip(judges, keys, strict=True):
+                score = self.log.find(key, w)
+                wanted = shares and judge is self.judge and self.has_shares(judge, seeds)
+                if score is not None and wanted and score.precision is None:
+                    score = None
+                found.append(score)
+            return found
+
+        scores = processes.decide(known)
         missing = [i for i, score in enumerate(scores) if score is None]
         if not missing:
             return scores
@@ -225,13 +245,36 @@ class Scorer:
         def assess():
             for place, i in enumerate(missing):
                 features = None if found is None else found[place]
-                scores[i] = self.assess(w, seeds, judges[i], features, keys[i], begin)
+                wanted = shares and judges[i] is self.judge
+                scores[i] = self.assess(w, seeds, judges[i], features, keys[i], wanted, begin)
                 self.log.add(scores[i], seeds)
             return scores
 
         return processes.decide(assess)
 
-    def assess(self, w, seeds, judge, features, key, begin):
+    @staticmethod
+    def has_shares(judge: Judge, seeds: SeedSet) -> bool:
+        return judge.reference(seeds).real is not None
+
+    def features(self, w, seeds, judges, desc=None) -> list[torch.Tensor] | None:
+        """Every judge's features [N, D] of the images at these seeds, in their order, on every
+        rank; None: it diverged."""
+        net = self.merger.set(w)
+        processes = self.sampler.processes
+
+        def work(part, batch):
+            images, _ = self.sampler.batch_images(part, batch)
+            found = [judge.features(images) for judge in judges]
+            return [features.cpu() for features in found] if processes.world > 1 else found
+
+        try:
+            with network_calls(net, self.precision(seeds)):
+                parts = self.sampler.in_batches(work, seeds.seeds, desc)
+        except Diverged:
+            return None
+        return [torch.cat(side).to(processes.device) for side in zip(*parts, strict=True)]
+
+    def assess(self, w, seeds, judge, features, key, shares, begin) -> Score:
         """Score of features [N, D], None where the sampler diverged."""
         fd, folds = math.inf, [math.inf] * FOLDS
         precision = recall = kernel = kernel_folds = None
@@ -239,13 +282,14 @@ class Scorer:
         if features is not None:
             fd, folds = reference.prepared.fold_distances(features, FOLDS)
         if features is not None and reference.real is not None:
-            precision, recall = precision_recall(
-                reference.real, features, real_radii=reference.radii
-            )
+            if shares:
+                precision, recall = precision_recall(
+                    reference.real, features, real_radii=reference.radii
+                )
             if seeds.is_final:
                 kernel, kernel_folds = kernel_distance(reference, features)
         return Score(
-            snapshot=self.kimg,
+            snapshot=self.snapshot,
             w=w,
             images=seeds.count,
             first_seed=int(seeds.first),
@@ -253,23 +297,10 @@ class Scorer:
             folds=folds,
             precision=precision,
             recall=recall,
-            arithmetic=self.arithmetic(seeds),
+            arithmetic=self.precision(seeds),
             seconds=round(time.perf_counter() - begin, 3),
             key=key,
             judge=judge.name,
             kernel=kernel,
             kernel_folds=kernel_folds,
         )
-
-    def score_all(self, weights, seeds, desc):
-        quiet = self.sampler.processes.rank > 0
-        bar = tqdm(weights, desc=f"snapshot {self.kimg}: {desc}", leave=False, disable=quiet)
-        return [self.score(w, seeds) for w in bar]
-
-
-def best_of(scores):
-    return min(scores, key=fd_of)
-
-
-def fd_of(score):
-    return score.fd

@@ -1,198 +1,165 @@
-"""Searches over block weights: grid, race, COBYQA, gradient."""
+"""Searches over block weights: global sweep, grid, race, COBYQA, gradient; and the rule for the
+winner."""
 
 import contextlib
 import itertools
+import json
 import math
-from functools import partial
+from pathlib import Path
 
 import numpy as np
-import scipy
 import scipy.optimize
 import torch
 from tqdm import tqdm
 
 from .extension import neon_ext
-from .files import UserError, reading, write_atomically
-from .keys import SEARCH_VERSION, key_of
-from .pickles import checked_torch_load
+from .files import reading, write_atomically
+from .keys import search_key
 from .processes import Diverged
-from .sampling import network_calls, to_pixels
-from .scores import SEARCH_SEED, SeedSet, best_of, fd_of
+from .sampling import halving, network_calls, to_pixels
+from .scores import Score, Scorer
+from .seeds import SeedSet
 from .stats import FOLDS, compare
 
-MAX_POINTS = 10_000  # of a grid, without --yes
+BOUNDS = (-2.0, 6.0)  # of a search, for every weight
 
 
-MAX_POINTS_BESIDE_SEARCH = 100  # of a grid that runs in addition to a search
+def choose(candidates):
+    """The winner: the least distance on the selection's seeds, of several equal ones the first.
+    Nobody else takes a minimum."""
+    return min(candidates, key=lambda candidate: candidate.fd)
 
 
-def search_seeds(count):
-    """Seeds of the gradient search, which no score uses."""
-    return SeedSet("search", SEARCH_SEED, count)
+# -------------------- sweep and grid
+def sweep(scorer: Scorer, values) -> list[Score]:
+    """Scores of one weight for all blocks, in increasing order."""
+    return scorer.score_all(
+        sorted({float(value) for value in values}), "global weight", shares=True
+    )
 
 
-def grid_points(c, blocks):
-    """How many points the grid has; none when a search takes the place of a large one."""
-    points = math.prod(len(c.grid_of(block)) for block in blocks)
-    if c.search and points > MAX_POINTS_BESIDE_SEARCH and not c.placebo:
-        return 0
-    return points
+def grid_size(blocks: list[str], values, own: dict | None = None) -> int:
+    """Points of a grid of these values over the blocks; own: {block: other values}."""
+    return math.prod(len((own or {}).get(block, values)) for block in blocks)
 
 
-def grid_weights(c, blocks):
-    """All products of the grid over the blocks."""
-    if grid_points(c, blocks) == 0:
-        return []
-    lists = [c.grid_of(block) for block in blocks]
-    return [dict(zip(blocks, values, strict=True)) for values in itertools.product(*lists)]
+def grid(
+    scorer: Scorer, values, own: dict | None = None, racing: bool = False, desc: str = "grid"
+) -> list[Score]:
+    """Scores of all products of the values over the blocks; own: {block: other values}. racing:
+    only of those that a race leaves."""
+    blocks = scorer.merger.blocks
+    lists = [(own or {}).get(block, values) for block in blocks]
+    weights = [dict(zip(blocks, point, strict=True)) for point in itertools.product(*lists)]
+    if racing and len(weights) > 1:
+        weights = race(scorer, weights)
+    return scorer.score_all(weights, desc)
 
 
-def check_grid(c, blocks):
-    """Refuse a grid that takes for ever or names a block that is not there, announce a large
-    one."""
-    for block in ("enc", "mid", "dec"):
-        if getattr(c, f"grid_{block}") and block not in blocks:
-            raise UserError(f"--grid-{block}: this partition has no block {block}: use --grid")
-    points = grid_points(c, blocks)
-    if points > MAX_POINTS and not c.yes:
-        advice = "use --search gradient without --placebo, or add --yes"
-        raise UserError(f"the grid has {points} points over {len(blocks)} blocks: {advice}")
-    if points > MAX_POINTS_BESIDE_SEARCH:
-        print(
-            f"the grid has {points} points over {len(blocks)} blocks; "
-            "--search gradient needs no grid"
-        )
-
-
-def race(scorer, weights, seeds, level=0.05):
+def race(scorer: Scorer, weights: list[dict], level: float = 0.05) -> list[dict]:
     """Candidates that a fifth of the seeds does not separate from the leader: intervals of the
     difference at level / candidates, so that the best is dropped with a probability of at most
     about `level`."""
-    few = seeds.start(min(seeds.count, max(2 * FOLDS, seeds.count // 5)))
-    scores = scorer.score_all(weights, few, "race")
-    leader = best_of(scores)
-    return [
-        score.w for score in scores if compare([score], [leader], level / len(scores))["low"] <= 0
-    ]
+    selection = scorer.seeds.selection
+    few = selection.start(min(selection.count, max(2 * FOLDS, selection.count // 5)))
+    scores = scorer.score_all(weights, "race", seeds=few)
+    leader = choose(scores)
+    left = []
+    for score in scores:
+        if compare([score], [leader], level / len(scores)).low <= 0:
+            left.append(score.w)
+    return left
 
 
-def score_grid(c, scorer, seeds, desc):
-    """Scores of the grid (of what a race leaves of it); none if the grid is left to the search."""
-    weights = grid_weights(c, scorer.merger.blocks)
-    if c.race and len(weights) > 1:
-        weights = race(scorer, weights, seeds)
-    return scorer.score_all(weights, seeds, desc)
+# -------------------- search without gradients
+Start = float | dict[str, float]  # of a search: one weight for all blocks, or one for each
 
 
-class Trials:
-    """The scores that a search without gradients asks for, in a progress bar."""
+def cobyqa(scorer: Scorer, start: Start, evaluations: int, bounds=BOUNDS) -> list[Score]:
+    """Derivative-free trust-region search (scipy's COBYQA) -> its scores, the start first."""
+    blocks = scorer.merger.blocks
+    scores = []
+    quiet = scorer.sampler.processes.rank > 0
+    with tqdm(total=evaluations, desc="COBYQA", leave=False, disable=quiet) as bar:
 
-    def __init__(self, c, scorer, seeds, desc):
-        self.scorer, self.seeds = scorer, seeds
-        self.scores = []
-        quiet = scorer.sampler.processes.rank > 0
-        self.bar = tqdm(total=c.evaluations, desc=desc, leave=False, disable=quiet)
+        def distance(x):
+            scores.append(scorer.score(dict(zip(blocks, x, strict=True))))
+            bar.update()
+            return scores[-1].fd
 
-    def score(self, values):
-        """Score of one weight a block, in the order of the blocks."""
-        self.scores.append(self.scorer.score(self.scorer.weights(values), self.seeds))
-        self.bar.update()
-        return self.scores[-1]
-
-
-def search_cobyqa(c, scorer, seeds, start):
-    """Derivative-free trust-region search (scipy's COBYQA) from the best global weight -> its
-    scores."""
-    trials = Trials(c, scorer, seeds, "COBYQA")
-
-    def distance(x):
-        return trials.score(x).fd
-
-    blocks = len(scorer.merger.blocks)
-    x = np.full(blocks, float(np.clip(start, *c.bounds)))
-    options = {"initial_tr_radius": 0.5, "final_tr_radius": 0.01, "maxfev": c.evaluations}
-    with trials.bar:
-        scipy.optimize.minimize(
-            distance, x, method="COBYQA", bounds=[c.bounds] * blocks, options=options
-        )
-    return trials.scores
+        options = {"initial_tr_radius": 0.5, "final_tr_radius": 0.01, "maxfev": evaluations}
+        x = np.clip(list(scorer.merger.weights(start).values()), *bounds)
+        limits = [bounds] * len(blocks)
+        scipy.optimize.minimize(distance, x, method="COBYQA", bounds=limits, options=options)
+    return scores
 
 
-def search_coordinate(c, scorer, seeds, start, step=0.5, least_step=0.01):
-    """One block after the other a step up or, without gain, down, from the best global weight; a
-    round without any gain halves the step. The plainest search that scales to layers -> its
-    scores."""
-    trials = Trials(c, scorer, seeds, "coordinate search")
-    low, high = c.bounds
-    values = [float(np.clip(start, low, high))] * len(scorer.merger.blocks)
-    with trials.bar:
-        best = trials.score(values)
-        while step >= least_step:
-            before = best
-            for k in range(len(values)):
-                for move in (step, -step):
-                    if len(trials.scores) >= c.evaluations:
-                        return trials.scores
-                    moved = [*values]
-                    moved[k] = float(np.clip(values[k] + move, low, high))
-                    if moved[k] == values[k]:
-                        continue
-                    score = trials.score(moved)
-                    if score.fd < best.fd:
-                        best = score
-                        values = moved
-                        break
-            if best is before:
-                step /= 2
-    return trials.scores
-
-
+# -------------------- search by gradients
 class SearchEnds(Exception):
     """A search has used its evaluations, or has not gained for long."""
 
 
-class GradientSearch:
-    """L-BFGS-B (scipy) on all block weights from the best global weight. It descends the distance
-    at one set of fresh seeds; each of its points is also scored on the selection seeds, which no
-    gradient has seen, and `patience` points without gain there end it, against overfitting. What
-    was computed is kept on disk."""
+def descend(
+    scorer: Scorer, start: Start, evaluations: int, bounds=BOUNDS, patience: int = 6
+) -> list[Score]:
+    """The search that scales to layers, from one weight for all blocks -> its scores, the start
+    first."""
+    return GradientSearch(scorer, start, evaluations, bounds, patience).run()
 
-    def __init__(self, c, scorer, seeds, start, patience):
-        self.scorer, self.seeds, self.start = scorer, seeds, start
-        self.bounds, self.evaluations, self.patience = c.bounds, c.evaluations, patience
-        self.fresh = search_seeds(seeds.count)
+
+class GradientSearch:
+    """L-BFGS-B (scipy) on all block weights. It descends the distance at one set of fresh seeds;
+    each of its points is also scored on the selection seeds, which no gradient has seen, and
+    `patience` points without gain there end it, against overfitting. What was computed is kept on
+    disk."""
+
+    def __init__(self, scorer: Scorer, start: Start, evaluations: int, bounds, patience: int):
+        self.scorer, self.start, self.bounds = scorer, scorer.merger.weights(start), bounds
+        self.evaluations, self.patience = evaluations, patience
         self.precision = gradient_precision(scorer.selection_precision)
-        settings = [
-            scorer.key(seeds),
-            start,
-            seeds.first,
-            self.fresh.first,
-            self.fresh.count,
-            c.bounds,
-            self.precision,
-        ]
-        self.path = scorer.log.folder / f"search-{key_of(SEARCH_VERSION, settings)}.pt"
+        self.fresh = scorer.seeds.search
         self.rank = scorer.sampler.processes.rank
+        self.path = self.place()
         self.known = scorer.sampler.processes.decide(self.stored)
-        self.scores = []  # of its points, in their order
+        self.scores: list[Score] = []  # of its points, in their order
         self.bar = tqdm(
-            total=c.evaluations, desc="gradient search", leave=False, disable=self.rank > 0
+            total=evaluations, desc="gradient search", leave=False, disable=self.rank > 0
         )
 
-    def stored(self):
-        """(w, distance, [gradient]) of every point that an earlier run has computed."""
-        with reading(f"{self.path} is damaged, delete it to search from the start"):
-            if not self.path.exists():
-                return []
-            return [tuple(point) for point in checked_torch_load(self.path)]
+    def place(self) -> Path | None:
+        """Where its points are kept; None without a folder."""
+        merger, folder = self.scorer.merger, self.scorer.log.folder
+        if folder is None:
+            return None
+        key = search_key(
+            start=self.scorer.key(self.start, self.scorer.seeds.selection),
+            blocks=merger.owners,
+            fresh=(self.fresh.first, self.fresh.count),
+            bounds=self.bounds,
+            precision=self.precision,
+        )
+        return folder / f"search-{key}.json"
 
-    def run(self):
+    def stored(self) -> list:
+        """[w, distance or None where it is infinite, gradient] of every point of an earlier run."""
+        if self.path is None or not self.path.exists():
+            return []
+        with reading(f"{self.path} is damaged, delete it to search from the start"):
+            points = json.loads(self.path.read_text("utf-8"))
+            for w, distance, gradient in points:
+                if set(w) != set(self.scorer.merger.blocks) or len(gradient) != len(w):
+                    raise ValueError("it has points of other blocks")
+                if not all(isinstance(x, (int, float)) for x in (distance or 0, *gradient)):
+                    raise ValueError("it has points without numbers")
+            return points
+
+    def run(self) -> list[Score]:
         """The scores of its points, the start first."""
         blocks = len(self.scorer.merger.blocks)
         with self.bar, contextlib.suppress(SearchEnds):
             scipy.optimize.minimize(
                 self.scaled,
-                np.full(blocks, self.start),
+                np.array(list(self.start.values())),
                 jac=True,
                 method="L-BFGS-B",
                 bounds=[self.bounds] * blocks,
@@ -206,76 +173,60 @@ class GradientSearch:
         distance, gradient = self.point_at(x)
         _, first, slopes = self.known[0]
         steepest = np.abs(slopes).max()
-        if steepest == 0 or not math.isfinite(first):
+        if steepest == 0 or first is None:
             raise SearchEnds
-        if not math.isfinite(distance):  # the sampler diverges: a wall that the line search sees
-            distance = 10 * max(point[1] for point in self.known if math.isfinite(point[1]))
+
+        # Where the sampler diverges: a wall that the line search sees.
+        if distance is None:
+            distance = 10 * max(point[1] for point in self.known if point[1] is not None)
         return 0.5 / steepest * distance, 0.5 / steepest * gradient
 
-    def check_end(self):
+    def check_end(self) -> None:
         if len(self.scores) == self.evaluations:
             raise SearchEnds
         if self.scores:
-            best = int(np.argmin([fd_of(score) for score in self.scores]))
+            best = self.scores.index(choose(self.scores))
             if len(self.scores) - 1 - best >= self.patience:
                 raise SearchEnds
 
     def point_at(self, x):
         """Distance and gradient at the next point, computed or known."""
-        w = self.scorer.weights(x)
+        blocks = self.scorer.merger.blocks
+        w = self.scorer.merger.weights(dict(zip(blocks, x, strict=True)))
         k = len(self.scores)
         if k < len(self.known) and self.known[k][0] != w:
             del self.known[k:]  # of another scipy
         if k == len(self.known):
             self.compute(w)
-        self.scores.append(self.scorer.score(w, self.seeds))
+        self.scores.append(self.scorer.score(w))
         self.bar.update()
         _, distance, gradient = self.known[k]
         return distance, np.array(gradient)
 
-    def compute(self, w):
+    def compute(self, w: dict[str, float]) -> None:
         distance, gradient = distance_and_gradient(self.scorer, w, self.fresh, self.precision)
         slopes = [float(gradient[block]) for block in self.scorer.merger.blocks]
 
         def of_first_rank():
-            return w, float(distance), slopes
+            return [w, float(distance) if math.isfinite(distance) else None, slopes]
 
         # The last bits may differ between ranks, and with them the end of the search.
         self.known.append(self.scorer.sampler.processes.decide(of_first_rank))
-        if self.rank == 0:
-            write_atomically(self.path, partial(torch.save, self.known))
+        if self.rank == 0 and self.path is not None:
+            write_atomically(self.path, json.dumps(self.known, allow_nan=False))
 
 
-def search_gradient(c, scorer, seeds, start, patience=6):
-    """The search that scales to layers -> its scores."""
-    return GradientSearch(c, scorer, seeds, start, patience).run()
+SEARCHES = {"cobyqa": cobyqa, "gradient": descend}
 
 
-SEARCHES = {
-    "cobyqa": search_cobyqa,
-    "coordinate": search_coordinate,
-    "gradient": search_gradient,
-}
-
-
-def gradient_precision(precision):
+def gradient_precision(precision: str) -> str:
     """fp16 has no exponents for small derivatives: a block's gradient would change its sign."""
     return "fp32" if precision == "fp16" else precision
 
 
-def halving(work, seeds, batch, processes):
-    """map_batches of work(batch, part); on all ranks with half the batch where the memory is too
-    small for the activations of one network call and of the features."""
-    while True:
-        try:
-            return processes.map_batches(partial(work, batch), seeds, batch)
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-            batch //= 2
-
-
-def distance_and_gradient(scorer, w, seeds, precision, rounding=True):
+def distance_and_gradient(
+    scorer: Scorer, w: dict[str, float], seeds: SeedSet, precision: str, rounding: bool = True
+):
     """Distance at w, and {block: its exact derivative in the block's weight}. Pass one: moments of
     the features; two: every batch again, the distance's derivative pulled back through features and
     sampler to the weights, one network call's activations at a time. Rounding to uint8 is passed
@@ -292,15 +243,15 @@ def distance_and_gradient(scorer, w, seeds, precision, rounding=True):
         x = to_pixels(images)
         return judge.features(x + (x.floor() - x).detach() if rounding else x)
 
-    def features_alone(part):
+    def features_alone(part, batch):
         with torch.no_grad():  # per thread
-            found = features_of(part, sampler.batch)
+            found = features_of(part, batch)
         return found.cpu() if processes.world > 1 else found
 
     # Pass one: the moments, and the distance's derivative in them.
     try:
         with network_calls(net, precision):
-            parts = processes.map_batches(features_alone, seeds.seeds, sampler.batch)
+            parts = sampler.in_batches(features_alone, seeds.seeds)
     except Diverged:
         return math.inf, dict.fromkeys(merger.blocks, 0.0)
     mean, cov = neon_ext.feature_moments(torch.cat(parts).to(processes.device))
@@ -313,7 +264,7 @@ def distance_and_gradient(scorer, w, seeds, precision, rounding=True):
     names = list(merger.owners)
     parameters = [resident[name] for name in names]
 
-    def pull_back(batch, part):
+    def pull_back(part, batch):
         with torch.enable_grad():
             features = features_of(part, batch)
         pull = to_mean / n + 2 * (features.detach().double() - mean) @ to_cov / (n - 1)
@@ -322,9 +273,8 @@ def distance_and_gradient(scorer, w, seeds, precision, rounding=True):
         )
         total = dict.fromkeys(merger.blocks, 0.0)
         for name, gradient in zip(names, gradients, strict=True):
-            if (
-                gradient is not None
-            ):  # sampling may not use a parameter, as EDM's augmentation labels
+            # Sampling may not use a parameter, as EDM's augmentation labels.
+            if gradient is not None:
                 drift = merger.theta_r[name] - merger.theta_s[name]
                 total[merger.owners[name]] += float((gradient.double() * drift).sum())
         return list(total.values())
@@ -333,7 +283,8 @@ def distance_and_gradient(scorer, w, seeds, precision, rounding=True):
         parameter.requires_grad_(True)
     try:
         with network_calls(net, precision, checkpointed=True):
-            totals = halving(pull_back, seeds.seeds, max(1, sampler.batch // 2), processes)
+            batch = max(1, sampler.batch // 2)
+            totals, _ = halving(pull_back, seeds.seeds, batch, processes)
     finally:
         net.requires_grad_(False)
     return fd.item(), dict(zip(merger.blocks, np.sum(totals, axis=0), strict=True))

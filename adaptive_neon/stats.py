@@ -1,50 +1,53 @@
 """Intervals and verdicts: numbers in, numbers out."""
 
+import dataclasses
 import math
 
 import numpy as np
-import scipy
-import scipy.stats
+import scipy.special
 
 FOLDS = 20  # of the seeds of every score: jackknife intervals need no new samples
 
 
-def compare(scores, others, level=0.05):
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Of two models' distances, paired: better is lower."""
+
+    difference: float
+    low: float  # of its interval
+    high: float
+    p: float  # of no difference, two-sided
+    verdict: str  # better, worse, no significant difference
+    other: float = math.nan  # the other's distance, that relative differences are shares of
+
+    def as_json(self) -> dict:
+        """Everything as plain data, with the shares of the other's distance."""
+        row = dataclasses.asdict(self)
+        other = row.pop("other")
+        for key in ("difference", "low", "high"):
+            row[f"relative_{key}"] = row[key] / other if other else 0.0
+        return row
+
+
+def compare(scores, others, level=0.05) -> Comparison:
     """Paired difference of distances, mean over the seed sets of `scores` and `others`, and its
     interval: the delete-one-fold jackknife (Student's t) of the difference, as both saw the same
-    noise. better: lower. p: of no difference, two-sided."""
+    noise."""
     ours, theirs = (float(np.mean([score.fd for score in side])) for side in (scores, others))
-    if not math.isfinite(ours) or not math.isfinite(theirs):
+    if math.isfinite(ours) and math.isfinite(theirs):
+        pairs = list(zip(scores, others, strict=True))
+        difference = float(np.mean([one.fd - other.fd for one, other in pairs]))
+        folds = [np.subtract(one.folds, other.folds) for one, other in pairs]
+        half, p = jackknife(difference, folds, level)
+    else:
+        # A sampler that diverged is infinitely far away, without noise.
         difference = 0.0 if ours == theirs else ours - theirs
-        verdict = (
-            "no significant difference"
-            if ours == theirs
-            else "better"
-            if ours < theirs
-            else "worse"
-        )
-        p = 1.0 if ours == theirs else 0.0
-        return {
-            "difference": difference,
-            "low": difference,
-            "high": difference,
-            "verdict": verdict,
-            "p": p,
-        }
+        half, p = 0.0, float(ours == theirs)
 
-    pairs = list(zip(scores, others, strict=True))
-    full = float(np.mean([one.fd - other.fd for one, other in pairs]))
-    half, p = jackknife(full, [np.subtract(one.folds, other.folds) for one, other in pairs], level)
     verdict = "no significant difference"
-    if abs(full) > half:
-        verdict = "better" if full < 0 else "worse"
-    return {"difference": full, "low": full - half, "high": full + half, "verdict": verdict, "p": p}
-
-
-def as_shares(gain, theirs):
-    """What compare() found, as shares of the other's distance."""
-    keys = ("difference", "low", "high")
-    return {f"relative_{key}": gain[key] / theirs if theirs else 0.0 for key in keys}
+    if abs(difference) > half:
+        verdict = "better" if difference < 0 else "worse"
+    return Comparison(difference, difference - half, difference + half, p, verdict, theirs)
 
 
 def jackknife(mean, folds, level=0.05):
@@ -53,10 +56,10 @@ def jackknife(mean, folds, level=0.05):
     folds = np.array(folds)
     variance = (FOLDS - 1) / FOLDS * ((folds - folds.mean(1, keepdims=True)) ** 2).sum()
     freedom = len(folds) * (FOLDS - 1)
-    half = float(scipy.stats.t.ppf(1 - level / 2, freedom) * variance**0.5 / len(folds))
+    half = float(scipy.special.stdtrit(freedom, 1 - level / 2) * variance**0.5 / len(folds))
     if not half:
         return half, float(mean == 0)
-    return half, float(2 * scipy.stats.t.sf(abs(mean) * len(folds) / variance**0.5, freedom))
+    return half, float(2 * scipy.special.stdtr(freedom, -abs(mean) * len(folds) / variance**0.5))
 
 
 def fd_interval(scores):
@@ -85,8 +88,3 @@ def holm(p_values, level=0.05):
             break
         held[i] = True
     return held
-
-
-def mean_and_spread(shares):
-    spread = f" +- {np.std(shares, ddof=1):.1%}" if len(shares) > 1 else ""
-    return f"{np.mean(shares):+.1%}{spread}"

@@ -3,15 +3,17 @@
 import copy
 import dataclasses
 import time
-from functools import partial
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 from .blocks import movable_parameters
-from .files import reading, write_atomically
-from .pickles import checked_torch_load
+from .files import Refused, load_state, reading, save_state
+from .processes import Processes
 from .sampling import network_calls
 
 
@@ -25,13 +27,200 @@ class Recipe:
     ramp_kimg: float  # the learning rate grows linearly over this
     ema_kimg: float  # half-life of the weight average
     seed: int
-    ramp_ratio: float | None = (
-        None  # the half-life is at most this share of what was seen; None: no limit
-    )
+    ramp_ratio: float | None = None  # the half-life is at most this share of what was seen
     precision: str = "fp32"
 
 
-def ema_beta(batch, half_life, seen=None, ramp_ratio=None):
+def self_train(
+    model,
+    net: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    *,
+    kimg: float,
+    lr: float = 1e-4,
+    batch: int = 64,
+    ema_kimg: float = 500,
+    ramp_kimg: float = 10_000,
+    seed: int = 0,
+    state: Path | None = None,
+) -> nn.Module:
+    """The weight average of a copy of `net` after `kimg` thousand of its own samples, uint8
+    [N, C, H, W]; `net` stays as it is. state: a file to go on from after a stop."""
+    recipe = Recipe("self-training", batch, lr, ramp_kimg, ema_kimg, seed)
+    path = None if state is None else Path(state)
+    return train(model, copy.deepcopy(net), images, labels, recipe, [kimg], state_path=path)
+
+
+def train(
+    model,
+    net: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    recipe: Recipe,
+    snapshots: Sequence[float],
+    save: Callable[[nn.Module, float], None] | None = None,
+    state_path: Path | None = None,
+    processes: Processes | None = None,
+) -> nn.Module:
+    """Adam on the model's loss -> the weight average after the last snapshot.
+
+    images: uint8 [N, C, H, W]; snapshots: kimg at which save(average, kimg) is called on the first
+    rank; state_path: a stopped run goes on from it, to the same bytes as one that never stopped."""
+    processes = processes or Processes(next(net.parameters()).device.type)
+    training = Training(model, net, len(images), recipe, processes)
+    if state_path is not None and processes.decide(state_path.exists):
+        training.resume(state_path)
+    x = encode_once(model, images, processes.device, recipe.seed)
+
+    total = max(snapshots) * 1000
+    between_saves = max(recipe.batch, min(50_000, int(total) // 4))
+    saved = training.seen
+    bar = tqdm(
+        desc=recipe.name,
+        total=int(total),
+        initial=training.seen,
+        unit="img",
+        unit_scale=True,
+        leave=False,
+        disable=processes.rank > 0,
+    )
+    while training.seen < total:
+        before = training.seen
+        training.step(x, labels)
+        bar.update(recipe.batch)
+
+        # Snapshots, and the state to go on from.
+        due = [kimg for kimg in snapshots if before < kimg * 1000 <= training.seen]
+        if processes.rank == 0 and save is not None:
+            for kimg in due:
+                save(training.average, kimg)
+        if due or training.seen - saved >= between_saves:
+            saved = training.seen
+            if processes.rank == 0 and state_path is not None:
+                training.save(state_path)
+    bar.close()
+    processes.barrier()  # now the first rank's files are there
+    return training.average
+
+
+class Training:
+    """A network, its weight average and Adam, one step after the other. Every step has its own
+    seed: what comes after it does not depend on how the run got there. count: training images."""
+
+    def __init__(self, model, net: nn.Module, count: int, recipe: Recipe, processes: Processes):
+        self.model, self.recipe, self.processes = model, recipe, processes
+        self.order = EpochOrder(count, recipe.seed)
+        self.seen = 0  # images
+
+        self.net = net.to(processes.device).train()
+        self.parameters = movable_parameters(self.net)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        self.average = copy.deepcopy(self.net).eval().requires_grad_(False)
+        movable = movable_parameters(self.average, like=self.net).values()
+        self.averages = [parameter.detach() for parameter in movable]
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=recipe.lr, fused=True)
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
+        """One batch of all ranks. images [N, ...]: what encode_once() gives."""
+        recipe, rank, world = self.recipe, self.processes.rank, self.processes.world
+        parameters = list(self.parameters.values())
+
+        # This rank's share of the batch, and the random stream of this step.
+        positions = torch.arange(self.seen, self.seen + recipe.batch)[rank::world]
+        index = self.order.at(positions)
+        torch.manual_seed(((recipe.seed * 2**20 + self.seen // recipe.batch) * 64 + rank) % 2**63)
+        x = images[index].to(self.processes.device)
+        if not self.model.encodes:
+            x = self.model.encode(x)
+        y = None if labels is None else labels[index].to(self.processes.device)
+
+        # Gradient and Adam step; the learning rate starts at zero.
+        with network_calls(self.net, recipe.precision):
+            gradients_of_step(self.model, self.net, x, y, parameters, self.processes, recipe.batch)
+        ramp = min(self.seen / max(recipe.ramp_kimg * 1000, 1e-8), 1)
+        self.optimizer.param_groups[0]["lr"] = recipe.lr * ramp
+        self.optimizer.step()
+
+        # Weight average. BatchNorm's statistics are averages already, so buffers are copied.
+        beta = ema_beta(recipe.batch, recipe.ema_kimg * 1000, self.seen, recipe.ramp_ratio)
+        torch._foreach_lerp_(self.averages, [p.detach() for p in parameters], 1 - beta)
+        for ours, theirs in zip(self.average.buffers(), self.net.buffers(), strict=True):
+            ours.copy_(theirs)
+        self.seen += recipe.batch
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that a later step depends on; what Adam has not met yet has no moments."""
+        tensors = {}
+        for side, net in (("net", self.net), ("average", self.average)):
+            for name, tensor in net.state_dict().items():
+                if isinstance(tensor, torch.Tensor):  # a module may keep other things beside them
+                    tensors[f"{side} {name}"] = tensor
+        for name, parameter in self.parameters.items():
+            for key, tensor in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"adam {key} {name}"] = tensor
+        return tensors
+
+    def facts(self) -> dict:
+        """What a state must agree in with the training that goes on from it."""
+        return {"recipe": dataclasses.asdict(self.recipe), "images": self.order.count}
+
+    def save(self, path: Path) -> None:
+        save_state(path, self.tensors(), self.facts() | {"seen": self.seen})
+
+    def resume(self, path: Path) -> None:
+        """Go on where an earlier run stopped."""
+        with reading(f"{path} is damaged, delete it to train from the start"):
+            tensors, facts = load_state(path)
+            self.seen = facts.pop("seen")
+            if facts != self.facts():
+                raise Refused("it belongs to another training")
+
+            # Places for Adam's moments, where there were any.
+            for name, parameter in self.parameters.items():
+                if f"adam step {name}" in tensors:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.zeros((), device=parameter.device),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+            ours = self.tensors()
+            shapes = [{name: t.shape for name, t in side.items()} for side in (ours, tensors)]
+            if shapes[0] != shapes[1]:
+                raise Refused("it holds another network")
+            with torch.no_grad():
+                for name, tensor in ours.items():
+                    tensor.copy_(tensors[name])
+
+
+class EpochOrder:
+    """An endless sequence of permutations of range(count), a new one every epoch. Keeps those of
+    the last batch: to draw one takes longer than a step, with many images."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed = count, seed
+        self.epochs: dict[int, torch.Tensor] = {}
+
+    def permutation(self, epoch: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(self.count, generator=generator)
+
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """Indices at these positions of the sequence, int64 [N] -> int64 [N]."""
+        epoch_of = positions // self.count
+        kept, self.epochs = self.epochs, {}
+        indices = torch.empty_like(positions)
+        for epoch in epoch_of.unique().tolist():
+            order = kept[epoch] if epoch in kept else self.permutation(epoch)
+            self.epochs[epoch] = order
+            here = epoch_of == epoch
+            indices[here] = order[positions[here] % self.count]
+        return indices
+
+
+def ema_beta(batch: int, half_life: float, seen: int = 0, ramp_ratio: float | None = None) -> float:
     """Share the average keeps at a step of `batch` images; half_life in images, at most seen *
     ramp_ratio."""
     if ramp_ratio is not None:
@@ -39,18 +228,8 @@ def ema_beta(batch, half_life, seen=None, ramp_ratio=None):
     return 0.5 ** (batch / max(half_life, 1e-8))
 
 
-def shuffled(positions, n, seed):
-    """Indices at these positions of an endless sequence of permutations of range(n)."""
-    epochs = {}
-    for epoch in {int(position) // n for position in positions}:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        epochs[epoch] = torch.randperm(n, generator=generator)
-    indices = [epochs[int(position) // n][int(position) % n] for position in positions]
-    return torch.stack(indices) if indices else torch.zeros(0, dtype=torch.int64)
-
-
 @torch.no_grad()
-def encode_once(model, images, device, seed):
+def encode_once(model, images: torch.Tensor, device: str, seed: int) -> torch.Tensor:
     """What loss() trains on, if making it is work (a VAE, which may draw random numbers); else the
     uint8 images, converted batch by batch."""
     if not model.encodes:
@@ -70,93 +249,20 @@ def gradients_of_step(model, net, x, labels, parameters, processes, batch):
         parameter.grad = None
     if len(x):
         (model.loss(net, x, labels).sum() * (processes.world / batch)).backward()
+
+    # All ranks' gradients in one message.
     if processes.world > 1:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat.div_(processes.world))
-        for parameter, grad in zip(
-            parameters, flat.split([p.numel() for p in parameters]), strict=True
-        ):
+        parts = flat.split([parameter.numel() for parameter in parameters])
+        for parameter, grad in zip(parameters, parts, strict=True):
             parameter.grad = grad.view(parameter.shape)
 
     # As EDM: a loss that overflows now and then must not end the training.
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.nan_to_num_(0.0, 1e5, -1e5)
-
-
-def train(model, net, images, labels, recipe, processes, state_path, snapshots, save):
-    """Adam on the model's loss. Every step has its own seed: a resumed run repeats an uninterrupted
-    one. images: uint8 [N, C, H, W]; snapshots: kimg at which save(ema, kimg) is called on the first
-    rank."""
-    device, rank, batch = processes.device, processes.rank, recipe.batch
-    net = net.to(device).train()
-    parameters = movable_parameters(net)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    parameters = list(parameters.values())
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    averages = list(movable_parameters(ema, like=net).values())
-    optimizer = torch.optim.Adam(parameters, lr=recipe.lr, fused=True)
-    seen = 0
-
-    # Go on where an earlier run stopped.
-    parts = {"net": net, "ema": ema, "optimizer": optimizer}
-    if processes.decide(state_path.exists):
-        with reading(f"{state_path} is damaged, delete it to train from the start"):
-            state = checked_torch_load(state_path)
-            seen = state["seen"]
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-
-    x_all = encode_once(model, images, device, recipe.seed)
-    total = int(max(snapshots) * 1000)
-    tick = max(batch, min(50_000, total // 4))
-    saved = seen
-    bar = tqdm(
-        total=total,
-        initial=seen,
-        unit="img",
-        unit_scale=True,
-        desc=recipe.name,
-        leave=False,
-        disable=rank > 0,
-    )
-    while seen < max(snapshots) * 1000:
-        # This rank's share of the batch, and the random stream of this step.
-        positions = torch.arange(seen, seen + batch)[rank :: processes.world]
-        index = shuffled(positions, len(images), recipe.seed)
-        torch.manual_seed(((recipe.seed * 2**20 + seen // batch) * 64 + rank) % 2**63)
-        x = x_all[index].to(device)
-        if not model.encodes:
-            x = model.encode(x)
-        y = None if labels is None else labels[index].to(device)
-
-        # Gradient and Adam step; the learning rate starts at zero.
-        with network_calls(net, recipe.precision):
-            gradients_of_step(model, net, x, y, parameters, processes, batch)
-        ramp = min(seen / max(recipe.ramp_kimg * 1000, 1e-8), 1)
-        optimizer.param_groups[0]["lr"] = recipe.lr * ramp
-        optimizer.step()
-
-        # Weight average.
-        beta = ema_beta(batch, recipe.ema_kimg * 1000, seen, recipe.ramp_ratio)
-        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - beta)
-        for ours, theirs in zip(ema.buffers(), net.buffers(), strict=True):
-            ours.copy_(theirs)  # BatchNorm's statistics are averages already
-
-        # Snapshots, and the state to resume from.
-        due = [kimg for kimg in snapshots if seen < kimg * 1000 <= seen + batch]
-        seen += batch
-        bar.update(batch)
-        if rank == 0 and (due or seen - saved >= tick):
-            for kimg in due:
-                save(ema, kimg)
-            saved = seen
-            state = {name: part.state_dict() for name, part in parts.items()} | {"seen": seen}
-            write_atomically(state_path, partial(torch.save, state))
-    bar.close()
-    processes.barrier()  # now the first rank's files are there
 
 
 def time_training(c, model, base):

@@ -13,6 +13,12 @@
 #ifndef ADAPTIVE_CUDA
 #define ADAPTIVE_CUDA 0
 #endif
+// setup.py gives the version as bare characters: quotes would not survive every build tool.
+#ifndef ADAPTIVE_VERSION
+#define ADAPTIVE_VERSION unknown
+#endif
+#define ADAPTIVE_TEXT_OF(x) #x
+#define ADAPTIVE_TEXT(x) ADAPTIVE_TEXT_OF(x)
 
 TORCH_LIBRARY(neon_ext, m) {
   m.def(
@@ -32,7 +38,6 @@ TORCH_LIBRARY(neon_ext, m) {
   m.def("sqrtm(Tensor A) -> Tensor");
   m.def("frechet_distance(Tensor mu1, Tensor cov1, Tensor mu2, Tensor cov2) -> Tensor");
   m.def("frechet_distance_backward(Tensor grad, Tensor cov1, Tensor cov2) -> (Tensor, Tensor)");
-  m.def("trace_norm(Tensor B, str method='auto') -> Tensor");
   m.def("feature_moments(Tensor features) -> (Tensor, Tensor)");
 }
 
@@ -195,21 +200,13 @@ values of L1^T L2 for factors cov_i = L_i L_i^T: never imaginary, correct for si
 added to the diagonal. Differentiable once: d/dcov2 = I - R (R cov2 R)^(-1/2) R with R = cov1^(1/2), the
 pseudo-inverse on the numerical null space. Non-finite, asymmetric or indefinite input beyond rounding
 raises ValueError saying by how much.)");
-  m.def(
-      "trace_norm", python<false, Tensor, In, c10::string_view>("trace_norm"), arg("B"),
-      arg("method") = "auto", release(),
-      R"(Sum of singular values of B [M, N] float64 (batches: [..., M, N]) -> 0-d (or [...]) float64.
-
-method: 'svd' (always accurate), 'gram' (eigenvalues of B B^T: fastest on CPU, loses singular values below
-1e-8 of the largest), 'polar' (matrix products only: for CUDA; loses those below 1e-12), 'auto' (what the
-Fréchet distance uses: gram where a bound proves it accurate to 1e-10, else svd; polar on CUDA). Entries
-of any magnitude; not finite ones raise ValueError. Not differentiable.)");
   m.def("feature_moments", python<true, TensorPair, In>("feature_moments"), arg("features"),
         release(),
         "Mean [D] and unbiased covariance [D, D], float64, of features [N, D] with N >= 2; "
         "differentiable.");
 
   neon::bind_statistics(m);
+  m.attr("__version__") = ADAPTIVE_TEXT(ADAPTIVE_VERSION);
   m.def("build_config", &build_config,
         "How this module was built: compiler, torch, CUDA, CPU instruction set in use.");
 }

@@ -1,24 +1,22 @@
 // Moments, symmetric square roots and the Fréchet distance between Gaussians, in float64 on CPU and
 // CUDA.
 //
-//   d = |mu1 - mu2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2),   tr (C1 C2)^(1/2) = sum of svd(L1^T
-//   L2)
+//   d = |mu1 - mu2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2)
+//   tr (C1 C2)^(1/2) = sum of the singular values of L1^T L2
 //
 // for any factors C = L L^T (Dowson & Landau 1982). Factors never take the square root of a rounded
 // eigenvalue: one of C1 C2 that should be 0 and comes out as 1e-16 would add 1e-8 to the trace,
 // times the number of null directions. They are Cholesky's (fast), or the eigenvectors of the
-// numerical range where a covariance is singular to rounding. How the singular values are summed is
-// chosen by measurement:
-//   gram   eigenvalues of B B^T, accepted only when a bound on its rounding error is below 1e-10 of
-//   the trace svd    singular values of B: always accurate, 3 to 4 times slower on CPU; also for
-//   small or batched B polar  CUDA: tr U^T B with U the polar factor by minimax polynomials, matrix
-//   products only
+// numerical range where a covariance is singular to rounding.
+//
+// How the singular values are summed is chosen by measurement:
+//   gram    eigenvalues of B B^T, where a bound on their rounding is below 1e-10 of the trace
+//   svd     singular values of B: always accurate, 3 to 4 times slower on CPU; small or batched B
+//   polar   CUDA: tr U^T B with U the polar factor by minimax polynomials, matrix products only
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/extension.h>
 
 #include <array>
-#include <mutex>
-#include <numeric>
 
 #include "neon_ext.h"
 
@@ -26,8 +24,7 @@ namespace neon {
 namespace {
 
 using torch::autograd::variable_list;
-using Folds = std::optional<std::vector<int64_t>>;
-using State = std::map<std::string, Tensor>;
+using Folds = std::vector<int64_t>;  // numbers of folds
 constexpr double kEps = 2.220446049250313e-16;
 constexpr int64_t kSmall = 128;  // up to here one SVD costs less than the choice between methods
 constexpr int64_t kRows = 4096;  // features converted to float64 at a time: 64 MB at D = 2048
@@ -318,31 +315,15 @@ Tensor singular_sum(const Tensor& b,  // [..., M, N] float64, of ordinary magnit
   return at::linalg_svdvals(b).sum(-1);
 }
 
-Tensor trace_norm(const Tensor& given,  // [..., M, N] float64 -> [...]
-                  c10::string_view method) {
-  TORCH_CHECK_VALUE(given.dim() >= 2 && given.scalar_type() == at::kDouble && is_dense(given),
-                    "trace_norm: B must be [..., M, N] dense float64, got ", given.layout(), " ",
-                    describe(given));
-  const bool automatic = method == "auto", gram = method == "gram", polar = method == "polar";
-  TORCH_CHECK_VALUE(automatic || gram || polar || method == "svd", "trace_norm: method ", method,
-                    " is not auto, gram, svd or polar");
-  TORCH_CHECK_VALUE(given.dim() == 2 || !(gram || polar), "trace_norm: method ", method,
-                    " takes one matrix, not a batch");
-  const auto largest = largest_entries(given);
-  TORCH_CHECK_VALUE(at::isfinite(largest).all().item<bool>(),
-                    "trace_norm: B has entries that are not finite");
-  const auto root = root_scales(largest);
-  const auto b = divided(given, root);
-
-  Tensor sum;
-  if (polar) {
-    sum = trace_norm_polar(b);
-  } else if (gram) {
-    sum = b.new_full({}, gram_sum(gram_of(b)).sum);
-  } else {
-    sum = automatic ? singular_sum(b) : at::linalg_svdvals(b).sum(-1);
+// By a method of choice, for tests: polar is what CUDA computes, on any device.
+double trace_norm(const Tensor& b,  // [M, N] float64, of ordinary magnitude
+                  const std::string& method) {
+  TORCH_CHECK_VALUE(method == "auto" || method == "gram" || method == "polar",
+                    "trace_norm: method ", method, " is not auto, gram or polar");
+  if (method == "gram") {
+    return gram_sum(gram_of(b)).sum;
   }
-  return root.defined() ? sum * root.to(b.device()) * root.to(b.device()) : sum;
+  return (method == "polar" ? trace_norm_polar(b) : singular_sum(b)).item<double>();
 }
 
 // ---------------------------------------------------------------- square root and distance
@@ -503,195 +484,76 @@ std::tuple<Tensor, Tensor> feature_moments(const Tensor& features) {
   return {mean, at::matmul(centred.mT(), centred) / (n - 1)};
 }
 
-// ---------------------------------------------------------------- moments
+// ---------------------------------------------------------------- moments of folds
 
-// Mean and covariance of features in one pass: float64 sums of (f - shift) and of its outer
-// products, per fold. Each fold has a shift of its own, the mean of its first rows, so that no
-// fold's sums cancel, whichever folds are combined and however far apart they lie.
-class Moments {
+// Mean and covariance of any choice of folds after one pass over the features: float64 sums of
+// (f - shift) and of its outer products, per fold. Each fold has a shift of its own, the mean of
+// its first rows, so that no fold's sums cancel, whichever folds are combined and however far apart
+// they lie.
+class FoldMoments {
  public:
-  Moments(int64_t dim, int64_t folds, const std::string& device)
-      : count_(std::max<int64_t>(folds, 0), 0) {
-    TORCH_CHECK_VALUE(dim >= 1 && folds >= 1, "Moments: dim = ", dim, " and folds = ", folds,
-                      " must be at least 1");
-    const at::Device where(device);
-    TORCH_CHECK_VALUE(!where.is_meta(), "Moments: device meta holds no numbers");
-    sum_ = at::zeros({folds, dim}, at::TensorOptions().dtype(at::kDouble).device(where));
+  FoldMoments(const Tensor& features,              // [N, D]
+              const std::vector<int64_t>& ends) {  // [K + 1]: fold k is ends[k] : ends[k + 1]
+    const int64_t dim = features.size(1), folds = static_cast<int64_t>(ends.size()) - 1;
+    sum_ = at::zeros({folds, dim}, features.options().dtype(at::kDouble));
     shift_ = at::zeros_like(sum_);
     outer_ = at::zeros({folds, dim, dim}, sum_.options());
-  }
-
-  void update(const Tensor& features,  // [N, D]
-              int64_t fold) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    chosen(std::vector<int64_t>{fold});
-    TORCH_CHECK_VALUE(
-        features.dim() == 2 && features.size(1) == sum_.size(1) && is_dense(features) &&
-            features.device() == sum_.device() && at::isFloatingType(features.scalar_type()),
-        "Moments.update: features must be [N, ", sum_.size(1), "] dense floating point on ",
-        sum_.device(), ", got ", features.layout(), " ", describe(features));
-    const at::NoGradGuard no_grad;
-    // A NaN would spoil all earlier sums. CUDA would wait for the answer: there mean() and cov()
-    // find it.
-    TORCH_CHECK_VALUE(features.is_cuda() || at::isfinite(features).all().item<bool>(),
-                      "Moments.update: features have entries that are not finite; nothing was "
-                      "added");
-    if (features.size(0) > 0 && count_[fold] == 0) {
-      shift_[fold].copy_(features.slice(0, 0, kRows).to(at::kDouble).mean(0));
-    }
-    for (int64_t begin = 0; begin < features.size(0); begin += kRows) {
-      const auto rows = features.slice(0, begin, begin + kRows).to(at::kDouble) - shift_[fold];
-      const auto sum = rows.sum(0);
-      outer_[fold].addmm_(rows.mT(), rows);
-      sum_[fold].add_(sum);
-      count_[fold] += rows.size(0);
-    }
-  }
-
-  // Sums about another shift, moved by d: sum + n d and outer + sum d^T + d sum^T + n d d^T.
-  void merge(const Moments& other) {
-    std::unique_lock<std::mutex> mine(mutex_, std::defer_lock);
-    std::unique_lock<std::mutex> theirs(other.mutex_, std::defer_lock);
-    if (this == &other) {
-      mine.lock();
-    } else {
-      std::lock(mine, theirs);
-    }
-    TORCH_CHECK_VALUE(other.sum_.sizes() == sum_.sizes(),
-                      "Moments.merge: this has [folds, dim] = ", sum_.sizes(), ", the other ",
-                      other.sum_.sizes());
-    const at::NoGradGuard no_grad;
-    for (size_t k = 0; k < count_.size(); ++k) {
-      if (other.count_[k] == 0) {
-        continue;
-      }
-      const auto shift = other.shift_[k].to(sum_.device());
-      if (count_[k] == 0) {
-        shift_[k].copy_(shift);
-      }
-      const auto n = static_cast<double>(other.count_[k]);
-      const auto d = shift - shift_[k], sum = other.sum_[k].to(sum_.device());
-      const auto cross = at::outer(sum, d);
-      const auto moved = cross + cross.mT() + at::outer(d, d) * n;
-      outer_[k].add_(other.outer_[k].to(sum_.device())).add_(moved);
-      sum_[k].add_(sum).add_(d, n);
-      count_[k] += other.count_[k];
-    }
-  }
-
-  int64_t count(const Folds& folds) const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return counted(folds);
-  }
-
-  Tensor mean(const Folds& folds) const {  // -> [D]
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto [base, means, weights] = fold_means(folds, 1);
-    return base + at::matmul(weights, means);
-  }
-
-  // Scatter about the common mean: that about each fold's own mean, and that of the means.
-  Tensor cov(const Folds& folds) const {  // -> [D, D]
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto [base, means, weights] = fold_means(folds, 2);
-    const auto n = static_cast<double>(counted(folds));
-    const auto spread = (means - at::matmul(weights, means)) * (weights * n).sqrt().unsqueeze(1);
-    std::vector<Tensor> own;
-    auto scatter = at::zeros_like(outer_[0]);
-    for (int64_t k : chosen(folds)) {
+    for (int64_t k = 0; k < folds; ++k) {
+      count_.push_back(ends[k + 1] - ends[k]);
       if (count_[k] > 0) {
-        scatter.add_(outer_[k]);
-        own.push_back(sum_[k] / std::sqrt(static_cast<double>(count_[k])));
+        add(features.slice(0, ends[k], ends[k + 1]), k);
       }
     }
-    const auto shifts = at::stack(own);
+  }
+
+  // -> [D], [D, D]. Scatter about the common mean: that about each fold's own mean, and that of the
+  // means.
+  std::pair<Tensor, Tensor> of(const Folds& chosen) const {
+    Folds folds;  // that have features
+    int64_t total = 0;
+    for (int64_t k : chosen) {
+      if (count_[k] > 0) {
+        folds.push_back(k);
+        total += count_[k];
+      }
+    }
+    const auto n = static_cast<double>(total);
+
+    // Means of the folds as differences to the first one's shift, and their shares of the features.
+    const auto base = shift_[folds[0]];
+    std::vector<Tensor> differences, own;
+    std::vector<double> shares;
+    auto scatter = at::zeros_like(outer_[0]);
+    for (int64_t k : folds) {
+      const auto count = static_cast<double>(count_[k]);
+      differences.push_back(shift_[k] - base + sum_[k] / count);
+      shares.push_back(count / n);
+      own.push_back(sum_[k] / std::sqrt(count));
+      scatter.add_(outer_[k]);
+    }
+    const auto means = at::stack(differences), shifts = at::stack(own);  // [K, D]
+    const auto weights = at::tensor(shares, means.options());            // [K]
+    const auto mean = at::matmul(weights, means);
+
+    const auto spread = (means - mean) * (weights * n).sqrt().unsqueeze(1);
     scatter.addmm_(shifts.mT(), shifts, 1, -1).addmm_(spread.mT(), spread).div_(n - 1);
     TORCH_CHECK_VALUE(at::isfinite(scatter.diagonal()).all().item<bool>(),
-                      "Moments: the covariance is beyond the range of float64");
-    return (scatter + scatter.mT()).div_(2);
-  }
-
-  State state_dict() const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return {{"count", at::tensor(count_, at::kLong)},
-            {"sum", sum_.clone()},
-            {"outer", outer_.clone()},
-            {"shift", shift_.clone()}};
-  }
-
-  void load_state_dict(const State& state) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (const char* key : {"count", "sum", "outer", "shift"}) {
-      TORCH_CHECK_VALUE(state.count(key), "Moments.load_state_dict: '", key, "' is missing");
-    }
-    const auto count = state.at("count").to(at::kCPU, at::kLong).contiguous();
-    const auto &sum = state.at("sum"), &outer = state.at("outer"), &shift = state.at("shift");
-    const bool used = count.ne(0).any().item<bool>();
-    TORCH_CHECK_VALUE(sum.sizes() == sum_.sizes() && outer.sizes() == outer_.sizes() &&
-                          count.numel() == sum_.size(0),
-                      "Moments.load_state_dict: saved sums have shape ", outer.sizes(), ", this ",
-                      outer_.sizes());
-    TORCH_CHECK_VALUE(count.ge(0).all().item<bool>(),
-                      "Moments.load_state_dict: 'count' is negative");
-    // [D], or empty where nothing was added: one shift for all folds, as older files have it
-    const bool common = shift.dim() == 1 && (shift.numel() == sum_.size(1) || !used);
-    TORCH_CHECK_VALUE(common || shift.sizes() == sum_.sizes(),
-                      "Moments.load_state_dict: 'shift' is ", shift.sizes(), ", not ",
-                      sum_.sizes());
-    const at::NoGradGuard no_grad;
-    sum_.copy_(sum);
-    outer_.copy_(outer);
-    if (shift.numel() > 0) {
-      shift_.copy_(shift);
-    }
-    count_.assign(count.const_data_ptr<int64_t>(), count.const_data_ptr<int64_t>() + count.numel());
+                      "fold_distances: the covariance is beyond the range of float64");
+    return {base + mean, (scatter + scatter.mT()).div_(2)};
   }
 
  private:
-  std::vector<int64_t> chosen(const Folds& folds) const {
-    std::vector<int64_t> all(count_.size());
-    std::iota(all.begin(), all.end(), 0);
-    for (int64_t k : folds.value_or(all)) {
-      TORCH_CHECK_VALUE(k >= 0 && k < sum_.size(0), "Moments: fold ", k, " of ", sum_.size(0));
-      TORCH_CHECK_VALUE(!folds || std::count(folds->begin(), folds->end(), k) == 1,
-                        "Moments: fold ", k, " is named twice");
+  void add(const Tensor& features,  // [n, D]
+           int64_t fold) {
+    shift_[fold].copy_(features.slice(0, 0, kRows).to(at::kDouble).mean(0));
+    for (int64_t begin = 0; begin < features.size(0); begin += kRows) {
+      const auto rows = features.slice(0, begin, begin + kRows).to(at::kDouble) - shift_[fold];
+      outer_[fold].addmm_(rows.mT(), rows);
+      sum_[fold].add_(rows.sum(0));
     }
-    return folds.value_or(all);
   }
 
-  int64_t counted(const Folds& folds) const {
-    int64_t n = 0;
-    for (int64_t k : chosen(folds)) {
-      n += count_[k];
-    }
-    return n;
-  }
-
-  // base [D], the means of the chosen folds that have features as differences to it [K, D], and
-  // their shares of the features [K].
-  std::tuple<Tensor, Tensor, Tensor> fold_means(const Folds& folds, int64_t at_least) const {
-    const int64_t n = counted(folds);
-    TORCH_CHECK_VALUE(n >= at_least, "Moments: ", n, " features, but at least ", at_least,
-                      " are needed");
-    Tensor base;
-    std::vector<Tensor> means;
-    std::vector<double> shares;
-    for (int64_t k : chosen(folds)) {
-      if (count_[k] == 0) {
-        continue;
-      }
-      base = base.defined() ? base : shift_[k];
-      means.push_back(shift_[k] - base + sum_[k] / static_cast<double>(count_[k]));
-      shares.push_back(static_cast<double>(count_[k]) / static_cast<double>(n));
-    }
-    const auto stacked = at::stack(means);
-    TORCH_CHECK_VALUE(at::isfinite(stacked).all().item<bool>(),
-                      "Moments: some features were not finite");
-    return {base, stacked, at::tensor(shares, stacked.options())};
-  }
-
-  mutable std::mutex mutex_;    // update() and others run without Python's lock
-  std::vector<int64_t> count_;  // per fold
+  std::vector<int64_t> count_;  // [K]
   Tensor sum_, shift_;          // [K, D] float64
   Tensor outer_;                // [K, D, D] float64
 };
@@ -709,21 +571,11 @@ Tensor without_mean(const Tensor& centred) {
 class FrechetReference {
  public:
   FrechetReference(const Tensor& mu,   // [D]
-                   const Tensor& cov,  // [D, D]
-                   std::optional<int64_t> count)
-      : side_(gaussian(mu.detach(), cov.detach(), "FrechetReference", "")), count_(count) {
+                   const Tensor& cov)  // [D, D]
+      : side_(gaussian(mu.detach().clone(), cov.detach().clone(), "FrechetReference", "")) {
     TORCH_CHECK_VALUE(mu.dim() == 1 && cov.dim() == 2 && at::isfinite(mu).all().item<bool>(),
                       "FrechetReference: mu must be [D], finite, and cov [D, D], got ", mu.sizes(),
                       " and ", cov.sizes());
-    TORCH_CHECK_VALUE(!count || *count >= 1, "FrechetReference: count = ", *count,
-                      " must be at least 1");
-  }
-
-  Tensor mu() const {
-    return side_.mu;
-  }
-  Tensor cov() const {
-    return side_.cov;
   }
 
   Tensor distance(const Tensor& mu,           // [..., D]
@@ -734,25 +586,11 @@ class FrechetReference {
     return neon::distance(side_, gaussian(mu, cov, "frechet_distance", ""));
   }
 
-  Tensor distance_from_features(const Tensor& features) const {  // [N, D] -> []
-    check_features(features, "distance_from_features", 2);
-    const bool differentiable = at::GradMode::is_enabled() && features.requires_grad();
-    if (features.size(0) > features.size(1) || differentiable) {
-      const auto [mean, cov] = feature_moments(features);
-      return distance(mean, cov);
-    }
-    // N centred rows have rank N - 1: a problem of that size.
-    const auto f = features.to(at::kDouble);
-    const auto mean = f.mean(0);
-    const auto rows = without_mean(f - mean) / std::sqrt(static_cast<double>(f.size(0) - 1));
-    return neon::distance(side_, {mean, {}, {rows.mT()}, {}});
-  }
-
   // Contiguous folds as torch.tensor_split makes them: the first N % K have one row more.
   std::tuple<double, std::vector<double>> fold_distances(const Tensor& features,  // [N, D]
                                                          int64_t folds) const {
     TORCH_CHECK_VALUE(folds >= 1, "fold_distances: folds = ", folds, " must be at least 1");
-    check_features(features, "fold_distances", 2);
+    check_features(features);
     const at::NoGradGuard no_grad;
     const int64_t n = features.size(0);
     std::vector<int64_t> ends{0};
@@ -764,69 +602,41 @@ class FrechetReference {
     return n > features.size(1) ? from_moments(features, ends) : from_rows(features, ends);
   }
 
-  std::map<std::string, double> certificate(const Tensor& mu,   // [D]
-                                            const Tensor& cov,  // [D, D]
-                                            std::optional<int64_t> count) const {
-    TORCH_CHECK_VALUE(mu.dim() == 1 && cov.dim() == 2, "certificate: mu must be [D] and cov [D, D]",
-                      ", got ", mu.sizes(), " and ", cov.sizes());
-    TORCH_CHECK_VALUE(!count || *count >= 1, "certificate: count = ", *count,
-                      " must be at least 1");
-    const double total = distance(mu.detach(), cov.detach()).item<double>();
-    const double mean_term = (side_.mu - mu.detach()).square().sum().item<double>();
-    const auto d = static_cast<double>(side_.cov.size(0));
-    std::map<std::string, double> out{
-        {"distance", total}, {"mean_term", mean_term}, {"dimension", d}};
-    out["cov_term"] = std::max(0.0, total - mean_term);
-    const auto add_side = [&](const Tensor& c, const std::string& suffix,
-                              std::optional<int64_t> n) {
-      const auto values = at::linalg_eigvalsh(c);
-      out["rank" + suffix] = values.gt(rounding(values, c.size(0))).sum().item<double>();
-      out["clipped" + suffix] = -values.clamp_max(0).sum().item<double>();
-      if (n) {
-        out["n_over_d" + suffix] = static_cast<double>(*n) / d;
-      }
-    };
-    add_side(side_.cov, "_ref", count_);
-    add_side(checked(cov.detach(), "certificate: cov").cov, "", count);
-    return out;
-  }
-
  private:
   using Distances = std::tuple<double, std::vector<double>>;
 
-  void check_features(const Tensor& features, const std::string& who, int64_t at_least) const {
-    TORCH_CHECK_VALUE(features.dim() == 2 && features.size(0) >= at_least && is_dense(features) &&
+  void check_features(const Tensor& features) const {
+    TORCH_CHECK_VALUE(features.dim() == 2 && features.size(0) >= 2 && is_dense(features) &&
                           at::isFloatingType(features.scalar_type()),
-                      who, ": features must be [N, D] dense floating point with N >= ", at_least,
-                      ", got ", features.layout(), " ", describe(features));
+                      "fold_distances: features must be [N, D] dense floating point with N >= 2, "
+                      "got ",
+                      features.layout(), " ", describe(features));
     TORCH_CHECK_VALUE(
-        features.size(1) == side_.mu.size(0) && features.device() == side_.mu.device(), who,
-        ": features must be [N, ", side_.mu.size(0), "] on ", side_.mu.device(),
+        features.size(1) == side_.mu.size(0) && features.device() == side_.mu.device(),
+        "fold_distances: features must be [N, ", side_.mu.size(0), "] on ", side_.mu.device(),
         " as the reference, got ", describe(features));
-    TORCH_CHECK_VALUE(at::isfinite(features.detach()).all().item<bool>(), who,
-                      ": features have entries that are not finite");
+    TORCH_CHECK_VALUE(at::isfinite(features.detach()).all().item<bool>(),
+                      "fold_distances: features have entries that are not finite");
   }
 
   // More features than dimensions: moments of all folds, and of all but one.
   Distances from_moments(const Tensor& features, const std::vector<int64_t>& ends) const {
     const auto folds = static_cast<int64_t>(ends.size()) - 1;
-    Moments moments(features.size(1), folds, features.device().str());
-    for (int64_t k = 0; k < folds; ++k) {
-      moments.update(features.slice(0, ends[k], ends[k + 1]), k);
-    }
-    const auto value = [&](const Folds& chosen) {
-      return distance(moments.mean(chosen), moments.cov(chosen)).item<double>();
-    };
-    const double whole = value({});
-    std::vector<double> without;
-    for (int64_t k = 0; k < folds; ++k) {
-      std::vector<int64_t> others;
-      for (int64_t j = 0; j < folds; ++j) {
-        if (j != k) {
-          others.push_back(j);
+    const FoldMoments moments(features, ends);
+    const auto without_fold = [&](int64_t left_out) {  // -1: none
+      Folds chosen;
+      for (int64_t k = 0; k < folds; ++k) {
+        if (k != left_out) {
+          chosen.push_back(k);
         }
       }
-      without.push_back(value(others));
+      const auto [mean, cov] = moments.of(chosen);
+      return distance(mean, cov).item<double>();
+    };
+    const double whole = without_fold(-1);
+    std::vector<double> without;
+    for (int64_t k = 0; k < folds; ++k) {
+      without.push_back(without_fold(k));
     }
     return {whole, without};
   }
@@ -893,7 +703,6 @@ class FrechetReference {
   }
 
   Gaussian side_;
-  std::optional<int64_t> count_;
 };
 
 }  // namespace
@@ -904,35 +713,22 @@ void bind_statistics(py::module_& m) {
   py::class_<FrechetReference>(
       m, "FrechetReference",
       "One side of many Fréchet distances: the factor of its covariance is computed once.")
-      .def(py::init<const Tensor&, const Tensor&, std::optional<int64_t>>(), arg("mu"), arg("cov"),
-           arg("count") = py::none(), release(),
-           "mu [D], cov [D, D]; count: how many features they come from.")
+      .def(py::init<const Tensor&, const Tensor&>(), arg("mu"), arg("cov"), release(),
+           "mu [D], cov [D, D].")
       .def("distance", &FrechetReference::distance, arg("mu"), arg("cov"), release(),
            "Distance to mu [..., D], cov [..., D, D] -> [...] float64; differentiable in both.")
-      .def("distance_from_features", &FrechetReference::distance_from_features, arg("features"),
-           release(),
-           "Distance to the moments of features [N, D], N >= 2. For N <= D an (N - 1)-dimensional "
-           "problem is "
-           "solved.")
       .def(
           "fold_distances", &FrechetReference::fold_distances, arg("features"), arg("folds") = 20,
           release(),
           "(distance, [distance without fold k for every k]) of features [N, D], floats. Folds are "
-          "contiguous,\nas torch.tensor_split(features, folds) makes them. N > D: by Moments, the "
-          "same to the bit as with them.\nN <= D: by N x N problems, several times faster. At "
-          "least 2 "
-          "rows must be left; not differentiable.")
-      .def("certificate", &FrechetReference::certificate, arg("mu"), arg("cov"),
-           arg("count") = py::none(), release(),
-           "dict: distance, mean_term, cov_term, dimension; for both sides (suffix _ref: this one) "
-           "numerical "
-           "rank, mass\n"
-           "clipped from negative eigenvalues, n_over_d where the count is known (below 1: the "
-           "covariance is "
-           "singular).")
-      .def_property_readonly("mu", &FrechetReference::mu)
-      .def_property_readonly("cov", &FrechetReference::cov);
+          "contiguous,\nas torch.tensor_split(features, folds) makes them. N > D: by moments of "
+          "the "
+          "folds. N <= D: by N x N\nproblems, several times faster. At least 2 rows must be left; "
+          "not "
+          "differentiable.");
 
+  m.def("_trace_norm", &trace_norm, arg("B"), arg("method") = "auto", release(),
+        "Sum of singular values of B [M, N] float64 by 'auto', 'gram' or 'polar'; for tests.");
   m.def(
       "_polar_root",
       [](const Tensor& l1, const Tensor& l2) {
@@ -940,29 +736,6 @@ void bind_statistics(py::module_& m) {
       },
       arg("L1"), arg("L2"), release(),
       "What CUDA computes of two lower triangular [D, D] float64, on any device; for tests.");
-
-  const char* folds_doc =
-      "folds: which folds to combine (default: all), e.g. all but one for a jackknife.";
-  py::class_<Moments>(m, "Moments",
-                      "Running mean and covariance of features in K folds; shifted float64 sums, "
-                      "one batch in memory.\n"
-                      "Merging and batch splits change nothing beyond rounding (1e-12 relative).")
-      .def(py::init([](int64_t dim, int64_t folds, const py::object& device) {
-             return std::make_unique<Moments>(dim, folds, py::str(device));
-           }),
-           arg("dim"), arg("folds") = 1, arg("device") = "cpu",
-           "dim: of the features; device: torch.device or its name.")
-      .def("update", &Moments::update, arg("features"), arg("fold") = 0, release(),
-           "Add features [N, D] (fp32, fp16, bf16 or fp64, on this device) to one fold.")
-      .def("merge", &Moments::merge, arg("other"), release(),
-           "Add another's sums, fold by fold (other ranks, runs).")
-      .def("count", &Moments::count, arg("folds") = py::none(), release(), folds_doc)
-      .def("mean", &Moments::mean, arg("folds") = py::none(), release(), folds_doc)
-      .def("cov", &Moments::cov, arg("folds") = py::none(), release(), folds_doc)
-      .def("state_dict", &Moments::state_dict, release(),
-           "count [K], sum [K, D], outer [K, D, D], shift [K, D] as tensors.")
-      .def("load_state_dict", &Moments::load_state_dict, arg("state"), release(),
-           "state: of state_dict(), of the same dim and folds.");
 }
 
 // Matrix products and factorisations of ATen: the same code on CPU and CUDA.
@@ -970,7 +743,6 @@ TORCH_LIBRARY_IMPL(neon_ext, CompositeExplicitAutograd, m) {
   m.impl("sqrtm", sqrtm);
   m.impl("frechet_distance", frechet_distance);
   m.impl("frechet_distance_backward", frechet_distance_backward);
-  m.impl("trace_norm", trace_norm);
 }
 TORCH_LIBRARY_IMPL(neon_ext, CompositeImplicitAutograd, m) {
   m.impl("feature_moments", feature_moments);
@@ -983,8 +755,6 @@ TORCH_LIBRARY_IMPL(neon_ext, Autograd, m) {
 }
 TORCH_LIBRARY_IMPL(neon_ext, Meta, m) {
   m.impl("sqrtm", [](const Tensor& a) { return at::empty_like(a, at::kDouble); });
-  m.impl("trace_norm",
-         [](const Tensor& b, c10::string_view) { return b.sum(at::IntArrayRef{-2, -1}); });
   m.impl("frechet_distance",
          [](const Tensor& mu1, const Tensor& cov1, const Tensor& mu2, const Tensor& cov2) {
            for (const Tensor* t : {&mu1, &cov1, &mu2, &cov2}) {

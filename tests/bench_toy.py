@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import neon_ext
 import toy_neon as toy
+from adaptive_neon.extension import neon_ext
 
 
 def plain_loop(scorer, W):
@@ -65,7 +65,7 @@ def main():
 
     with toy.threads(1):
         models = toy.train_models(toy.Training())
-    theta_s = models.theta_s["zeta 1.1, 250 epochs"]
+    theta_s = models.theta_s[toy.Training().settings.index("zeta 1.1, 250 epochs")]
     scorer = toy.Scorer(models.theta_r, theta_s, toy.Scoring(device=args.device))
     w_star = toy.global_sweep(scorer, toy.GLOBAL_W).w[0]
 

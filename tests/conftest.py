@@ -1,4 +1,4 @@
-"""Shared fixtures: the extension must be built; CUDA cases skip visibly where there is no GPU."""
+"""The extension must be built; without a GPU the CUDA twins of tests are left out, and counted."""
 
 import signal
 from pathlib import Path
@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-try:
-    import neon_ext
-except ImportError as error:
-    command = "pip install --no-build-isolation ."
-    pytest.exit(f"neon_ext is not built ({error}): run `{command}` first", returncode=2)
+from adaptive_neon.extension import Missing, neon_ext
+
+if isinstance(neon_ext, Missing):
+    pytest.exit(neon_ext.reason, returncode=2)
 
 if Path(neon_ext.__file__).resolve().parent == Path(__file__).resolve().parent.parent:
     pytest.exit(
@@ -19,15 +18,34 @@ if Path(neon_ext.__file__).resolve().parent == Path(__file__).resolve().parent.p
         returncode=2,
     )
 
+CUDA = torch.cuda.is_available() and neon_ext.build_config()["cuda"]
+left_out = pytest.StashKey[int]()
 
-def has_cuda() -> bool:
-    return torch.cuda.is_available() and neon_ext.build_config()["cuda"]
+
+@pytest.hookimpl(trylast=True)  # after -m and -k: only those are counted that would have run
+def pytest_collection_modifyitems(config, items):
+    def on_cuda(item):
+        return hasattr(item, "callspec") and item.callspec.params.get("device") == "cuda"
+
+    if CUDA:
+        return
+    twins = [item for item in items if on_cuda(item)]
+    config.stash[left_out] = len(twins)
+    if twins:
+        items[:] = [item for item in items if not on_cuda(item)]
+        config.hook.pytest_deselected(items=twins)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    count = config.stash.get(left_out, 0)
+    if count:
+        terminalreporter.write_line(
+            f"{count} tests on CUDA were left out: no GPU, or neon_ext is built without CUDA"
+        )
 
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
-    if request.param == "cuda" and not has_cuda():
-        pytest.skip("no GPU, or neon_ext built without CUDA")
     return request.param
 
 

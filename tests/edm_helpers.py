@@ -93,12 +93,15 @@ class ToyNet(nn.Module):
         return torch.tanh(self.dec(h) + self.offset).view(-1, 1, 4, 4)
 
 
-class ToyModel:
+class ToyModel(neon.sampling.Model):
     """ToyNet behind the seam."""
 
     identity = "toy"
     training_identity = "toy training"
     encodes = False
+
+    def __init__(self):
+        pass
 
     def load(self, path):
         return self.load_like(ToyNet(), path)
@@ -128,9 +131,6 @@ class ToyModel:
     def sample(self, net, noise, labels, steps):
         return net(noise, labels)
 
-    def encode(self, images):
-        return images.float() / 127.5 - 1
-
     def loss(self, net, x, labels):
         noisy = x + torch.randn_like(x)
         return (net(noisy, labels) - x).square().flatten(1).mean(1) + net.mid_unused.square().sum()
@@ -151,9 +151,6 @@ class ToyModel:
 
     def fetch(self, source, what):
         return neon.files.fetch(source, what)
-
-    def own_features(self, example):
-        return None
 
     def start_check(self, base, c, trained):
         self.checked = trained
@@ -208,9 +205,7 @@ def toy_images(w=BEST, first=77_000, count=400):
     """uint8 images and labels of the toy at these weights."""
     model, (base, aux) = ToyModel(), toy_pair()
     net = blend(base, aux, w, lambda name: name[:3])
-    sampler = neon.sampling.Sampler(model, net, neon.processes.Processes("cpu"), 1, 100)
-    images, labels = sampler.images(range(first, first + count))
-    return images, labels
+    return neon.sampling.Sampler(model, net, 1).batch_images(range(first, first + count))
 
 
 def config(out, **options):
@@ -238,28 +233,48 @@ def real_toys(first=77_000):
     )
 
 
+def judge_of(features, selection, final=None):
+    """A judge of references made by hand."""
+    judge = neon.judges.Judge.__new__(neon.judges.Judge)
+    judge.features, judge.is_part = features, False
+    judge.selection, judge.final = selection, final or selection
+    return judge
+
+
 def toy_judge(out, real=True):
     """Other real images for the selection than for the final comparison."""
-    judge = neon.judges.judge_of_images(ToyFeatures(), real_toys(), "cpu", out)
-    if real:
-        return judge
-    parts = (dataclasses.replace(part, real=None) for part in (judge.selection, judge.final))
-    return neon.judges.Judge(judge.features, *parts)
+    judge = neon.judges.Judge(ToyFeatures(), real_toys())
+    if not real:
+        judge.selection = dataclasses.replace(judge.selection, real=None)
+        judge.final = dataclasses.replace(judge.final, real=None)
+    return judge
+
+
+def seeds_of(c):
+    """The seeds of a study with this configuration."""
+    counts = c.select_images, c.final_images, c.final_repeats, c.synthetic
+    return neon.seeds.seed_ledger(*counts, searched=c.search == "gradient")
+
+
+def scorer_of(c, model, base, aux, judges):
+    """The scorer of a study with this configuration, whose log lies in its folder."""
+    sampler = neon.sampling.Sampler(model, base, c.steps, c.sample_batch)
+    merger = neon.blocks.Merger(base, aux, neon.study.blocks_of(c.partition, model, base))
+    log = neon.scores.ScoreLog(c.out)
+    return neon.scores.Scorer(sampler, merger, judges, log, seeds_of(c), c.precision, snapshot=1)
 
 
 def toy_scorer(out, real=True, **options):
     """The scorer of a toy study in the folder `out`."""
-    c = config(out, **options)
     out.mkdir(exist_ok=True)
-    model, (base, aux) = ToyModel(), toy_pair()
-    sampler = neon.sampling.Sampler(
-        model, base, neon.processes.Processes("cpu"), c.steps, c.sample_batch
-    )
-    owners = neon.blocks.partition_owners(model, base, c.partition)
-    merger = neon.blocks.Merger(base, aux, owners, sampler)
-    parents = {"base_weights": neon.keys.weights_hash(base), "aux_weights": merger.aux_hash}
-    return neon.scores.Scorer(
-        merger, [toy_judge(out, real)], sampler, neon.scores.ScoreLog(out), parents, 1, c
+    return scorer_of(config(out, **options), ToyModel(), *toy_pair(), [toy_judge(out, real)])
+
+
+def toy_setup(out, **options):
+    """What a toy study begins with."""
+    c = config(out, **options)
+    return neon.study.Setup(
+        c, preset, ToyModel(), neon.processes.Processes("cpu"), real_toys(), seeds_of(c)
     )
 
 
@@ -267,20 +282,13 @@ def edm_scorer(out, kind="cifar", partition="paper", precision="fp32", batch=16,
     """A scorer of a small EDM network; its features see all pixels."""
     base, aux = pair(kind)
     base.sigma_max = 0.7  # images within [-1, 1] after two steps: few pixels are clipped
-    model = edm_model()
     c = config(out, partition=partition, precision=precision, sample_batch=batch, steps=steps)
-    sampler = neon.sampling.Sampler(
-        model, base, neon.processes.Processes("cpu"), c.steps, c.sample_batch
-    )
-    merger = neon.blocks.Merger(
-        base, aux, neon.blocks.partition_owners(model, base, partition), sampler
-    )
     features = ToyFeatures(3 * 16 * 16)
     generator = torch.Generator().manual_seed(9)
     images = torch.randint(0, 256, (200, 3, 16, 16), dtype=torch.uint8, generator=generator)
     real = neon.images.RealData(*[neon.images.RealImages(images, None, "noise")] * 3, "noise")
-    judge = neon.judges.judge_of_images(features, real, "cpu")
-    return neon.scores.Scorer(merger, [judge], sampler, neon.scores.ScoreLog(out), {}, 1, c)
+    judge = neon.judges.Judge(features, real)
+    return scorer_of(c, edm_model(), base, aux, [judge])
 
 
 def toy_distance(scorer, w, seeds):
@@ -298,7 +306,7 @@ def toy_distance(scorer, w, seeds):
     features = ToyFeatures()(pixels)
     judge = scorer.judge
     reference = judge.final if 50_000 <= seeds[0] < 10_000_000 else judge.selection
-    return float(reference.prepared.distance_from_features(features))
+    return float(reference.prepared.distance(*neon_ext.feature_moments(features)))
 
 
 def score_of(fd, folds=None, w=None, precision=None, recall=None, **changes):
@@ -375,3 +383,9 @@ def parse(argv):
 
 def preset_of(c):
     return edm.PRESETS[c.preset]
+
+
+def owners_of(model, net, named):
+    """{parameter: block} of --partition."""
+    names = list(neon.blocks.movable_parameters(net))
+    return neon.blocks.partition(names, neon.study.blocks_of(named, model, net))

@@ -13,6 +13,7 @@ from edm_helpers import (
     blend,
     edm_model,
     network,
+    owners_of,
     pair,
     toy_pair,
     weights,
@@ -35,7 +36,7 @@ CPU = neon.processes.Processes("cpu")
 @pytest.mark.parametrize("partition", ["paper", "structural", "layers"])
 def test_every_parameter_has_one_block(kind, partition):
     net = network(kind)
-    owners = neon.blocks.partition_owners(edm_model(), net, partition)
+    owners = owners_of(edm_model(), net, partition)
     assert [*owners] == [name for name, _ in net.named_parameters()]
 
 
@@ -57,13 +58,13 @@ def test_every_parameter_has_one_block(kind, partition):
 def test_block_of_a_parameter(name, paper, structural, layer):
     model, net = edm_model(), network()
     for partition, want in (("paper", paper), ("structural", structural), ("layers", layer)):
-        assert neon.blocks.partition_owners(model, net, partition)[f"model.{name}"] == want
+        assert owners_of(model, net, partition)[f"model.{name}"] == want
 
 
 def test_paper_partition_of_the_cifar10_network():
     with torch.device("meta"):
         net = edm.EDMPrecond(**edm.PRESETS["cifar10"].network)
-    owners = neon.blocks.partition_owners(edm_model(), net, "paper")
+    owners = owners_of(edm_model(), net, "paper")
     sizes = dict.fromkeys(BLOCKS, 0)
     for name, p in net.named_parameters():
         sizes[owners[name]] += p.numel()
@@ -85,7 +86,7 @@ def test_order_of_blocks(blocks, order):
 
 
 def custom(table):
-    return neon.blocks.partition_owners(ToyModel(), ToyNet(), table)
+    return owners_of(ToyModel(), ToyNet(), table)
 
 
 def test_first_pattern_that_fits_owns_a_parameter():
@@ -140,16 +141,10 @@ def test_partition_file(tmp_path):
 # -------------------- merging
 
 
-def merger_of(base, aux, owners, model=None):
-    model = model or ToyModel()
-    return neon.blocks.Merger(base, aux, owners, neon.sampling.Sampler(model, base, CPU, 2, 16))
-
-
 def edm_merger(kind, partition="paper"):
     base, aux = pair(kind)
-    model = edm_model()
-    owners = neon.blocks.partition_owners(model, base, partition)
-    return base, aux, owners, merger_of(base, aux, owners, model)
+    owners = owners_of(edm_model(), base, partition)
+    return base, aux, owners, neon.blocks.Merger(base, aux, owners.get)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,8 +153,8 @@ def edm_merger(kind, partition="paper"):
 )
 def test_merge_is_the_formula(kind, w):
     base, aux, owners, merger = edm_merger(kind)
-    want = blend(base, aux, w, owners.get).state_dict()
-    for name, tensor in merger.set(w).state_dict().items():
+    want = dict(blend(base, aux, w, owners.get).named_parameters())
+    for name, tensor in merger.set(w).named_parameters():
         torch.testing.assert_close(tensor, want[name], rtol=1e-6, atol=1e-6)
 
 
@@ -181,15 +176,17 @@ def test_merge_does_not_depend_on_the_one_before():
 def test_networks_that_were_merged_stay():
     base, aux = toy_pair()
     before = [neon.keys.weights_hash(net) for net in (base, aux)]
-    merger_of(base, aux, neon.blocks.partition_owners(ToyModel(), base, "paper")).set(BEST)
+    neon.blocks.Merger(base, aux, lambda name: name[:3]).set(BEST)
     assert [neon.keys.weights_hash(net) for net in (base, aux)] == before
 
 
 class Mixed(nn.Module):
-    """A buffer, a frozen parameter and two tied ones."""
+    """Buffers of both kinds, a frozen parameter, two tied ones, BatchNorm and spectral
+    normalisation, new and old."""
 
     def __init__(self, value):
         super().__init__()
+        torch.manual_seed(int(10 * value))
         self.free = nn.Parameter(torch.full((3,), value))
         self.frozen = nn.Parameter(torch.full((2,), value), requires_grad=False)
         self.tied = nn.Linear(2, 2, bias=False)
@@ -197,28 +194,106 @@ class Mixed(nn.Module):
         self.again.weight = self.tied.weight
         nn.init.constant_(self.tied.weight, value)
         self.register_buffer("variance", torch.full((2,), value))
+        self.register_buffer("hidden", torch.full((2,), value), persistent=False)
+        self.norm = nn.BatchNorm1d(4)
+        self.spectral = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+        self.old = torch.nn.utils.spectral_norm(nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.old(self.spectral(self.norm(x)))
+
+
+def mixed_pair():
+    """Networks that were used, so that their statistics and singular vectors differ."""
+    nets = []
+    for value in (1.0, 3.0):
+        net = Mixed(value)
+        for _ in range(3 * int(value)):
+            net(value * torch.randn(8, 4)).sum().backward()  # keeps a graph, as training does
+        nets.append(net.eval())
+    return nets
+
+
+SIDES = ("free", "tied")
+
+
+def side(name):
+    """Two blocks, so that a buffer's weight is that of its own module."""
+    return "a" if name.startswith(SIDES) else "b"
 
 
 @pytest.fixture
 def mixed():
-    base, aux = Mixed(1.0), Mixed(3.0)
-    owners = {name: "all" for name in neon.blocks.movable_parameters(base)}
-    net = merger_of(base, aux, owners).set({"all": 0.5})
-    return owners, net
+    base, aux = mixed_pair()
+    return base, aux, neon.blocks.Merger(base, aux, side)
 
 
 def test_tied_parameters_are_owned_once(mixed):
-    assert [*mixed[0]] == ["free", "tied.weight"]
+    assert [name for name in mixed[2].owners if "tied" in name or "again" in name] == [
+        "tied.weight"
+    ]
 
 
 def test_tied_parameters_move_once_and_stay_tied(mixed):
-    net = mixed[1]
+    net = mixed[2].set(0.5)
     assert net.tied.weight is net.again.weight and bool((net.tied.weight == 0).all())
 
 
-@pytest.mark.parametrize("name", ["frozen", "variance"])
-def test_buffers_and_frozen_parameters_are_the_bases(mixed, name):
-    assert bool((getattr(mixed[1], name) == 1).all())
+@pytest.mark.parametrize("value, side", [(0, 0), (-1, 1)], ids=["base", "self-trained"])
+def test_ends_of_the_line_are_the_networks_to_the_bit(mixed, value, side):
+    """Buffers, whole numbers and frozen parameters, and what the networks compute."""
+    net, want = mixed[2].set(0.7), mixed[side]
+    net = mixed[2].set(value)
+    theirs = dict(want.named_buffers()) | dict(want.named_parameters())
+    for name, tensor in (*net.named_buffers(), *net.named_parameters()):
+        assert torch.equal(tensor, theirs[name]), name
+    x = torch.randn(5, 4)
+    assert torch.equal(net(x), want(x))
+
+
+REST = ("frozen", "variance", "hidden", "norm.running_mean", "norm.running_var")
+
+
+@pytest.mark.parametrize("name", REST)
+@pytest.mark.parametrize("w, share", [(1.5, 0), (-0.25, 0.25), (-2.0, 1)])
+def test_the_rest_stays_between_the_networks(mixed, name, w, share):
+    base, aux, merger = mixed
+    ours, theirs, found = (
+        dict(n.state_dict()) | dict(n.named_buffers()) for n in (base, aux, merger.set(w))
+    )
+    torch.testing.assert_close(found[name], torch.lerp(ours[name], theirs[name], float(share)))
+
+
+def test_whole_numbers_are_the_bases_on_the_way(mixed):
+    base, _, merger = mixed
+    assert merger.set(-0.5).norm.num_batches_tracked == base.norm.num_batches_tracked != 9
+
+
+def test_a_buffer_follows_the_block_of_its_module(mixed):
+    base, aux, merger = mixed
+    net = merger.set({"a": 1.0, "b": -1.0})
+    assert torch.equal(net.norm.running_var, aux.norm.running_var)
+    assert torch.equal(net.variance, base.variance)
+
+
+@pytest.mark.parametrize("w", [2.0, -0.4, -3.0])
+def test_a_spectrally_normalised_weight_keeps_the_norm_one(mixed, w):
+    net = mixed[2].set(w)
+    net(torch.zeros(1, 4))  # the older form computes its weight in the call
+    for weight in (net.spectral.weight, net.old.weight):
+        assert float(torch.linalg.matrix_norm(weight.detach(), 2)) == pytest.approx(1, rel=1e-4)
+
+
+def test_the_rule_is_told_where_the_networks_differ_in_it(mixed):
+    assert "buffers and frozen parameters differ" in mixed[2].rule()
+    base, aux = ToyNet(), ToyNet()
+    assert neon.blocks.Merger(base, aux, "layers").rule() == ""
+
+
+def test_a_state_dict_will_do():
+    base, aux = toy_pair()
+    found = neon.blocks.Merger(base, aux.state_dict(), "layers").set(-1)
+    assert all(torch.equal(t, aux.state_dict()[n]) for n, t in found.state_dict().items())
 
 
 def test_a_network_whose_parameters_are_all_frozen_moves():
@@ -227,7 +302,7 @@ def test_a_network_whose_parameters_are_all_frozen_moves():
 
 def test_what_moves_is_decided_by_the_network_like_it():
     net, like = Mixed(1.0).requires_grad_(False), Mixed(1.0)
-    assert [*neon.blocks.movable_parameters(net, like=like)] == ["free", "tied.weight"]
+    assert "frozen" not in neon.blocks.movable_parameters(net, like=like)
 
 
 @pytest.mark.parametrize(
@@ -243,9 +318,8 @@ def test_networks_that_differ_are_refused(change, message, swap):
     nets = [network(), network(**change)]
     if swap:
         nets.reverse()
-    owners = neon.blocks.partition_owners(edm_model(), nets[0], "paper")
     with pytest.raises(neon.files.UserError, match=message):
-        merger_of(*nets, owners, edm_model())
+        neon.blocks.Merger(*nets)
 
 
 def test_table_of_blocks():
@@ -267,9 +341,10 @@ def test_table_of_blocks():
 
 
 def test_same_networks_in_other_blocks():
-    scorer = toy_merger = merger_of(*toy_pair(), {n: n[:3] for n, _ in ToyNet().named_parameters()})
-    other = toy_merger.with_owners({name: "one" for name in reversed(scorer.owners)})
-    assert other.blocks == ["one"] and scorer.blocks == [*BLOCKS]
+    merger = neon.blocks.Merger(*toy_pair(), lambda name: name[:3])
+    merger.set(BEST)
+    other = merger.with_blocks({"*": "one"})
+    assert other.blocks == ["one"] and merger.blocks == [*BLOCKS] and other.net is merger.net
     want = blend(*toy_pair(), {"one": 0.5}, lambda name: "one").state_dict()
     found = other.set({"one": 0.5}).state_dict()
     assert all(torch.allclose(found[name], want[name], atol=1e-6) for name in want)
@@ -282,9 +357,8 @@ def test_same_networks_in_other_blocks():
 def partitioned():
     base = network(num_blocks=2)
     model = edm_model()
-    owners = neon.blocks.partition_owners(model, base, "paper")
-    merger = merger_of(base, base, owners, model)
-    return merger, model
+    owners = owners_of(model, base, "paper")
+    return neon.blocks.Merger(base, base, owners.get), model
 
 
 def layers_of(owners, model):
@@ -298,7 +372,7 @@ def layers_of(owners, model):
 @pytest.mark.parametrize("k", range(3))
 def test_random_blocks_move_whole_layers(partitioned, k):
     merger, model = partitioned
-    owners = neon.blocks.placebo_owners(merger, model, k)
+    owners = neon.blocks.placebo_partitions(merger, model.layer, 3)[k]
     layers = [layer for block in layers_of(owners, model).values() for layer in block]
     assert [*owners] == [*merger.owners]
     # The bottleneck's layers are split between blocks in no partition.
@@ -308,7 +382,7 @@ def test_random_blocks_move_whole_layers(partitioned, k):
 @pytest.mark.parametrize("k", range(3))
 def test_random_blocks_keep_their_numbers_of_layers_and_nearly_their_sizes(partitioned, k):
     merger, model = partitioned
-    owners = neon.blocks.placebo_owners(merger, model, k)
+    owners = neon.blocks.placebo_partitions(merger, model.layer, 3)[k]
 
     def counts(found):
         return {block: len(layers) for block, layers in layers_of(found, model).items()}
@@ -326,21 +400,30 @@ def test_random_blocks_keep_their_numbers_of_layers_and_nearly_their_sizes(parti
 
 def test_random_blocks_differ_and_repeat(partitioned):
     merger, model = partitioned
-    found = [neon.blocks.placebo_owners(merger, model, k) for k in range(4)]
+    found = neon.blocks.placebo_partitions(merger, model.layer, 4)
     assert all(one != other for one, other in itertools.combinations([*found, merger.owners], 2))
-    assert found[2] == neon.blocks.placebo_owners(merger, model, 2)
+    assert found[:3] == neon.blocks.placebo_partitions(merger, model.layer, 3)
 
 
-@pytest.mark.parametrize("k", range(5))
-def test_random_blocks_of_a_small_network_are_not_its_own(k):
-    """Of seven layers' permutations, many draws hit the network's own blocks, which fit best."""
-    base, aux = toy_pair()
-    owners = neon.blocks.partition_owners(ToyModel(), base, "paper")
-    assert neon.blocks.placebo_owners(merger_of(base, aux, owners), ToyModel(), k) != owners
+def test_random_blocks_of_a_small_network_never_repeat():
+    """Six layers in three blocks of two can be dealt out in 90 ways, one of which is its own; the
+    seventh layer, of two parameters outside, makes it more."""
+    merger = neon.blocks.Merger(*toy_pair(), lambda name: name[:3])
+    found = neon.blocks.placebo_partitions(merger, ToyModel().layer, 30)
+    dealt = {tuple(owners.values()) for owners in [*found, merger.owners]}
+    assert len(found) == 30 and len(dealt) == 31
+
+
+def test_fewer_random_blocks_where_there_are_no_more():
+    """Two layers in two blocks: one other way."""
+    merger = neon.blocks.Merger(*toy_pair(), {"enc.*": "a", "*": "b"})
+    found = neon.blocks.placebo_partitions(merger, lambda name: name[:3] == "enc", 5)
+    assert [set(owners.items()) for owners in found] == [
+        {(name, "b" if block == "a" else "a") for name, block in merger.owners.items()}
+    ]
 
 
 def test_random_blocks_of_one_block_are_refused():
-    base, aux = toy_pair()
-    merger = merger_of(base, aux, {name: "one" for name, _ in base.named_parameters()})
+    merger = neon.blocks.Merger(*toy_pair(), lambda name: "one")
     with pytest.raises(neon.files.UserError, match="--placebo: .* no other blocks"):
-        neon.blocks.placebo_owners(merger, ToyModel(), 0)
+        neon.blocks.placebo_partitions(merger, ToyModel().layer, 1)

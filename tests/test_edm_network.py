@@ -165,7 +165,7 @@ def test_created_network_fits_the_images():
     images, labels = torch.zeros(6, 3, 16, 16, dtype=torch.uint8), torch.tensor([0, 4, 1, 2, 3, 4])
     net = model.create(images, labels, neon.config.Config(dropout=0.2))
     wanted = {"img_resolution": 16, "img_channels": 3, "label_dim": 5, "dropout": 0.2}
-    assert net.config == preset.network | wanted
+    assert net.config == preset.network | wanted | edm.SIGMAS
 
 
 @pytest.mark.parametrize(
@@ -344,18 +344,55 @@ def test_draws_of_the_augmentation_are_edms(pictures):
     np.testing.assert_allclose(labels[2, 3:5], [-0.1202330, 0.4754052], rtol=1e-5)
 
 
+class Answers:
+    """A denoiser that is a function."""
+
+    def __init__(self, answer, sigma_data=0.5):
+        self.answer, self.sigma_data = answer, sigma_data
+
+    def __call__(self, *inputs):
+        return self.answer(*inputs)
+
+
 def test_loss_of_a_perfect_denoiser_is_zero():
     images = torch.randn(6, 3, 8, 8)
-    assert float(edm.edm_loss(lambda x, *_: images, images, None, 0).abs().max()) == 0
+    net = Answers(lambda x, *_: images)
+    assert float(edm.edm_loss(net, images, None, 0).abs().max()) == 0
 
 
-def test_weight_of_the_loss():
+@pytest.mark.parametrize("sigma_data", [0.5, 1.3])
+def test_weight_of_the_loss(sigma_data):
     images = torch.randn(6, 3, 8, 8)
     torch.manual_seed(1)
-    loss = edm.edm_loss(lambda x, *_: images + 1, images, None, 0)
+    loss = edm.edm_loss(Answers(lambda x, *_: images + 1, sigma_data), images, None, 0)
     torch.manual_seed(1)
     sigma = (torch.randn(6, 1, 1, 1) * 1.2 - 1.2).exp()
-    torch.testing.assert_close(loss, ((sigma**2 + 0.25) / (sigma * 0.5) ** 2).expand_as(loss))
+    expected = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    torch.testing.assert_close(loss, expected.expand_as(loss))
+
+
+SIGMAS = {"sigma_min": 0.01, "sigma_max": 50.0, "sigma_data": 1.0}
+
+
+@pytest.mark.parametrize("where", ["argument", "attribute"])
+def test_a_trainable_network_keeps_the_preconditioning(where):
+    base = network(**(SIGMAS if where == "argument" else {}))
+    for name, value in SIGMAS.items():
+        setattr(base, name, value)
+    model = edm_model()
+    net = model.trainable(base, neon.config.Config(dropout=0.3))
+    assert {name: getattr(net, name) for name in SIGMAS} == SIGMAS
+    x, sigma, labels = torch.randn(2, 3, 16, 16), torch.tensor([0.5, 2.0]), torch.eye(10)[:2]
+    torch.testing.assert_close(net.eval()(x, sigma, labels), base(x, sigma, labels))
+
+
+@pytest.mark.parametrize("name", SIGMAS)
+def test_the_preconditioning_is_in_the_hash_of_a_network(name):
+    net = network()
+    before = neon.keys.weights_hash(net)
+    assert before == neon.keys.weights_hash(network())
+    setattr(net, name, SIGMAS[name])
+    assert before != neon.keys.weights_hash(net)
 
 
 def test_noise_of_the_loss_has_the_level_the_network_is_told():
@@ -366,7 +403,7 @@ def test_noise_of_the_loss_has_the_level_the_network_is_told():
         return x
 
     labels = torch.eye(10)[:4]
-    edm.edm_loss(net, torch.zeros(4, 3, 64, 64), labels, 0)
+    edm.edm_loss(Answers(net), torch.zeros(4, 3, 64, 64), labels, 0)
     ((x, sigma, same, augment_labels),) = seen
     torch.testing.assert_close(x.std((1, 2, 3)), sigma.flatten(), rtol=0.05, atol=0)
     assert same is labels and augment_labels is None
@@ -379,7 +416,7 @@ def test_loss_augments_and_tells_the_network_how(pictures):
         seen.append(augment_labels)
         return 0 * x
 
-    edm.edm_loss(net, pictures, None, 0.9)
+    edm.edm_loss(Answers(net), pictures, None, 0.9)
     assert seen[0].shape == (4, 9) and seen[0].any()
 
 

@@ -29,8 +29,7 @@ def same_bits(a, b):
 
 def assert_rounds_like_reference(got, want, dtype, accumulation=None):
     # The kernel may fuse a - w (b - a) into one rounding, so it can differ from the reference by
-    # the rounding of
-    # w (b - a) and of the output: two units in the last place of the largest value there is.
+    # the rounding of w (b - a) and of the output: two units in the last place of the largest value.
     ulp = max(torch.finfo(dtype).eps, torch.finfo(accumulation or dtype).eps)
     scale = max(1.0, float(want.double().abs().max())) if want.numel() else 1.0
     assert got.dtype == dtype and got.shape == want.shape
@@ -81,16 +80,11 @@ def test_zero_step_and_zero_drift_are_bit_exact(device, dtype):
     assert same_bits(neon_ext.extrapolate([clean], [clean.clone()], [0], [3.7])[0], clean)
 
 
-def test_collapse_point_and_sign(device):
+@pytest.mark.parametrize(("w", "want"), [(-1.0, [2.0, 1.0]), (1.0, [0.0, 3.0]), (0.5, [0.5, 2.5])])
+def test_collapse_point_and_sign(device, w, want):
+    """w = -1 is theta_s, w > 0 lies away from it."""
     r, s = torch.tensor([1.0, 2.0], device=device), torch.tensor([2.0, 1.0], device=device)
-    assert neon_ext.extrapolate([r], [s], [0], [-1.0])[0].tolist() == [
-        2.0,
-        1.0,
-    ]  # w = -1 is theta_s
-    assert neon_ext.extrapolate([r], [s], [0], [1.0])[0].tolist() == [
-        0.0,
-        3.0,
-    ]  # w > 0 away from it
+    assert neon_ext.extrapolate([r], [s], [0], [w])[0].tolist() == want
 
 
 def test_many_tensors_and_blocks(device, generator):
@@ -111,9 +105,7 @@ def test_unaligned_views(device, offset):
     neon_ext.extrapolate([r[offset:]], [s[offset:]], [0], [1.0], out=[out[offset:1037]])
     (want,) = reference.extrapolate([r[offset:]], [s[offset:]], [0], [1.0], dtype=torch.float16)
     assert_rounds_like_reference(out[offset:1037], want, torch.float16)
-    assert (
-        not out[:offset].any() and not out[1037:].any()
-    )  # nothing beyond its own elements is touched
+    assert not out[:offset].any() and not out[1037:].any()  # only its own elements are touched
 
 
 def test_memory_layouts(device):
@@ -135,14 +127,13 @@ def test_memory_layouts(device):
             assert_rounds_like_reference(out, want, torch.float32)
 
 
-def test_output_may_be_an_input(device):
-    r, s = pair((4097,), device=device)
-    (want,) = reference.extrapolate([r], [s], [0], [1.5])
-    for target in ("r", "s"):
-        a, b = r.clone(), s.clone()
-        out = a if target == "r" else b
-        neon_ext.extrapolate([a], [b], [0], [1.5], out=[out])
-        assert_rounds_like_reference(out, want, torch.float32)
+@pytest.mark.parametrize("target", [0, 1])
+def test_output_may_be_an_input(device, target):
+    inputs = pair((4097,), device=device)
+    (want,) = reference.extrapolate([inputs[0]], [inputs[1]], [0], [1.5])
+    out = inputs[target]
+    neon_ext.extrapolate([inputs[0]], [inputs[1]], [0], [1.5], out=[out])
+    assert_rounds_like_reference(out, want, torch.float32)
 
 
 @pytest.mark.parametrize("out_dtype", FLOATS, ids=str)
@@ -173,68 +164,38 @@ def test_tied_weights_are_moved_once(device):
     assert same_bits(tied, want)
 
 
-def shared(name):
-    """theta_r, theta_s, block, w, out whose result would depend on the order of writing."""
+def shared():
+    """{name: theta_r, theta_s, block, w, out}: the result would depend on the order of writing."""
     r, s, t, u = (torch.randn(64, generator=torch.Generator().manual_seed(i)) for i in range(4))
-    wide = torch.randn(8, 16)
-    cases = {
-        "out is another theta_r": ([r, s], [t, u], [0, 0], [1.0], [s, torch.zeros(64)]),
-        "out is another theta_s": ([r, s], [t, u], [0, 0], [1.0], [u, torch.zeros(64)]),
-        "copied though w is 0": ([r, s], [t, u], [0, 1], [0.0, 1.0], [s, torch.zeros(64)]),
+    zero, wide = torch.zeros(64), torch.randn(8, 16)
+    left, right, flat = wide[:, :8], wide[:, 8:], wide.flatten()
+    halves = r.view(torch.int32).view(torch.float16)[:64]
+    neighbours = [torch.randn(8, 4), torch.randn(4), wide[2, :4]]
+    others = [torch.randn(8, 4), torch.randn(4), torch.randn(4)]
+    return {
+        "out is another theta_r": ([r, s], [t, u], [0, 0], [1.0], [s, zero]),
+        "out is another theta_s": ([r, s], [t, u], [0, 0], [1.0], [u, zero]),
+        "copied though w is 0": ([r, s], [t, u], [0, 1], [0.0, 1.0], [s, zero]),
         "one out twice": ([r, s], [t, u], [0, 0], [1.0], [t.clone()] * 2),
         "tied, but different w": ([r, r], [s, s], [0, 1], [1.0, 0.5], [r, r]),
         "tied, but different theta_s": ([r, r], [s, t], [0, 0], [1.0], [r, r]),
-        "overlapping outs": (
-            [r[1:], s[1:]],
-            [t[1:], u[1:]],
-            [0, 0],
-            [1.0],
-            [wide.flatten()[:63], wide.flatten()[1:64]],
-        ),
+        "overlapping outs": ([r, s], [t, u], [0, 0], [1.0], [flat[:64], flat[1:65]]),
         "out overlaps its own theta_r": ([r[:-1]], [s[:-1]], [0], [1.0], [r[1:]]),
         "out overlaps its own theta_s": ([r[:-1]], [s[:-1]], [0], [1.0], [s[1:]]),
-        "out in another order": ([wide[:, :8]], [wide[:, 8:]], [0], [1.0], [wide[:, :8].T]),
+        "out in another order": ([left], [right], [0], [1.0], [left.T]),
         "columns that overlap": ([wide[:, :6]], [wide[:, 6:12]], [0], [1.0], [wide[:, 2:8]]),
         "beyond a neighbour": (
-            [torch.randn(8, 4), torch.randn(4), wide[2, :4]],
-            [torch.randn(8, 4), torch.randn(4), torch.randn(4)],
-            [0, 0, 0],
-            [1.0],
+            *(neighbours, others, [0, 0, 0], [1.0]),
             [wide[:, :4], wide[1, 8:12], torch.zeros(4)],
         ),
         "expanded out": ([r], [s], [0], [1.0], [torch.zeros(1).expand(64)]),
-        "another dtype of the same memory": (
-            [r],
-            [s],
-            [0],
-            [1.0],
-            [r.view(torch.int32).view(torch.float16)[:64]],
-        ),
+        "another dtype of the same memory": ([r], [s], [0], [1.0], [halves]),
     }
-    return cases[name]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "out is another theta_r",
-        "out is another theta_s",
-        "copied though w is 0",
-        "one out twice",
-        "tied, but different w",
-        "tied, but different theta_s",
-        "overlapping outs",
-        "out overlaps its own theta_r",
-        "out overlaps its own theta_s",
-        "out in another order",
-        "columns that overlap",
-        "beyond a neighbour",
-        "expanded out",
-        "another dtype of the same memory",
-    ],
-)
+@pytest.mark.parametrize("name", shared())
 def test_shared_memory_is_refused_by_index(name):
-    theta_r, theta_s, block, w, out = shared(name)
+    theta_r, theta_s, block, w, out = shared()[name]
     before = [t.clone() for t in (*theta_r, *theta_s, *out)]
     with pytest.raises(ValueError, match=r"extrapolate: out\[\d\] .*memory"):
         neon_ext.extrapolate(theta_r, theta_s, block, w, out=out)
@@ -339,8 +300,8 @@ def test_w_beyond_the_arithmetic_is_refused(device):
 
 
 # ---------------------------------------------------------------- other kernels of the same CPU
-SCRIPT = """
-import sys, torch, neon_ext
+ROWS = """
+import torch, neon_ext
 g = torch.Generator().manual_seed(0)
 rows = []
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -349,25 +310,29 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     r[3], s[3], r[7], s[7] = float("inf"), float("inf"), float("nan"), -0.0
     for out in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         rows.append(neon_ext.extrapolate([r], [s], [0], [0.7], dtype=out)[0])
-torch.save((neon_ext.build_config()["cpu_kernels"], rows), sys.argv[1])
 """
+SAVE = "import sys; torch.save((neon_ext.build_config()['cpu_kernels'], rows), sys.argv[1])"
 
 
 @pytest.mark.parametrize(
-    "capability, kernels", [("default", ("sse2", "generic")), ("avx2", ("avx2", "sse2", "generic"))]
+    ("capability", "kernels"),
+    [
+        ("default", ("sse2", "generic")),
+        pytest.param("avx2", ("avx2", "sse2", "generic"), marks=pytest.mark.slow),
+    ],
 )
 def test_other_kernels_of_this_cpu_agree(tmp_path, capability, kernels):
     """ATEN_CPU_CAPABILITY lowers the choice as it lowers torch's own."""
-    results = {}
-    for name in (capability, ""):
-        env = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"}
-        if name:
-            env["ATEN_CPU_CAPABILITY"] = name
-        file = tmp_path / f"of_{name}.pt"
-        subprocess.run([sys.executable, "-c", SCRIPT, str(file)], check=True, env=env, timeout=300)
-        results[name] = torch.load(file)
-    assert results[capability][0] in kernels
-    for i, (got, want) in enumerate(zip(results[capability][1], results[""][1])):
+    file = tmp_path / "rows.pt"
+    command = [sys.executable, "-c", ROWS + SAVE, str(file)]
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    subprocess.run(command, check=True, env=env, timeout=300)
+    used, others = torch.load(file)
+    assert used in kernels
+
+    here = {}
+    exec(ROWS, here)
+    for i, (got, want) in enumerate(zip(others, here["rows"], strict=True)):
         computed = torch.float64 if i // 4 == 1 else torch.float32
         ulp = max(torch.finfo(got.dtype).eps, torch.finfo(computed).eps)
         torch.testing.assert_close(got, want, rtol=2 * ulp, atol=4 * ulp, equal_nan=True)
@@ -383,18 +348,15 @@ def test_results_depend_neither_on_position_nor_on_threads(in_dtype):
         for out_dtype in FLOATS[:3]:
             whole = torch.empty(len(r) + 5, dtype=out_dtype)
             torch.set_num_threads(1)
-            neon_ext.extrapolate(
-                [r], [s], [0], [0.7], out=[whole[5:]]
-            )  # 20 MB in float32: streamed
+            # 20 MB in float32: streamed
+            neon_ext.extrapolate([r], [s], [0], [0.7], out=[whole[5:]])
             for begin, end in ((0, 1), (1, 18), (17, 1000), (len(r) - 9, len(r))):
-                part = neon_ext.extrapolate(
-                    [r[begin:end]], [s[begin:end]], [0], [0.7], dtype=out_dtype
-                )[0]
+                ends = [r[begin:end]], [s[begin:end]]
+                (part,) = neon_ext.extrapolate(*ends, [0], [0.7], dtype=out_dtype)
                 assert same_bits(part, whole[5 + begin : 5 + end])
             torch.set_num_threads(3)
-            assert same_bits(
-                neon_ext.extrapolate([r], [s], [0], [0.7], dtype=out_dtype)[0], whole[5:]
-            )
+            (again,) = neon_ext.extrapolate([r], [s], [0], [0.7], dtype=out_dtype)
+            assert same_bits(again, whole[5:])
     finally:
         torch.set_num_threads(threads)
 
@@ -403,9 +365,8 @@ def test_integers_and_bools_are_copied_from_theta_r(device):
     r = [torch.tensor([5, -3], device=device), torch.tensor([True, False], device=device)]
     s = [torch.tensor([9, 9], device=device), torch.tensor([False, False], device=device)]
     got = neon_ext.extrapolate(r, s, [0, 0], [2.0], dtype=torch.bfloat16)
-    assert [t.tolist() for t in got] == [[5, -3], [True, False]] and [t.dtype for t in got] == [
-        t.dtype for t in r
-    ]
+    assert [t.tolist() for t in got] == [[5, -3], [True, False]]
+    assert [t.dtype for t in got] == [t.dtype for t in r]
 
 
 def test_parameters_that_require_grad():
@@ -468,9 +429,8 @@ def test_grid_matches_formula(device, grid, generator):
     W = torch.randn(grid, 4, generator=generator, dtype=torch.float64).to(device)
     got = neon_ext.extrapolate_grid(r, s, offsets, W)
     want = reference.extrapolate_grid(r, s, offsets, W)
-    torch.testing.assert_close(
-        got, want, rtol=0, atol=1e-6
-    )  # a few float32 roundings of values below 4
+    # a few float32 roundings of values below 4
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
     zero = neon_ext.extrapolate_grid(r, s, offsets, torch.zeros(1, 4, device=device))
     assert torch.equal(zero[0], r)
 
@@ -506,9 +466,5 @@ def test_opcheck(device):
 def test_build_config():
     config = neon_ext.build_config()
     assert config["torch_version"].split("+")[0] == torch.__version__.split("+")[0]
-    assert isinstance(config["cuda"], bool) and config["cpu_kernels"] in (
-        "avx512",
-        "avx2",
-        "sse2",
-        "generic",
-    )
+    assert isinstance(config["cuda"], bool)
+    assert config["cpu_kernels"] in ("avx512", "avx2", "sse2", "generic")

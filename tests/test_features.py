@@ -15,7 +15,7 @@ from edm_helpers import (
 import adaptive_neon as neon
 import edm_neon as edm
 
-SELECTION = neon.scores.SeedSet("selection", 10_000, 100)
+SELECTION = neon.seeds.SeedSet("selection", 10_000, 100)
 
 
 # -------------------- keys hold the content
@@ -203,6 +203,9 @@ class Flat:
     def __call__(self, images):
         return images.flatten(1)[:, :4].float()
 
+    def to(self, device):
+        return self
+
 
 @pytest.fixture
 def real():
@@ -316,7 +319,7 @@ BROKEN_GRADIENTS = {
 def selecting_with(body, real, tmp_path, search):
     path = judge_file(tmp_path, f"import torch\n\n\ndef features(x):\n    {body}\n")
     config = neon.config.Config(device="cpu", out=tmp_path, select_with=(path,), search=search)
-    model = SimpleNamespace(own_features=lambda example: FlatModule())
+    model = SimpleNamespace(own_features=lambda example: Flat())
     return neon.judges.build_judges(config, CIFAR, model, real, CPU)
 
 
@@ -389,7 +392,7 @@ def test_all_judges_in_order_with_their_references(real, tmp_path):
     config = neon.config.Config(
         device="cpu", out=tmp_path, judge=("random-conv", "pixels", "random-conv")
     )
-    model = SimpleNamespace(own_features=lambda example: FlatModule())
+    model = SimpleNamespace(own_features=lambda example: Flat())
     judges = neon.judges.build_judges(config, CIFAR, model, real, CPU)
     assert [judge.name for judge in judges] == ["flat", "random-conv", "pixels"]
     assert all(len(judge.final.real) == len(real.final.images) for judge in judges)
@@ -402,20 +405,18 @@ def test_selection_with_more_features_joins_them_and_leaves_the_other_judges_uns
         judge=("pixels", "random-conv"),
         select_with=("pixels", "pixels"),
     )
-    model = SimpleNamespace(own_features=lambda example: FlatModule())
+    model = SimpleNamespace(own_features=lambda example: Flat())
     judges = neon.judges.build_judges(config, CIFAR, model, real, CPU)
     assert [judge.name for judge in judges] == ["flat+pixels", "flat", "pixels", "random-conv"]
     assert [judge.is_part for judge in judges] == [False, True, True, False]
     images = real.final.images
     expected = neon.features.JointFeatures(
-        [FlatModule(), neon.features.PixelFeatures(real.training.images)],
+        [Flat(), neon.features.PixelFeatures(real.training.images)],
         real.training.images,
         "cpu",
     )(images)
     assert torch.equal(judges[0].final.real, expected)
     assert torch.equal(judges[0].selection.real, judges[0].features(real.selection.images))
-    with np.load(tmp_path / "reference-final.npz") as file:
-        assert str(file["features"]) == "flat+pixels"
 
 
 def test_two_feature_networks_of_one_name_are_refused(real, tmp_path):
@@ -478,8 +479,3 @@ def test_features_that_do_not_vary_cannot_be_joined():
 
     with pytest.raises(neon.files.UserError, match="constant are the same for all real images"):
         neon.features.JointFeatures([Flat(), Constant()], random_images(50), "cpu")
-
-
-class FlatModule(Flat):
-    def to(self, device):
-        return self

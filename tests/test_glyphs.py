@@ -53,11 +53,9 @@ def test_missing_font_is_one_line(monkeypatch):
 
 
 def classifier(folder, body=neon.glyphs.glyphs_cnn, **changes):
-    options = {"seed": 0, "stream": 3, "images": 300, "epochs": 1} | changes
+    options = {"seed": 0, "stream": 3, "test_stream": 4, "images": 300, "epochs": 1}
     folder.mkdir(exist_ok=True)
-    return neon.glyphs.GlyphsClassifier(
-        folder, "x", body, streams={"classifier test": 4}, **options
-    )
+    return neon.glyphs.GlyphsClassifier(folder, "x", body, **options | changes)
 
 
 def test_classifier_reads_fresh_glyphs_and_is_the_same_every_time(tmp_path):
@@ -89,7 +87,7 @@ def test_finished_classifier_is_read_back(tmp_path, monkeypatch):
 def test_another_classifier_has_another_file(tmp_path, change):
     first = classifier(tmp_path)
     other = classifier(tmp_path, **change)
-    assert other.identity != first.identity and len([*tmp_path.glob("x-*.pt")]) == 2
+    assert other.identity != first.identity and len([*tmp_path.glob("x-*.safetensors")]) == 2
 
 
 def test_identity_of_a_classifier_holds_its_design(tmp_path, monkeypatch):
@@ -126,12 +124,6 @@ def test_glyphs_preset_parts_come_from_their_streams():
 def test_glyphs_preset_refuses_other_real_images(option):
     with pytest.raises(neon.files.UserError, match="draws its own"):
         edm.Glyphs().real_images(neon.config.Config(preset="glyphs", **{option: "x"}))
-
-
-def test_streams_are_in_the_ledger():
-    ledger = neon.study.seed_ledger(neon.config.Config(preset="glyphs"))
-    assert ledger.as_json()["real_streams"] == edm.Glyphs.streams
-    assert "real_streams" not in neon.study.seed_ledger(neon.config.Config()).as_json()
 
 
 # -------------------- real images in three parts

@@ -1,6 +1,5 @@
 """What adaptive_neon/judges.py promises."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import torch
 from edm_helpers import (
     ToyFeatures,
+    judge_of,
     preset_of,
     toy_images,
     toy_judge,
@@ -18,10 +18,10 @@ import adaptive_neon as neon
 import edm_neon as edm
 import neon_ext
 
-SELECTION = neon.scores.SeedSet("selection", 10_000, 100)
+SELECTION = neon.seeds.SeedSet("selection", 10_000, 100)
 
 
-FINAL = neon.scores.SeedSet("final 1", 50_000, 100)
+FINAL = neon.seeds.SeedSet("final 1", 50_000, 100)
 
 
 # -------------------- keys hold the content
@@ -41,7 +41,7 @@ def scorer(tmp_path):
 
 def reference(tmp_path, images, labels=None):
     real = neon.images.RealImages(images, labels, "images.zip")
-    return neon.judges.reference_from_images(real, ToyFeatures(), tmp_path / "reference.npz", "cpu")
+    return neon.judges.reference_of_images(real, ToyFeatures(), "cpu", "")
 
 
 def test_reference_of_images(tmp_path):
@@ -50,9 +50,10 @@ def test_reference_of_images(tmp_path):
     features = ToyFeatures()(images)
     assert torch.equal(found.real, features)
     assert found.facts == {"features": "toy-6", "source": "images.zip", "images": 300}
-    want = neon_ext.FrechetReference(*neon_ext.feature_moments(features), 300)
+    want = neon_ext.FrechetReference(*neon_ext.feature_moments(features))
     other = ToyFeatures()(toy_images(first=5, count=100)[0])
-    distances = [float(r.distance_from_features(other)) for r in (found.prepared, want)]
+    moments = neon_ext.feature_moments(other)
+    distances = [float(r.distance(*moments)) for r in (found.prepared, want)]
     assert distances[0] == pytest.approx(distances[1], rel=1e-9)
 
 
@@ -68,8 +69,8 @@ def test_judge_is_its_features_and_its_reference(tmp_path):
     judge = toy_judge(tmp_path)
     other = ToyFeatures()
     other.identity = "other"
-    features = neon.judges.Judge(other, judge.selection, judge.final)
-    selection = dataclasses.replace(judge, selection=judge.final)
+    features = judge_of(other, judge.selection, judge.final)
+    selection = judge_of(judge.features, judge.final)
     for seeds, changed in ((SELECTION, True), (FINAL, False)):
         assert features.identity(seeds) != judge.identity(seeds)
         assert (selection.identity(seeds) != judge.identity(seeds)) == changed
@@ -79,7 +80,7 @@ def npz(tmp_path, **changes):
     content = {"mu": np.zeros(6), "sigma": np.eye(6), "features": "toy-6", "images": 900}
     content = {key: value for key, value in (content | changes).items() if value is not None}
     np.savez(tmp_path / "ref.npz", **content)
-    return neon.judges.reference_from_file(tmp_path / "ref.npz", ToyFeatures(), "cpu")
+    return neon.judges.reference_of_file(tmp_path / "ref.npz", ToyFeatures(), "cpu", "")
 
 
 def test_reference_of_a_file(tmp_path):
@@ -100,7 +101,7 @@ def test_identity_of_a_file_is_its_content(tmp_path, change):
 def test_file_without_names_is_of_50_000_inception_features(tmp_path):
     np.savez(tmp_path / "ref.npz", mu=np.zeros(4), sigma=np.eye(4))
     features = SimpleNamespace(name="inception-0-tf1", kind="inception", dim=4)
-    found = neon.judges.reference_from_file(tmp_path / "ref.npz", features, "cpu")
+    found = neon.judges.reference_of_file(tmp_path / "ref.npz", features, "cpu", "")
     assert found.facts["images"] == 50_000
 
 
@@ -122,7 +123,8 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path, change, message):
 
 def test_floor_is_the_final_score_of_the_selections_images(tmp_path):
     judge = toy_judge(tmp_path)
-    want = float(judge.final.prepared.distance_from_features(judge.selection.real[:150]))
+    moments = neon_ext.feature_moments(judge.selection.real[:150])
+    want = float(judge.final.prepared.distance(*moments))
     assert judge.floor(150) == {"images": 150, "fd": pytest.approx(want, rel=1e-6)}
 
 
@@ -303,6 +305,9 @@ class Flat:
     def __call__(self, images):
         return images.flatten(1)[:, :4].float()
 
+    def to(self, device):
+        return self
+
 
 @pytest.fixture
 def real():
@@ -310,24 +315,21 @@ def real():
 
 
 def test_selection_and_final_scores_have_their_own_reference(real, tmp_path):
-    judge = neon.judges.judge_of_images(Flat(), real, "cpu", tmp_path)
+    judge = neon.judges.Judge(Flat(), real)
     selection, final = (
-        neon.scores.SeedSet("selection", 0, 40),
-        neon.scores.SeedSet("final 1", 50, 40),
+        neon.seeds.SeedSet("selection", 0, 40),
+        neon.seeds.SeedSet("final 1", 50, 40),
     )
-    fresh = neon.search.search_seeds(40)
+    fresh = neon.seeds.SeedSet("search", 10_000_000, 40)
     assert judge.reference(selection) is judge.selection is judge.reference(fresh)
     assert judge.reference(final) is judge.final
     assert torch.equal(judge.selection.real, Flat()(real.selection.images))
     assert torch.equal(judge.final.real, Flat()(real.final.images))
     assert judge.identity(selection) != judge.identity(final)
-    with np.load(tmp_path / "reference-final.npz") as file:
-        np.testing.assert_allclose(file["mu"], judge.final.real.double().mean(0))
-        assert file["images"] == len(real.final.images)
 
 
 def test_floor_is_the_final_score_of_real_images(real):
-    judge = neon.judges.judge_of_images(Flat(), real, "cpu")
+    judge = neon.judges.Judge(Flat(), real)
     few = judge.selection.real[:50]
     moments = (*neon_ext.feature_moments(few), *neon_ext.feature_moments(judge.final.real))
     expected = float(neon_ext.frechet_distance(*moments))
@@ -342,7 +344,7 @@ def statistics_file(tmp_path, images):
 
 def test_statistics_of_a_file_are_said_to_be_of_unknown_origin(tmp_path):
     path = statistics_file(tmp_path, random_images(300, 5))
-    judge = neon.judges.judge_of_file(Flat(), None, path, "", neon.config.Config(device="cpu"))
+    judge = neon.judges.Judge.of_statistics(Flat(), path)
     assert judge.selection is judge.final and judge.final.real is None
     assert "unknown origin" in judge.facts["origin"] and "selection" not in judge.facts
 
@@ -350,7 +352,7 @@ def test_statistics_of_a_file_are_said_to_be_of_unknown_origin(tmp_path):
 def test_file_gives_the_distance_and_data_the_images(real, tmp_path):
     images = random_images(300, 5)
     path = statistics_file(tmp_path, images)
-    judge = neon.judges.judge_of_file(Flat(), real, path, "", neon.config.Config(device="cpu"))
+    judge = neon.judges.Judge.of_statistics(Flat(), path, real=real)
     moments = neon_ext.feature_moments(Flat()(images))
     assert float(judge.final.prepared.distance(*moments)) == pytest.approx(0, abs=1e-6)
     assert torch.equal(judge.final.real, Flat()(real.final.images))

@@ -21,14 +21,8 @@ def networks(grid, blocks=4, seed=0):
     for _ in range(grid):
         layers = [(32, 3), (32, 1)] + [(32, 32), (32, 1)] * blocks + [(2, 32), (2, 1)]
         fans = [3, 3] + [32, 32] * blocks + [32, 32]
-        rows.append(
-            torch.cat(
-                [
-                    ((torch.rand(shape, generator=g) * 2 - 1) / fan**0.5).flatten()
-                    for shape, fan in zip(layers, fans)
-                ]
-            )
-        )
+        drawn = [torch.rand(shape, generator=g) * 2 - 1 for shape in layers]
+        rows.append(torch.cat([(x / fan**0.5).flatten() for x, fan in zip(drawn, fans)]))
     return torch.stack(rows) if rows else torch.empty(0, 130 + 64 + 1056 * blocks)
 
 
@@ -46,8 +40,7 @@ def test_matches_float64(device, grid, n, generator):
     plain = reference.mlp_ddim(theta, z, schedule(), 1.1, dtype=torch.float32)
     assert got.shape == (grid, n, 2) and got.dtype == torch.float32
     if n:
-        # 20 steps amplify the float32 rounding of the network: not more than 4 times that of plain
-        # float32 torch.
+        # 20 steps amplify the network's rounding: at most 4 times that of plain float32 torch.
         rounding = (plain.double() - want).abs().max().clamp_min(1e-6)
         assert (got.double() - want).abs().max() <= 4 * rounding
 
@@ -73,9 +66,8 @@ def test_networks_and_samples_do_not_mix(device, generator):
     for g in range(4):
         assert torch.equal(together[g], neon_ext.mlp_ddim(theta[g : g + 1], z, schedule())[0])
     order = torch.randperm(300, generator=generator)
-    assert torch.equal(
-        together[:, order], neon_ext.mlp_ddim(theta, z[order].contiguous(), schedule())
-    )
+    again = neon_ext.mlp_ddim(theta, z[order].contiguous(), schedule())
+    assert torch.equal(together[:, order], again)
 
 
 def test_non_contiguous_input(device, generator):
@@ -92,25 +84,19 @@ def test_moments(device, correction, n, generator):
     x = neon_ext.mlp_ddim(theta, z, schedule()).double()
     centred = x - x.mean(1, keepdim=True)
     assert mean.dtype == cov.dtype == torch.float64
-    torch.testing.assert_close(
-        mean, x.mean(1), rtol=1e-12, atol=1e-12
-    )  # the same float32 samples, float64 sums
+    # the same float32 samples, float64 sums
+    torch.testing.assert_close(mean, x.mean(1), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(cov, centred.mT @ centred / (n - correction), rtol=1e-11, atol=1e-11)
 
 
 def test_moments_do_not_depend_on_threads(generator):
-    theta, z, threads = (
-        networks(2),
-        torch.randn(10_000, 2, generator=generator),
-        torch.get_num_threads(),
-    )
-    results = []
+    theta, z = networks(2), torch.randn(10_000, 2, generator=generator)
+    threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(
-                torch.cat([m.flatten() for m in neon_ext.mlp_ddim_moments(theta, z, schedule())])
-            )
+            mean, cov = neon_ext.mlp_ddim_moments(theta, z, schedule())
+            results.append(torch.cat([mean.flatten(), cov.flatten()]))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -163,17 +149,11 @@ def test_one_meta_tensor_among_others_is_refused(name, which):
         getattr(neon_ext, name)(**args)
 
 
-@pytest.mark.parametrize("edit", [{"zeta": 1e39}, {"abar": torch.tensor([1.0, 1e-80]).double()}])
-def test_steps_beyond_float32_are_refused(edit):
-    args = {
-        "theta": torch.zeros(2, 4418),
-        "z": torch.zeros(5, 2),
-        "abar": torch.tensor([1.0, 0.5]).double(),
-    } | edit
-    if "abar" in edit:
-        args["abar"] = torch.tensor([1.0, 1e-80], dtype=torch.float64)
+@pytest.mark.parametrize(("last", "zeta"), [(0.5, 1e39), (1e-80, 1.0)])
+def test_steps_beyond_float32_are_refused(last, zeta):
+    abar = torch.tensor([1.0, last], dtype=torch.float64)
     with pytest.raises(ValueError, match="beyond float32"):
-        neon_ext.mlp_ddim(**args)
+        neon_ext.mlp_ddim(torch.zeros(2, 4418), torch.zeros(5, 2), abar, zeta)
 
 
 def test_sparse_weights_are_refused():

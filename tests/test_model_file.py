@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from edm_helpers import replace
+from edm_helpers import judge_of, replace
 
 import adaptive_neon as neon
 import edm_neon as edm
@@ -370,7 +370,7 @@ WRONG = {
     "no_grad in features": (
         "\n@torch.no_grad()\ndef features(images):\n    return images.float().flatten(1)[:, ::9]\n",
         GRADIENT,
-        r"no gradient comes through features\(\)",
+        r"no gradient comes through the features mine-8",
     ),
     "features of four": (
         "\ndef features(images):\n    return images\n",
@@ -611,9 +611,9 @@ def scorer_of(path, out, partition="layers", batch=12):
     )
     torch.manual_seed(3)
     real = torch.randn(200, 7).double() * 0.4
-    prepared = neon_ext.FrechetReference(*neon_ext.feature_moments(real), 200)
+    prepared = neon_ext.FrechetReference(*neon_ext.feature_moments(real))
     reference = neon.judges.Reference(prepared, None, {}, "r")
-    judge = neon.judges.Judge(Pixels(), reference, reference)
+    judge = judge_of(Pixels(), reference)
     return neon.scores.Scorer(merger, [judge], sampler, neon.scores.ScoreLog(out), {}, 1, c)
 
 
@@ -690,9 +690,9 @@ def test_a_trained_base_has_the_statistics_of_batchnorm(tmp_path):
     saved = []
     before = {name: value.clone() for name, value in net.state_dict().items()}
     neon.train.train(
-        model, net, images, labels, recipe, neon.processes.Processes("cpu"), tmp_path / "s.pt", [0.1],
+        *(model, net, images, labels, recipe, [0.1]),
         lambda ema, kimg: saved.append(copy.deepcopy(ema)),
-    )  # fmt: skip
+    )
     ema = saved[0]
     assert torch.equal(ema.norm.running_var, net.norm.running_var)
     assert not torch.equal(ema.norm.running_var, before["norm.running_var"])
@@ -837,7 +837,7 @@ def test_a_kill_after_any_write_changes_nothing(shared, tmp_path, monkeypatch):
     kills = 0
 
     def write_and_die(path, content):
-        known = path.exists() and path.name != "training-state.pt"
+        known = path.exists() and path.name != "training-state.safetensors"
         real(path, content)
         if not known and path.suffix != ".png":
             raise KeyboardInterrupt

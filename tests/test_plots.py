@@ -1,43 +1,50 @@
-"""edm_neon.py: glyphs, real images in three parts, judges that no selection saw, training seeds."""
+"""What adaptive_neon/plots.py promises: labels, ticks and data of the axes, read back."""
 
-import dataclasses
-import itertools
 import json
 import math
 
+import matplotlib
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from made import SCORE, entry_of, finals_of, score, summary_of
 
 import adaptive_neon as neon
 
-
-def score(fd, folds=None, w=None, **changes):
-    folds = folds if folds is not None else [fd] * neon.stats.FOLDS
-    fields = {
-        "snapshot": 1,
-        "w": w or {"a": 0.0},
-        "images": 100,
-        "first_seed": 0,
-        "fd": fd,
-        "folds": list(folds),
-        "precision": None,
-        "recall": None,
-        "arithmetic": "fp32",
-        "seconds": 0.0,
-        "key": "k",
-    }
-    return neon.scores.Score(**{**fields, **changes})
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
 
 
-def noisy(fd, seed, spread=1.0):
-    """A score whose folds scatter."""
-    rng = np.random.default_rng(seed)
-    return score(fd, fd + spread * rng.standard_normal(neon.stats.FOLDS) / 10)
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
 
 
-# -------------------- pictures
+def axes_of(plot, data):
+    plot(plt, data)
+    return plt.gcf().axes
+
+
+def ticks(axis):
+    return [label.get_text() for label in axis.get_xticklabels()]
+
+
+def bars_of(container):
+    """x, value, low and high of every point of an errorbar()."""
+    line, _, (lines,) = container.lines
+    rows = []
+    for x, y, segment in zip(*line.get_data(), lines.get_segments(), strict=True):
+        rows.append((x, y, *segment[:, 1]))
+    return np.array(rows, float)
+
+
+def legend_of(axis):
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+# -------------------- samples
 
 
 def test_sample_panel_enlarges_whole_pixels():
@@ -59,13 +66,11 @@ def test_sample_panels_of_larger_images(side, columns):
 
 def test_sample_picture_is_exact_to_the_pixel(tmp_path):
     pictures = {
-        "base": neon.glyphs.draw_glyphs(64, 0)[0],
-        "global": neon.glyphs.draw_glyphs(64, 1)[0],
+        "global": neon.glyphs.draw_glyphs(64, 0)[0],
+        "base": neon.glyphs.draw_glyphs(64, 1)[0],
     }
-    final = {name: {"fd": 1.0, "w": {"a": 0.0}} for name in pictures}
-    neon.plots.plot_report(
-        {"s.png": (neon.plots.plot_samples, ({"final": final}, pictures))}, tmp_path
-    )
+    data = (entry_of(), pictures)
+    neon.plots.plot_report({"s.png": (neon.plots.plot_samples, data)}, tmp_path)
     found = np.asarray(PIL.Image.open(tmp_path / "s.png").convert("RGB"))
     for i, images in enumerate(pictures.values()):
         panel = neon.plots.sample_panel(images)
@@ -74,53 +79,169 @@ def test_sample_picture_is_exact_to_the_pixel(tmp_path):
         assert np.array_equal(part, panel)
 
 
-def summary_of(diverging, kimgs=(1,)):
-    """What summary.json holds of random scores, one model's infinite."""
-    blocks = ("enc", "mid", "dec")
-    scores, finals = {}, {}
-    for i, name in enumerate(("base", "collapsed", "global", "blockwise", "searched")):
-        one = noisy(20.0 + i, i)
-        scores[name] = dataclasses.replace(one, w=dict.fromkeys(blocks, float(i)))
-    for judge in ("own", "a", "b"):
-        finals[judge] = {name: [one] for name, one in scores.items()}
-        if diverging:
-            finals[judge][diverging] = [score(math.inf)]
-    grid = []
-    for w in itertools.product((0.5, 1.0), (0.5, 1.0), (0.5, 1.0)):
-        grid.append(score(20 + sum(w), w=dict(zip(blocks, w, strict=True))))
-    models = {}
-    for name, one in scores.items():
-        models[name] = neon.study.Candidate(one.w, finals["own"][name][0].fd, None)
-    judges = {
-        j: {"score": j, "final": neon.verdicts.final_comparison(finals[j])} for j in ("a", "b")
-    }
+def test_every_sample_panel_has_its_distance_and_weights():
+    entry = entry_of()
+    images = neon.glyphs.draw_glyphs(16, 0)[0]
+    neon.plots.plot_samples(plt, (entry, {"searched": images, "base": images}))
+    texts = plt.gcf().texts
+    assert texts[0].get_position()[0] < texts[1].get_position()[0]
+    for name, text in zip(("searched", "base"), texts, strict=True):
+        final = entry["final"][name]
+        title = neon.report.weights_title(final["w"])
+        assert text.get_text() == f"{name}: {final['fd']:.4g}\nw = {title}"
+
+
+# -------------------- scores
+
+
+def test_bars_of_the_final_comparison():
+    entry = entry_of()
+    axis = axes_of(neon.plots.plot_scores, summary_of(snapshots=[entry]))[0]
+    names = list(entry["final"])
+    assert ticks(axis) == names and axis.get_ylabel() == SCORE
+    (errors,) = (
+        c for c in axis.containers if isinstance(c, matplotlib.container.ErrorbarContainer)
+    )
+    intervals = errors.lines[2][0].get_segments()
+    heights = {}
+    for patch in axis.patches:
+        heights[round(patch.get_x() + patch.get_width() / 2)] = patch.get_height()
+    for i, name in enumerate(names):
+        final = entry["final"][name]
+        assert heights[i] == pytest.approx(final["fd"])
+        assert intervals[i].flatten() == pytest.approx([i, final["low"], i, final["high"]])
+
+
+def test_final_comparison_over_snapshots():
+    summary = summary_of((7, 5))
+    axis = axes_of(neon.plots.plot_scores, summary)[0]
+    assert axis.get_xlabel() == "self-training (kimg)"
+    names = [name for name in summary["snapshots"][0]["final"] if name != "collapsed"]
+    assert legend_of(axis) == names
+    for name, container in zip(names, axis.containers, strict=True):
+        rows = bars_of(container)
+        for row, entry in zip(rows, summary["snapshots"], strict=True):
+            final = entry["final"][name]
+            assert row == pytest.approx([entry["kimg"], final["fd"], final["low"], final["high"]])
+
+
+def test_sweep_of_every_snapshot():
+    summary = summary_of((7, 5))
+    _, distance, shares = axes_of(neon.plots.plot_scores, summary)
+    assert distance.get_xlabel() == shares.get_xlabel() == "w, the same for all blocks"
+    assert distance.get_ylabel() == SCORE and legend_of(distance) == ["7 kimg", "5 kimg"]
+    for entry, container in zip(summary["snapshots"], distance.containers, strict=True):
+        for row, point in zip(entry["sweep"], bars_of(container), strict=True):
+            assert point == pytest.approx([row["w_global"], row["fd"], row["low"], row["high"]])
+    lines = {line.get_label(): line for line in shares.lines}
+    for entry in summary["snapshots"]:
+        for key in ("precision", "recall"):
+            x, y = lines[f"{key}, {entry['kimg']} kimg"].get_data()
+            assert list(x) == [row["w_global"] for row in entry["sweep"]]
+            assert list(y) == [row[key] for row in entry["sweep"]]
+
+
+# -------------------- grid
+
+
+def test_cells_of_the_grid():
+    """Weights 1 and 0.5, 0.25 and 1, 0.5 to 1 of three blocks: no axis is like another."""
+    rows = entry_of()["grid"]
+    *axes, bar = axes_of(neon.plots.plot_grid, (rows, SCORE))
+    assert bar.get_ylabel() == SCORE
+    assert [axis.get_title() for axis in axes] == ["w_mid = 0.25", "w_mid = 1"]
+    for axis, middle in zip(axes, (0.25, 1.0), strict=True):
+        assert (axis.get_xlabel(), axis.get_ylabel()) == ("w_dec", "w_enc")
+        assert ticks(axis) == ["0.5", "0.75", "1"]
+        assert [label.get_text() for label in axis.get_yticklabels()] == ["0.5", "1"]
+        cells = axis.images[0].get_array()
+        texts = {text.get_position(): text.get_text() for text in axis.texts}
+        for row in rows:
+            if row["w"]["mid"] == middle:
+                i, j = (0.5, 1.0).index(row["w"]["enc"]), (0.5, 0.75, 1.0).index(row["w"]["dec"])
+                assert cells[i, j] == row["fd"] and texts[j, i] == f"{row['fd']:.4g}"
+
+
+def test_frames_of_the_grid():
+    """20 + enc - 2 mid + 3 dec is least at enc 0.5, mid 1, dec 0.5; all are 1 at one point."""
+    axes = axes_of(neon.plots.plot_grid, (entry_of()["grid"], SCORE))[:2]
+    frames = []
+    for axis in axes:
+        for patch in axis.patches:
+            x, y = patch.get_xy()
+            frames.append(
+                (axis.get_title(), round(y + 0.44), round(x + 0.44), patch.get_linestyle()[:2])
+            )
+    assert frames == [("w_mid = 1", 0, 0, "so"), ("w_mid = 1", 1, 2, "--")]
+
+
+# -------------------- judges
+
+
+def test_gains_in_every_judge():
+    entry = entry_of()
+    axes = axes_of(neon.plots.plot_judges, (entry, SCORE))
+    assert [axis.get_title() for axis in axes] == [
+        "against base: lower is better",
+        "against global: lower is better",
+    ]
+    for axis, against in zip(axes, ("base", "global"), strict=True):
+        assert ticks(axis) == ["own +\ntwo (own)", "b", "a"]
+        claims = [claim for claim in entry["claims"] if claim["against"] == against]
+        assert legend_of(axis) == [claim["model"] for claim in claims]
+        for claim, container in zip(claims, axis.containers, strict=True):
+            gains = [claim["own"], claim["judges"]["b"], claim["judges"]["a"]]
+            for i, (gain, row) in enumerate(zip(gains, bars_of(container), strict=True)):
+                assert abs(row[0] - i) < 0.4
+                shares = [gain[f"relative_{key}"] for key in ("difference", "low", "high")]
+                assert row[1:] == pytest.approx(100 * np.array(shares))
+
+
+# -------------------- training seeds
+
+
+def test_gains_of_every_training_seed():
+    summaries = [summary_of(seed=seed, shift=shift) for seed, shift in ((11, 0.0), (3, 0.4))]
+    rows = neon.verdicts.claims_over_seeds(summaries)
+    (axis,) = axes_of(neon.plots.plot_seeds, {"over_seeds": rows})
+    assert axis.get_xlabel() == "difference of the distance (%)"
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    assert labels == [
+        f"{row['model']} against {row['against']}, {row['kimg']} kimg" for row in rows
+    ]
+    assert axis.yaxis_inverted() and legend_of(axis) == ["own features", "other judges"]
+    drawn = {}
+    for line in axis.lines:
+        x, y = line.get_data()
+        if len(x) and line.get_marker() in "o^":
+            drawn[line.get_marker(), round(float(y[0]))] = list(x)
+    for i, row in enumerate(rows):
+        assert drawn["o", i] == pytest.approx([100 * share for share in row["own_relative"]])
+        assert drawn["^", i] == pytest.approx([100 * share for share in row["relative"]])
+
+
+# -------------------- all pictures of a run
+
+
+@pytest.mark.parametrize(
+    "diverging, kimgs", [(None, (1,)), ("collapsed", (2, 1)), ("global", (1,))], ids=str
+)
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_pictures_of_a_run_from_what_the_summary_holds(tmp_path, diverging, kimgs):
     entries = []
     for kimg in kimgs:
-        entry = neon.study.Entry(
-            kimg=kimg,
-            blocks=dict.fromkeys(blocks, {}),
-            sweep=[finals["own"][name][0] for name in ("collapsed", "base", "global")],
-            grid=grid,
-            models=models,
-            final=neon.verdicts.final_comparison(finals["own"]),
-            placebo=[],
-            warnings=[],
-            parts={},
-            judges=judges,
-            claims=neon.verdicts.claims_of(finals),
-        )
-        entries.append(entry.as_json())
-    return {"score": "FD (own, 4-d)", "snapshots": entries}
-
-
-@pytest.mark.parametrize("diverging", [None, "collapsed", "global"])
-@pytest.mark.parametrize("kimgs", [(1,), (1, 2)], ids=["one snapshot", "two"])
-@pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_pictures_of_a_run(tmp_path, diverging, kimgs):
-    summary = summary_of(diverging, kimgs)
+        finals = finals_of(kimg)
+        if diverging:
+            for scores in finals.values():
+                scores[diverging] = [score(math.inf), score(math.inf)]
+        entries.append(entry_of(kimg, finals=finals))
+        entries[-1]["grid"][3]["fd"] = math.inf
+    summary = summary_of(snapshots=entries)
+    neon.report.write_report(summary, tmp_path)
     images = neon.glyphs.draw_glyphs(64, 0)[0]
     samples = {kimg: {"base": images, "blockwise": images} for kimg in kimgs}
-    neon.plots.plot_report(neon.plots.figures_of(summary, samples), tmp_path)
+    data = json.loads((tmp_path / "summary.json").read_text())
+    neon.plots.plot_report(neon.plots.figures_of(data, samples), tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     for kimg in kimgs:
         for kind in ("samples", "grid", "judges"):
@@ -129,38 +250,17 @@ def test_pictures_of_a_run(tmp_path, diverging, kimgs):
         assert picture.info["dpi"] == pytest.approx((150, 150), abs=0.1)
 
 
-@pytest.mark.parametrize("diverging", [None, "collapsed", "global"])
-def test_report_of_judges(tmp_path, capsys, diverging):
-    summary = summary_of(diverging) | {"judges": ["own", "a", "b"], "floors": [], "reference": {}}
-    neon.report.write_report(summary, tmp_path)
-    text = (tmp_path / "table.md").read_text()
-    assert "Judges that no selection saw, snapshot 1:" in text
-    assert "of 2 judges that no selection saw" in text
-    assert "--judge adds" not in text
-    json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+@pytest.mark.parametrize(
+    "change, missing",
+    [({"grid": []}, "grid_000005.png"), ({"judges": {}}, "judges_000005.png")],
+)
+def test_what_was_not_measured_is_not_drawn(change, missing):
+    samples = {5: {}}
+    figures = neon.plots.figures_of(summary_of(snapshots=[entry_of()]), samples)
+    fewer = neon.plots.figures_of(summary_of(snapshots=[entry_of() | change]), samples)
+    assert set(figures) - set(fewer) == {missing}
 
 
-def test_report_of_parts_gives_shares_of_the_other_model(tmp_path, capsys):
-    summary = summary_of(None) | {"judges": ["own"], "floors": [], "reference": {}}
-    entry = summary["snapshots"][0]
-    entry["parts"], entry["judges"] = {"a": entry["judges"]["a"]}, {}
-    neon.report.write_report(summary, tmp_path)
-    text = (tmp_path / "table.md").read_text()
-    assert "Judges that no selection saw" not in text
-    table = text.split("Parts of the selection's features, snapshot 1:")[1].strip().split("\n")
-    assert table[0].count("against") == 3
-    cells = [cell.strip() for cell in table[2].strip("|").split("|")]
-    assert cells[:6] == ["a", "20", "21", "22", "23", "24"]
-    assert [cell.split()[0] for cell in cells[6:]] == ["+10.0%", "+4.5%", "+9.1%"]
-    for cell in cells[6:]:
-        value, low, high = (float(part.strip("[],%")) for part in cell.split()[:3])
-        assert low < value < high
-
-
-def test_report_without_judges_says_so(tmp_path, capsys):
-    summary = summary_of(None) | {"judges": ["own"], "floors": []}
-    summary["reference"] = {"origin": "of unknown origin", "images": 7}
-    neon.report.write_report(summary, tmp_path)
-    text = (tmp_path / "table.md").read_text()
-    assert "features that the weights were selected with: --judge adds others" in text
-    assert "of unknown origin, the same for selection and final comparison (7 images)" in text
+def test_a_model_of_another_name_has_a_style_too():
+    styles = {name: neon.plots.style_of(name) for name in ("base", "base, 36 steps", "guided")}
+    assert styles["base"] == styles["base, 36 steps"] != styles["guided"]

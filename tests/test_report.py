@@ -1,178 +1,82 @@
 """What adaptive_neon/report.py promises."""
 
-import dataclasses
+import io
 import json
 import math
+import os
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import scipy
 import scipy.stats
 import torch
-from edm_helpers import (
-    BEST,
-    config,
-    replace,
-    score_of,
-    toy_scorer,
-    weights,
-)
+from edm_helpers import config, toy_judge, weights
+from made import FOLDS, JUDGES, SCORE, entry_of, finals_of, score, summary_of, tables
 
 import adaptive_neon as neon
-import edm_neon as edm
-
-BLOCKS = ("enc", "mid", "dec")
-
 
 CPU = neon.processes.Processes("cpu")
 
 
-# -------------------- seeds
+def numbers(cell):
+    """All numbers of a cell, shares too."""
+    for sign in "[],%":
+        cell = cell.replace(sign, " ")
+    found = []
+    for word in cell.split():
+        try:
+            found.append(float(word))
+        except ValueError:
+            continue
+    return found
 
 
-def ledger(**options):
-    sizes = {"synthetic": 6000, "select_images": 1000, "final_images": 500}
-    return neon.study.seed_ledger(neon.config.Config(**sizes | options))
+def written(summary, out):
+    """table.md's tables, its text, and summary.json."""
+    neon.report.write_report(summary, out)
+    text = (out / "table.md").read_text()
+    return tables(text), text, json.loads((out / "summary.json").read_text())
 
 
-# -------------------- the study of one snapshot, on scores made by hand
+def paired_interval(ours, theirs):
+    """Mean difference of two seed sets and its interval, from the folds."""
+    differences = []
+    variance = 0.0
+    for one, other in zip(ours, theirs, strict=True):
+        differences.append(one.fd - other.fd)
+        folds = np.subtract(one.folds, other.folds)
+        variance += 19 / 20 * ((folds - folds.mean()) ** 2).sum()
+    half = scipy.stats.t.ppf(0.975, 19 * len(ours)) * variance**0.5 / len(ours)
+    middle = np.mean(differences)
+    return np.array([middle, middle - half, middle + half])
 
 
-class Prescribed:
-    """A scorer of prescribed distances: fd(w, seeds)."""
-
-    def __init__(self, fd, blocks=BLOCKS, dim=6):
-        self.fd, self.kimg, self.calls = fd, 1, []
-        self.merger = SimpleNamespace(blocks=list(blocks), table=dict)
-        facts = SimpleNamespace(facts={"images": 10_000})
-        features = SimpleNamespace(dim=dim)
-        self.judge = SimpleNamespace(name="own", features=features, selection=facts, final=facts)
-        self.judges = [self.judge]
-
-    def score(self, w, seeds, desc=None):
-        self.calls.append((w, seeds))
-        return score_of(self.fd(w, seeds), w=w, images=seeds.count, first_seed=seeds.first)
-
-    def scores(self, w, seeds, judges, desc=None):
-        return [self.score(w, seeds) for _ in judges]
-
-    def score_all(self, candidates, seeds, desc):
-        return [self.score(w, seeds) for w in candidates]
+# -------------------- numbers
 
 
-def study_of(fd, monkeypatch=None, found=None, blocks=BLOCKS, **options):
-    """The study of these distances; found: what a search returns."""
-    c = config(Path("."), **options)
-    scorer = Prescribed(fd, blocks)
-    if found is not None:
-        monkeypatch.setitem(neon.search.SEARCHES, c.search, found)
-    return neon.study.study(c, scorer, scorer, None, neon.study.seed_ledger(c)), scorer
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (-1.2345e-5, "-1.234e-05"),
+        (0.012345, "+0.01235"),
+        (704.33, "+704.3"),
+        (1704.33, "+1704"),
+        (57123.4, "+57123"),
+        (0.0, "+0"),
+        (None, "inf"),
+    ],
+)
+def test_numbers_have_significant_digits(value, text):
+    assert neon.verdicts.number(value, "+") == text
 
 
-def bowl(w, seeds=None):
-    """Least at BEST."""
-    return 1.0 + sum((w[block] - BEST[block]) ** 2 for block in BLOCKS)
-
-
-# -------------------- warnings
-
-
-def warnings(models=None, final=None, had_grid=False, dim=6, real=10_000, **options):
-    models = {"base": 4.0, "global": 2.0} | (models or {})
-    candidates = {
-        name: value
-        if isinstance(value, neon.study.Candidate)
-        else neon.study.Candidate(weights(1, 1, 1), value, None)
-        for name, value in models.items()
-    }
-    rows = {name: {"fd": c.fd, "against_base": gain(-1.9)} for name, c in candidates.items()}
-    rows |= final or {}
-    facts = SimpleNamespace(facts={"images": real})
-    judge = SimpleNamespace(features=SimpleNamespace(dim=dim), selection=facts, final=facts)
-    return neon.verdicts.warnings_of(
-        config(Path("."), **options), candidates, rows, had_grid, judge
-    )
-
-
-def gain(difference, half=0.2):
-    return {"difference": difference, "low": difference - half, "high": difference + half}
-
-
-# -------------------- the report
-
-
-def written(tmp_path, capsys, **changes):
-    """Report of a study of prescribed scores -> entry, table.md, summary.json."""
-    entry, _ = study_of(bowl, grid=(0.5, 1.0, 1.5), final_repeats=2)
-    entry = dataclasses.replace(entry, **changes)
-    summary = {
-        "score": "FD",
-        "snapshots": [entry.as_json()],
-        "floors": [{"images": 50, "fd": 0.125}],
-        "judges": ["own"],
-        "reference": {"images": 10_000, "origin": "nowhere"},
-        "config": {"out": Path("x")},
-    }
-    neon.report.write_report(summary, tmp_path)
-    text = (tmp_path / "table.md").read_text()
-    assert text.strip() in capsys.readouterr().out
-    return entry, text, json.loads((tmp_path / "summary.json").read_text())
-
-
-def cells(text, name):
-    (line,) = [line for line in text.splitlines() if f"| {name} |" in line]
-    return [cell.strip() for cell in line.strip("|").split("|")]
-
-
-def test_table_has_a_row_for_every_model(tmp_path, capsys):
-    entry, text, _ = written(tmp_path, capsys)
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + len(entry.models)
-    assert rows[0].count("|") == rows[1].count("|") == rows[-1].count("|") == 11
-
-
-def test_row_of_a_model(tmp_path, capsys):
-    _, text, _ = written(tmp_path, capsys)
-    found = cells(text, "blockwise")
-    assert found[:4] == ["1", "blockwise", "enc 1, mid 0.5, dec 1.5", "1.0000"]
-    assert found[4] == "1.0000 +- 0.0000"
-    assert found[5:7] == ["-3.5000 [-3.5000, -3.5000]", "better"]
-
-
-def test_row_shows_selection_and_final_distances(tmp_path, capsys):
-    final = {
-        "base": {"w": weights(0, 0, 0), "fd": 7.5, "std": None, "precision": 0.25, "recall": 1}
-    }
-    models = {"base": neon.study.Candidate(weights(0, 0, 0), 6.5, None)}
-    _, text, _ = written(tmp_path, capsys, final=final, models=models)
-    assert cells(text, "base") == [
-        "1",
-        "base",
-        "0",
-        "6.5000",
-        "7.5000",
-        "",
-        "",
-        "0.250",
-        "1.000",
-        "",
-    ]
-
-
-def test_notes_of_the_report(tmp_path, capsys):
-    placebo = [{"w": BEST, "fd": 1.0, "against_global": gain(-0.5) | {"verdict": "better"}}]
-    _, text, _ = written(tmp_path, capsys, warnings=["all is well"], placebo=placebo)
-    for note in (
-        "Snapshot 1: blockwise against global -0.5000 [-0.5000, -0.5000]: better.",
-        "Snapshot 1: random blocks 1 against global -0.5000 [-0.7000, -0.3000]: better.",
-        "Warning, snapshot 1: all is well.",
-        "Floor: 50 real images, of the selection part, score 0.1250 against the final one.",
-        "Reference: nowhere, the same for selection and final comparison (10000 images).",
-    ):
-        assert note in text.split("\n\n") or note + "\n" in text
+def test_a_small_difference_is_no_zero(tmp_path):
+    ours, theirs = [score(1.0 - 1e-5, [1.0 - 1e-5] * FOLDS)], [score(1.0, [1.0] * FOLDS)]
+    final = neon.verdicts.final_comparison({"base": theirs, "global": ours})
+    entry = entry_of() | {"final": final}
+    (rows, *_), _, _ = written(summary_of(snapshots=[entry]), tmp_path)
+    assert rows[1]["against base (95%)"] == "-1e-05 [-1e-05, -1e-05]"
 
 
 @pytest.mark.parametrize(
@@ -201,55 +105,118 @@ def test_weights_in_the_title_of_a_picture(w, text):
     assert neon.report.weights_title(w) == text
 
 
-def test_keys_of_a_snapshot_in_the_summary(tmp_path, capsys):
-    entry, _, summary = written(tmp_path, capsys)
-    (found,) = summary["snapshots"]
-    assert set(found) == {
-        *("kimg", "blocks", "grid", "sweep", "base", "collapsed", "global", "blockwise"),
-        *("final", "placebo", "warnings", "parts", "judges", "claims"),
-    }
-    assert found["global"] == {"w": weights(1, 1, 1), "fd": 1.5, "w_global": 1.0}
-    assert found["blockwise"] == {"w": BEST, "fd": 1.0}
-    assert len(found["grid"]) == 27 and found["grid"][0] == {
-        "w": weights(0.5, 0.5, 0.5),
-        "fd": 2.25,
-        "seconds": 0.5,
-        "low": 2.25,
-        "high": 2.25,
-    }
-    assert [row["w_global"] for row in found["sweep"]] == [-1, 0, 0.5, 1, 1.5]
-    assert summary["config"] == {"out": "x"}
+# -------------------- the table of one training seed
 
 
-def test_rows_of_the_summary_hold_precision_and_recall():
-    row = score_of(2.0, precision=0.25, recall=0.5, w=BEST)
-    entry = neon.study.Entry(1, {}, [], [row], {}, {}, [], [], {}, {}, [])
-    assert entry.as_json()["grid"] == [
-        {
-            **{"w": BEST, "fd": 2.0, "seconds": 0.5, "low": 2.0, "high": 2.0},
-            **{"precision": 0.25, "recall": 0.5},
-        }
-    ]
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The report of two snapshots."""
+    return written(summary_of(), tmp_path_factory.mktemp("report"))
 
 
-def test_summary_is_strict_json(tmp_path, capsys):
-    def fd(w, seeds):
-        return math.inf if w["enc"] == -1 else bowl(w)
+def test_every_model_of_every_snapshot_has_a_row(report):
+    rows = report[0][0]
+    models = [name for name in finals_of()["own"] if not name.startswith("random")]
+    found = [(row["snapshot (kimg)"], row["model"]) for row in rows]
+    assert found == [(kimg, name) for kimg in ("7", "5") for name in models]
 
-    entry, _ = study_of(fd, final_repeats=2)
-    neon.report.write_report(
-        {
-            "score": "FD",
-            "snapshots": [entry.as_json()],
-            "floors": [],
-            "judges": ["own"],
-            "reference": {},
-        },
-        tmp_path,
+
+@pytest.mark.parametrize("place", range(10))
+def test_cells_of_a_model(report, place):
+    """All of them, from the scores."""
+    row = report[0][0][place]
+    own = finals_of(int(row["snapshot (kimg)"]))["own"]
+    scores = own[row["model"]]
+    values = [one.fd for one in scores]
+    assert row["w"] == neon.report.weights_text(scores[0].w)
+    assert numbers(row[f"selection {SCORE}"]) == pytest.approx([values[0] - 2.5], rel=5e-4)
+    assert numbers(row["final"]) == pytest.approx(
+        [np.mean(values), np.std(values, ddof=1)], rel=5e-4
     )
-    text = (tmp_path / "summary.json").read_text()
-    found = json.loads(text, parse_constant=pytest.fail)["snapshots"][0]
-    assert found["collapsed"]["fd"] is None and found["final"]["collapsed"]["all"] == [None, None]
+    assert float(row["precision"]) == pytest.approx(
+        np.mean([s.precision for s in scores]), abs=6e-4
+    )
+    assert float(row["recall"]) == pytest.approx(np.mean([s.recall for s in scores]), abs=6e-4)
+    kernel, low, high = numbers(row["kernel distance (95%)"])
+    assert kernel == pytest.approx(np.mean([s.kernel for s in scores]), rel=5e-4)
+    assert low < kernel < high
+    if row["model"] == "base":
+        assert row["against base (95%)"] == row["verdict"] == ""
+        return
+    expected = paired_interval(scores, own["base"])
+    assert numbers(row["against base (95%)"]) == pytest.approx(list(expected), rel=5e-4)
+    assert row["verdict"] == ("worse" if row["model"] == "collapsed" else "better")
+
+
+@pytest.mark.parametrize("snapshot, kimg", [(0, 7), (1, 5)])
+@pytest.mark.parametrize("place, judge", [(0, "b"), (1, "a")])
+def test_cells_of_a_judge(report, snapshot, kimg, place, judge):
+    row = report[0][1 + snapshot][place]
+    scores = finals_of(kimg)[judge]
+    assert row["judge"] == f"FD ({judge})"
+    for name in ("base", "collapsed", "global", "blockwise", "searched"):
+        mean = np.mean([one.fd for one in scores[name]])
+        assert numbers(row[name]) == pytest.approx([mean], rel=5e-4)
+    for model, against in (("global", "base"), ("blockwise", "global"), ("searched", "global")):
+        shares = paired_interval(scores[model], scores[against])
+        shares *= 100 / np.mean([one.fd for one in scores[against]])
+        cell = row[f"{model} against {against} (95%)"]
+        assert numbers(cell) == pytest.approx(list(shares), rel=5e-3)
+        verdict = "no significant difference"
+        if shares[1] > 0 or shares[2] < 0:
+            verdict = "worse" if shares[0] > 0 else "better"
+        assert cell.endswith(f"] {verdict}")
+
+
+def test_parts_of_the_selection_are_no_judges(tmp_path):
+    entry = entry_of()
+    entry["parts"], entry["judges"] = {"a": entry["judges"]["a"]}, {}
+    found, text, _ = written(summary_of(snapshots=[entry]), tmp_path)
+    assert "Judges that no selection saw" not in text
+    assert "Parts of the selection's features, snapshot 5:" in text
+    assert [row["judge"] for row in found[1]] == ["FD (a)"]
+
+
+def test_notes_name_comparisons_floor_reference_and_warnings(report):
+    _, text, _ = report
+    own = finals_of(7)["own"]
+    for name in ("blockwise", "searched", "random blocks 1", "random blocks 2"):
+        (line,) = [line for line in text.split("\n") if f"Snapshot 7: {name} against glo" in line][
+            :1
+        ]
+        middle, low, high = paired_interval(own[name], own["global"])
+        stated = numbers(line.split("against global")[1].split(":")[0])
+        assert stated == pytest.approx([middle, low, high], rel=5e-4)
+    assert "Warning, snapshot 7: mind the 7." in text and "mind the 5" in text
+    assert "Floor: 50 real images, of the selection part, score 0.01235" in text
+    assert "nowhere, the same for selection and final comparison (10000 images)" in text
+
+
+def test_claims_are_said_where_there_are_judges(report):
+    summary = summary_of()
+    for entry in summary["snapshots"]:
+        for claim in entry["claims"]:
+            assert f"Snapshot {entry['kimg']}: {claim['sentence']}." in report[1]
+
+
+@pytest.mark.parametrize("judges, said", [(["own"], True), (JUDGES, False)])
+def test_a_report_without_judges_says_so(tmp_path, judges, said):
+    _, text, _ = written(summary_of(judges=list(judges)), tmp_path)
+    assert ("--judge adds others" in text) == said
+
+
+# -------------------- summary.json
+
+
+def test_summary_is_strict_json(tmp_path):
+    finals = finals_of()
+    for scores in finals.values():
+        scores["collapsed"] = [score(math.inf), score(math.inf)]
+    summary = summary_of(snapshots=[entry_of(finals=finals)])
+    (rows, *_), _, found = written(summary, tmp_path)
+    assert found["snapshots"][0]["final"]["collapsed"]["all"] == [None, None]
+    assert rows[1]["final"].startswith("inf") and rows[1]["verdict"] == "worse"
+    json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize(
@@ -257,129 +224,153 @@ def test_summary_is_strict_json(tmp_path, capsys):
     [
         ({1: (1, 2.5)}, {"1": [1, 2.5]}),
         ([math.nan, -math.inf, True, None], [None, None, True, None]),
-        (Path("a"), "a"),
+        (io, str(io)),
     ],
-    ids=str,
+    ids=["dict", "numbers", "object"],
 )
 def test_strict_values(value, want):
     assert neon.report.strict(value) == want
 
 
-def test_summary_of_a_run(tmp_path, capsys):
-    scorer = toy_scorer(tmp_path)
-    c = config(tmp_path, final_repeats=2)
-    found = neon.report.summarise(
-        c, ["--seed", "1"], [], scorer.judges, neon.study.seed_ledger(c), 0.5, CPU, 0.0
-    )
+def summarised(out, real=True, argv=(), entries=(), **options):
+    """summarise() of a run with a judge of toys."""
+    judges = [toy_judge(out, real)]
+    setup = SimpleNamespace(first_seeds=lambda: {"final": [50_000]})
+    c = config(out, **options)
+    return neon.report.summarise(c, [*argv], [*entries], judges, setup, 0.5, CPU, 0.0)
+
+
+def test_summary_of_a_run(tmp_path):
+    found = summarised(tmp_path, argv=["--seed", "1"], final_repeats=2)
     assert found["command"] == "python edm_neon.py --seed 1"
-    assert found["first_seeds"]["selection"] == 10_000
-    assert found["first_seeds"]["final"] == [50_000, 50_120]
+    assert found["first_seeds"] == {"final": [50_000]}
     assert [floor["images"] for floor in found["floors"]] == [100, 120]
     assert found["reference"]["images"] == 400 and found["world"] == 1
     assert found["config"]["final_repeats"] == 2 and found["seconds_per_image"] == 0.5
     assert found["versions"]["torch"] == torch.__version__
-    assert found["versions"]["scipy"] == scipy.__version__
 
 
 def test_summary_names_the_version_of_diffusers_where_it_is_used(tmp_path, monkeypatch):
-    def versions():
-        ledger = neon.study.seed_ledger(c)
-        return neon.report.summarise(c, [], [], scorer.judges, ledger, 0.5, CPU, 0.0)["versions"]
-
-    scorer, c = toy_scorer(tmp_path), config(tmp_path)
     monkeypatch.delitem(sys.modules, "diffusers", raising=False)
-    assert "diffusers" not in versions()
+    assert "diffusers" not in summarised(tmp_path)["versions"]
     monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(__version__="9.9"))
-    assert versions()["diffusers"] == "9.9"
-    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace())
-    assert versions()["diffusers"] == "unknown"
+    assert summarised(tmp_path)["versions"]["diffusers"] == "9.9"
 
 
 def test_summary_without_real_images_has_no_floor(tmp_path):
-    scorer = toy_scorer(tmp_path, real=False)
-    c = config(tmp_path)
-    found = neon.report.summarise(
-        c, [], [], scorer.judges, neon.study.seed_ledger(c), 0.5, CPU, 0.0
+    assert summarised(tmp_path, real=False)["floors"] == []
+
+
+# -------------------- several training seeds
+
+
+@pytest.fixture(scope="module")
+def over_seeds(tmp_path_factory):
+    """Three seeds, not in order, that do not agree -> summaries, tables, text, summary.json."""
+    out = tmp_path_factory.mktemp("seeds")
+    shifts = {11: 0.0, 3: 0.4, 7: -0.1}
+    summaries = [summary_of(seed=seed, shift=shift) for seed, shift in shifts.items()]
+    c = neon.config.Config(out=out, seed=11)
+    summary = neon.verdicts.summarise_seeds(c, ["--seed", "11"], summaries, 0.0)
+    neon.report.write_seeds(summary, out)
+    text = (out / "table.md").read_text()
+    return summaries, tables(text), text, json.loads((out / "summary.json").read_text())
+
+
+def test_every_training_seed_has_its_rows(over_seeds):
+    summaries, (rows, _), _, _ = over_seeds
+    rows = iter(rows)
+    for summary in summaries:
+        for entry in summary["snapshots"]:
+            for name, result in entry["final"].items():
+                row = next(rows)
+                assert row["training seed"] == str(summary["config"]["seed"])
+                assert row["snapshot (kimg)"] == str(entry["kimg"]) and row["model"] == name
+                assert numbers(row[f"final {SCORE}"]) == pytest.approx([result["fd"]], rel=5e-4)
+                for other in ("base", "global"):
+                    gain = result.get(f"against_{other}")
+                    cell = row[f"against {other} (95%)"]
+                    if gain is None:
+                        assert cell == ""
+                        continue
+                    ends = [gain["difference"], gain["low"], gain["high"]]
+                    assert numbers(cell) == pytest.approx(ends, rel=5e-4)
+                    assert cell.endswith(gain["verdict"])
+    assert next(rows, None) is None
+
+
+def test_summary_over_seeds_points_to_every_seed(over_seeds):
+    summaries, _, _, found = over_seeds
+    assert found["seeds"] == [
+        {"folder": "seed-0", "seed": 11},
+        {"folder": "seed-1", "seed": 3},
+        {"folder": "seed-2", "seed": 7},
+    ]
+    assert found["kimg"] == [7, 5] and found["command"] == "python edm_neon.py --seed 11"
+    assert [len(finals) for finals in found["final"]] == [2, 2, 2]
+    assert found["claims"][1][0] == summaries[1]["snapshots"][0]["claims"]
+
+
+@pytest.mark.parametrize("kimg", [7, 5])
+@pytest.mark.parametrize("pair", [("global", "base"), ("searched", "blockwise")], ids=str)
+def test_cells_of_a_claim_over_seeds(over_seeds, kimg, pair):
+    summaries, (_, rows), _, _ = over_seeds
+    (row,) = [
+        r for r in rows if (r["snapshot (kimg)"], r["model"], r["against"]) == (str(kimg), *pair)
+    ]
+    claims = []
+    for summary in summaries:
+        for entry in summary["snapshots"]:
+            for claim in entry["claims"]:
+                if entry["kimg"] == kimg and (claim["model"], claim["against"]) == pair:
+                    claims.append(claim)
+    better = sum(claim["own"]["verdict"] == "better" for claim in claims)
+    assert row["own features: better in"] == f"{better} of 3"
+    own = [100 * claim["own"]["relative_difference"] for claim in claims]
+    assert numbers(row["own features: difference"]) == pytest.approx(
+        [np.mean(own), np.std(own, ddof=1)], rel=5e-3
     )
-    assert found["floors"] == []
-
-
-CIFAR = edm.PRESETS["cifar10"]
-
-
-# -------------------- training seeds
-
-
-def as_claim(model, against, own, judges):
-    """A claim as it stands in summary.json, from relative differences."""
-
-    def gain(x):
-        verdict = "better" if x < 0 else "worse"
-        return {"verdict": verdict, "relative_difference": x}
-
-    return {
-        "model": model,
-        "against": against,
-        "own": gain(own),
-        "judges": {str(i): gain(x) for i, x in enumerate(judges)},
-        "better": [str(i) for i, x in enumerate(judges) if x < -0.1],
-        "worse": [str(i) for i, x in enumerate(judges) if x > 0.1],
-    }
-
-
-def summary_with(*claims):
-    return {"snapshots": [{"kimg": 5, "claims": list(claims), "final": {}}]}
-
-
-def test_claims_are_counted_over_seeds_and_judges():
-    first = summary_with(as_claim("blockwise", "global", -0.2, [-0.3, 0.2, -0.01]))
-    second = summary_with(as_claim("blockwise", "global", 0.1, [-0.3, -0.2, -0.2]))
-    (found,) = neon.verdicts.claims_over_seeds([first, second])
-    assert found.own_verdicts == ["better", "worse"] and found.own_relative == [-0.2, 0.1]
-    assert (found.cases, found.better, found.worse) == (6, 4, 1)
-    np.testing.assert_allclose(found.relative, [-0.11 / 3, -0.7 / 3])
-    text = found.sentence()
-    assert "1 of 2 in its own features (-5.0% +- 21.2%)" in text
-    assert "4 of 6 cases" in text and "worse in 1" in text
-
-
-def test_random_partitions_are_one_claim():
-    rows = [as_claim("blockwise", f"random blocks {k}", -0.2, [-0.3]) for k in (1, 2, 12)]
-    (found,) = neon.verdicts.claims_over_seeds([summary_with(*rows)])
-    assert found.against == "random blocks" and found.cases == 3
-
-
-def test_the_question_names_every_comparison_that_was_made():
-    rows = [("blockwise", "global"), ("searched", "blockwise"), ("global", "base")]
-    summary = summary_with(*(as_claim(*pair, -0.2, [-0.3]) for pair in rows))
-    over = []
-    for found in neon.verdicts.claims_over_seeds([summary]):
-        over.append({**vars(found), "sentence": found.sentence()})
-    text = neon.report.answer(over, 5, 3)
-    assert text.startswith(
-        "Snapshot 5, 3 training seeds: blockwise is better than global in 1 of 1"
+    assert row["unseen judges: better in"] == f"{sum(len(c['better']) for c in claims)} of 6"
+    assert row["unseen judges: worse in"] == str(sum(len(c["worse"]) for c in claims))
+    others = []
+    for claim in claims:
+        shares = [gain["relative_difference"] for gain in claim["judges"].values()]
+        others.append(100 * np.mean(shares))
+    assert numbers(row["unseen judges: difference"]) == pytest.approx(
+        [np.mean(others), np.std(others, ddof=1)], rel=5e-3
     )
-    assert "searched is better than blockwise" in text and "than base" not in text
 
 
-def test_every_training_seed_has_its_seeds_and_folder(tmp_path, monkeypatch):
-    runs = []
-
-    def study(c, preset, argv, processes, begin):
-        runs.append((c.seed, c.out.name, c.out.is_dir()))
-        return None
-
-    replace(monkeypatch, "study_all", study)
-    replace(monkeypatch, "summarise_seeds", lambda *_: {})
-    replace(monkeypatch, "write_seeds", lambda *_: None)
-    replace(monkeypatch, "plot_report", lambda *_: None)
-    config = neon.config.Config(out=tmp_path, seed=7, training_seeds=3)
-    neon.cli.study_seeds(config, CIFAR, [], neon.processes.Processes("cpu"), 0.0)
-    # Two seeds each: the base's, and the next one for self-training.
-    assert runs == [(7, "seed-0", True), (9, "seed-1", True), (11, "seed-2", True)]
+def test_the_question_names_every_comparison_that_was_made(over_seeds):
+    _, _, text, summary = over_seeds
+    for kimg in (7, 5):
+        (line,) = [line for line in text.split("\n") if line.startswith(f"Snapshot {kimg}, 3 ")]
+        for row in summary["over_seeds"]:
+            said = (row["model"], row["against"]) in neon.report.QUESTIONS
+            assert (row["sentence"] in line) == (said and row["kimg"] == kimg)
 
 
-def test_training_seeds_need_a_training(tmp_path):
-    config = neon.config.Config(out=tmp_path, aux="x.pkl", training_seeds=2)
-    with pytest.raises(neon.files.UserError, match="--aux is trained already"):
-        neon.cli.study_seeds(config, CIFAR, [], neon.processes.Processes("cpu"), 0.0)
+# -------------------- files first, then the terminal
+
+
+def test_a_terminal_that_left_costs_nothing(tmp_path, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        neon.report.write_report(summary_of(), tmp_path)
+        print("and what follows", flush=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"table.md", "summary.json"}
+
+
+def test_a_terminal_without_accents_costs_nothing(tmp_path, monkeypatch):
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii"))
+    neon.report.write_report(summary_of(score="FD (Grüße)"), tmp_path)
+    assert b"FD (Gr\\xfc\\xdfe)" in screen.getvalue()
+    assert "FD (Grüße)" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
+def test_the_terminal_gets_the_table(tmp_path, capsys):
+    neon.report.write_report(summary_of(), tmp_path)
+    assert capsys.readouterr().out.strip() == (tmp_path / "table.md").read_text().strip()

@@ -12,6 +12,7 @@ import torch
 from edm_helpers import (
     BEST,
     ToyFeatures,
+    judge_of,
     replace,
     score_of,
     toy_distance,
@@ -190,7 +191,7 @@ def with_feature_weights(scorer):
 
 def with_reference(scorer):
     reference = dataclasses.replace(scorer.judge.selection, identity="other")
-    scorer.judge = neon.judges.Judge(scorer.judge.features, reference, scorer.judge.final)
+    scorer.judge = judge_of(scorer.judge.features, reference, scorer.judge.final)
 
 
 def with_device(scorer):
@@ -280,7 +281,7 @@ def test_hash_of_a_tensor(other):
 
 def reference(tmp_path, images, labels=None):
     real = neon.images.RealImages(images, labels, "images.zip")
-    return neon.judges.reference_from_images(real, ToyFeatures(), tmp_path / "reference.npz", "cpu")
+    return neon.judges.reference_of_images(real, ToyFeatures(), "cpu", "")
 
 
 # -------------------- the log
@@ -330,8 +331,8 @@ def test_another_judge_scores_again(tmp_path):
     images, labels = toy_images(BASE)
     again = toy_scorer(tmp_path)
     real = neon.images.RealImages(images, labels, "toy")  # the same source, other images
-    reference = neon.judges.reference_from_images(real, ToyFeatures(), None, "cpu")
-    again.judge = neon.judges.Judge(ToyFeatures(), reference, reference)
+    reference = neon.judges.reference_of_images(real, ToyFeatures(), "cpu", "")
+    again.judge = judge_of(ToyFeatures(), reference)
     after = again.score(BEST, SELECTION)
     assert after.fd > 2 * before.fd
 
@@ -479,6 +480,9 @@ class Flat:
     def __call__(self, images):
         return images.flatten(1)[:, :4].float()
 
+    def to(self, device):
+        return self
+
 
 @pytest.fixture
 def real():
@@ -535,7 +539,7 @@ class Other(Flat):
 
 @pytest.fixture
 def judged(real, tmp_path):
-    judges = [neon.judges.judge_of_images(features, real, "cpu") for features in (Flat(), Other())]
+    judges = [neon.judges.Judge(features, real) for features in (Flat(), Other())]
     config = neon.config.Config(device="cpu", precision="fp32")
     log = neon.scores.ScoreLog(tmp_path)
     return neon.scores.Scorer(FakeMerger(), judges, FakeSampler(), log, {}, 1, config)

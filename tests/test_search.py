@@ -24,6 +24,7 @@ from edm_helpers import (
 )
 
 import adaptive_neon as neon
+import neon_ext
 
 SELECTION = neon.scores.SeedSet("selection", 10_000, 100)
 
@@ -132,7 +133,7 @@ def test_errors_of_these_candidates():
     scorer = Candidates([(1, (1.0, 0.0)), (2, (2.0, 0.3))])
     one, other = scorer.score_all(None, SELECTION, "")
     found = neon.stats.compare([other], [one])
-    assert found["high"] - found["difference"] == pytest.approx(2.093 * 0.3, rel=1e-3)
+    assert found.high - found.difference == pytest.approx(2.093 * 0.3, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -547,7 +548,8 @@ def distance(scorer, w, seeds=SEEDS):
     scorer.merger.set(w)
     images, _ = scorer.sampler.floats(seeds.seeds)
     features = scorer.judge.features((images * 127.5 + 128).clip(0, 255))
-    return float(scorer.judge.reference(seeds).prepared.distance_from_features(features))
+    moments = neon_ext.feature_moments(features)
+    return float(scorer.judge.reference(seeds).prepared.distance(*moments))
 
 
 def check_gradient(scorer, blocks, h=0.02, seeds=SEEDS):

@@ -11,24 +11,9 @@ from edm_helpers import (
     score_of,
     standard_reference,
 )
+from made import score
 
 import adaptive_neon as neon
-
-# -------------------- precision and recall
-
-
-def inside(points, manifold, k):
-    """Share of points within the distance of some point's k-th neighbour, one by one."""
-    points, manifold = points.double().numpy(), manifold.double().numpy()
-    hits = []
-    for point in points:
-        hit = False
-        for centre in manifold:
-            others = np.sort(np.linalg.norm(manifold - centre, axis=1))[1:]  # without itself
-            hit |= np.linalg.norm(point - centre) <= others[k - 1]
-        hits.append(hit)
-    return float(np.mean(hits))
-
 
 # -------------------- comparisons
 
@@ -53,8 +38,8 @@ def test_interval_is_the_jackknifes(sets, level):
     half = scipy.stats.t.ppf(1 - level / 2, 19 * sets) * variance**0.5 / sets
     middle = np.mean([one.fd - other.fd for one, other in zip(ours, theirs, strict=True)])
     found = neon.stats.compare(ours, theirs, level)
-    assert found["difference"] == pytest.approx(middle)
-    assert (found["low"], found["high"]) == pytest.approx((middle - half, middle + half))
+    assert found.difference == pytest.approx(middle)
+    assert (found.low, found.high) == pytest.approx((middle - half, middle + half))
 
 
 def test_interval_is_of_95_percent():
@@ -73,18 +58,14 @@ def test_interval_is_of_95_percent():
 )
 def test_verdict(scale, flip, verdict):
     ours, theirs = pair_of_scores(0, scale=scale)
-    assert neon.stats.compare(*((theirs, ours) if flip else (ours, theirs)))["verdict"] == verdict
+    assert neon.stats.compare(*((theirs, ours) if flip else (ours, theirs))).verdict == verdict
 
 
 def test_equal_scores():
     (one,), _ = pair_of_scores(0)
-    assert neon.stats.compare([one], [one]) == {
-        "difference": 0,
-        "low": 0,
-        "high": 0,
-        "verdict": "no significant difference",
-        "p": 1,
-    }
+    found = neon.stats.compare([one], [one])
+    assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
+    assert found.verdict == "no significant difference"
 
 
 @pytest.mark.parametrize(
@@ -97,8 +78,8 @@ def test_equal_scores():
 )
 def test_comparison_with_a_model_that_diverges(ours, theirs, difference, verdict):
     found = neon.stats.compare([score_of(ours)], [score_of(theirs)])
-    assert found["difference"] == found["low"] == found["high"] == difference
-    assert found["verdict"] == verdict
+    assert found.difference == found.low == found.high == difference
+    assert found.verdict == verdict
 
 
 def test_null_coverage():
@@ -110,7 +91,7 @@ def test_null_coverage():
             for _ in range(2)
         )
         found = neon.stats.compare([one], [other])
-        inside += found["low"] <= 0 <= found["high"]
+        inside += found.low <= 0 <= found.high
     assert 180 <= inside <= 197
 
 
@@ -121,26 +102,8 @@ def test_common_noise_narrows_the_interval():
         gaussian_score(prepared, x) for x in (noise * 1.1, noise * 1.15, others * 1.15)
     )
     paired, unpaired = neon.stats.compare([near], [far]), neon.stats.compare([near], [alone])
-    assert paired["verdict"] == "better"
-    assert paired["high"] - paired["low"] < 0.3 * (unpaired["high"] - unpaired["low"])
-
-
-def score(fd, folds=None, w=None, **changes):
-    folds = folds if folds is not None else [fd] * neon.stats.FOLDS
-    fields = {
-        "snapshot": 1,
-        "w": w or {"a": 0.0},
-        "images": 100,
-        "first_seed": 0,
-        "fd": fd,
-        "folds": list(folds),
-        "precision": None,
-        "recall": None,
-        "arithmetic": "fp32",
-        "seconds": 0.0,
-        "key": "k",
-    }
-    return neon.scores.Score(**{**fields, **changes})
+    assert paired.verdict == "better"
+    assert paired.high - paired.low < 0.3 * (unpaired.high - unpaired.low)
 
 
 def noisy(fd, seed, spread=1.0):
@@ -166,14 +129,14 @@ def test_jackknife_of_a_mean_is_students_t():
 @pytest.mark.parametrize("gap, verdict", [(-5, "better"), (5, "worse"), (0, "no significant")])
 def test_p_value_agrees_with_the_verdict(gap, verdict):
     found = neon.stats.compare([noisy(20 + gap, 1)], [noisy(20, 2)])
-    assert found["verdict"].startswith(verdict)
-    assert (found["p"] < 0.05) == (gap != 0)
+    assert found.verdict.startswith(verdict)
+    assert (found.p < 0.05) == (gap != 0)
 
 
 def test_p_values_at_the_ends():
-    assert neon.stats.compare([score(1.0)], [score(1.0)])["p"] == 1
-    assert neon.stats.compare([score(math.inf)], [score(1.0)])["p"] == 0
-    assert neon.stats.compare([score(math.inf)], [score(math.inf)])["p"] == 1
+    assert neon.stats.compare([score(1.0)], [score(1.0)]).p == 1
+    assert neon.stats.compare([score(math.inf)], [score(1.0)]).p == 0
+    assert neon.stats.compare([score(math.inf)], [score(math.inf)]).p == 1
 
 
 @pytest.mark.parametrize(
@@ -190,65 +153,15 @@ def test_holm(p_values, held):
     assert neon.stats.holm(p_values) == held
 
 
-def finals_of(gains):
-    """{judge: gain of blockwise over global} -> finals as claims_of takes them."""
-    finals = {}
-    for i, (judge, gain) in enumerate(gains.items()):
-        finals[judge] = {
-            "base": [noisy(30, 10 + i)],
-            "global": [noisy(20, 20 + i)],
-            "blockwise": [noisy(20 + gain, 30 + i)],
-            "random blocks 1": [noisy(20, 40 + i)],
-        }
-    return finals
-
-
-def claim_of(finals, model, against):
-    for claim in neon.verdicts.claims_of(finals):
-        if (claim.model, claim.against) == (model, against):
-            return claim
-    raise AssertionError(f"no claim {model} against {against}")
-
-
-def test_claims_count_only_judges_that_no_selection_saw():
-    claim = claim_of(finals_of({"own": -9, "a": -9, "b": 9, "c": 0}), "blockwise", "global")
-    assert claim.better == ["a"] and claim.worse == ["b"]
-    assert claim.own["verdict"] == "better" and set(claim.judges) == {"a", "b", "c"}
-    assert "of 3 judges that no selection saw, better in 1 and worse in 1" in claim.sentence()
-
-
-def test_claims_compare_random_blocks_on_both_sides():
-    found = [
-        (claim.model, claim.against) for claim in neon.verdicts.claims_of(finals_of({"own": -9}))
-    ]
-    assert ("random blocks 1", "global") in found and ("blockwise", "random blocks 1") in found
-    assert ("searched", "global") not in found
-
-
-def test_claims_are_corrected_for_the_number_of_judges():
-    """A gain that one judge alone would call significant."""
-
-    def judges(count):
-        finals = finals_of({"own": 0})
-        finals["own"].pop("random blocks 1")
-        folds = np.random.default_rng(3).standard_normal(neon.stats.FOLDS)
-        half, _ = neon.stats.jackknife(0, [folds])
-        for i in range(count):
-            finals[f"j{i}"] = {
-                "base": [score(30.0)],
-                "global": [score(20.0, 20 + folds)],
-                "blockwise": [score(20 - 1.1 * half)],
-            }
-        return claim_of(finals, "blockwise", "global")
-
-    assert judges(1).better == ["j0"]
-    assert judges(4).better == []
-    assert judges(4).judges["j0"]["verdict"] == "better"
-
-
-def test_relative_differences_are_shares_of_the_other_model():
-    claim = claim_of(finals_of({"own": -5, "a": -4}), "blockwise", "global")
-    assert claim.judges["a"]["relative_difference"] == pytest.approx(-0.2)
-    assert claim.own["relative_difference"] == pytest.approx(-0.25)
-    gain = claim.own
-    assert gain["relative_high"] == pytest.approx(gain["high"] / 20)
+def test_shares_are_of_the_other_model():
+    gain = neon.stats.compare([noisy(15, 1)], [noisy(20, 2)])
+    row = gain.as_json()
+    assert row["relative_difference"] == pytest.approx(-0.25)
+    assert row["relative_low"] == gain.low / 20 and row["relative_high"] == gain.high / 20
+    assert {key: row[key] for key in ("difference", "low", "high", "p", "verdict")} == {
+        "difference": gain.difference,
+        "low": gain.low,
+        "high": gain.high,
+        "p": gain.p,
+        "verdict": gain.verdict,
+    }

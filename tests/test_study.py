@@ -179,12 +179,12 @@ def test_base_is_trained_once(tmp_path):
 def test_recipe_of_a_base(tmp_path, monkeypatch):
     """Ramp and half-life are a twentieth of the training."""
     seen = []
-    replace(monkeypatch, "train", lambda *args: seen.append(args) or args[-1](args[1], 0.4))
+    replace(monkeypatch, "train", lambda *args: seen.append(args) or args[6](args[1], 0.4))
     c = {"base_lr": 0.02, "batch": 10, "seed": 7, "train_precision": "bf16"}
     base_of(tmp_path, ToyModel(), **c)
     (args,) = seen
     want = neon.train.Recipe("base", 10, 0.02, 0.02, 0.02, 7, ramp_ratio=0.05, precision="bf16")
-    assert args[4] == want and args[7] == [0.4]
+    assert args[4] == want and args[5] == [0.4]
     assert torch.equal(args[2], real_toys().training.images)
     assert torch.equal(args[3], real_toys().training.labels)
 
@@ -337,7 +337,7 @@ def test_recipe_of_the_self_training(tmp_path, monkeypatch):
 
     def train(*args):
         seen.append(args)
-        args[-1](args[1], 1)
+        args[6](args[1], 1)
 
     replace(monkeypatch, "train", train)
     options = {"batch": 10, "seed": 7, "train_precision": "bf16", "ramp_kimg": 2.0}
@@ -345,7 +345,7 @@ def test_recipe_of_the_self_training(tmp_path, monkeypatch):
     (args,) = seen
     assert args[4] == neon.train.Recipe("self-training", 10, 1e-3, 2.0, 0.1, 8, precision="bf16")
     assert neon.keys.weights_hash(args[1]) == neon.keys.weights_hash(toy_pair()[0])
-    assert args[7] == (1,)
+    assert args[5] == (1,)
     (path,) = tmp_path.glob("synthetic-*.zip")
     images, labels = neon.images.read_dataset(path)
     assert torch.equal(args[2], images) and torch.equal(args[3], labels)
@@ -421,7 +421,7 @@ def test_self_training_improves_on_no_one(tmp_path):
     paths[1].unlink()
     orphan = paths[1].parent / ".part-x"
     orphan.mkdir()
-    (paths[1].parent / "training-state.pt").unlink()
+    (paths[1].parent / "training-state.safetensors").unlink()
     snapshots_of(tmp_path)
     assert paths[1].exists() and not orphan.exists()
 
@@ -545,7 +545,7 @@ def test_placebo_is_compared_with_global_on_the_final_seeds(studied):
         ]
         ours = [scorer.with_owners(owners).score(placebo["w"], seeds) for seeds in sets]
         theirs = [scorer.score(entry.models["global"].w, seeds) for seeds in sets]
-        assert placebo["against_global"] == neon.stats.compare(ours, theirs)
+        assert placebo["against_global"] == neon.stats.compare(ours, theirs).as_json()
 
 
 def test_blocks_of_the_entry(studied):
@@ -721,132 +721,6 @@ def test_one_block_has_a_grid_too():
     assert entry.models["blockwise"].w == {"a": 0.5}
 
 
-# -------------------- final comparison
-
-
-def finals(**rows):
-    """{model: scores} of two sets, with folds that differ a little."""
-    found = {}
-    for i, (name, values) in enumerate(rows.items()):
-        wave = 0.01 * np.sin(np.arange(neon.stats.FOLDS) * (i + 1))
-        found[name] = [
-            score_of(fd, fd + wave, precision=0.5 + 0.1 * k, recall=0.2 + 0.2 * k + 0.01 * i)
-            for k, fd in enumerate(values)
-        ]
-    return found
-
-
-def test_final_mean_and_spread():
-    found = neon.verdicts.final_comparison(finals(base=(3.0, 5.0)))["base"]
-    assert found["all"] == [3, 5] and found["fd"] == 4
-    assert found["std"] == pytest.approx(2**0.5) and found["images"] == 100
-
-
-def test_final_precision_and_recall_are_means():
-    found = neon.verdicts.final_comparison(finals(base=(3.0, 5.0)))["base"]
-    assert found["precision"] == pytest.approx(0.55) and found["recall"] == pytest.approx(0.3)
-
-
-def test_without_precision_there_is_none():
-    assert "precision" not in neon.verdicts.final_comparison({"base": [score_of(1.0)]})["base"]
-
-
-def test_one_set_has_no_spread():
-    assert neon.verdicts.final_comparison(finals(base=(3.0,)))["base"]["std"] is None
-
-
-def test_final_pairs():
-    scores = finals(base=(3, 5), collapsed=(6, 7), **{"global": (2, 4)}, blockwise=(1, 4))
-    found = neon.verdicts.final_comparison(scores)
-    for name in ("collapsed", "global", "blockwise"):
-        assert found[name]["against_base"] == neon.stats.compare(scores[name], scores["base"])
-    for name in ("collapsed", "blockwise"):
-        assert found[name]["against_global"] == neon.stats.compare(scores[name], scores["global"])
-    assert "against_base" not in found["base"] and "against_global" not in found["global"]
-    assert found["blockwise"]["against_base"]["difference"] == pytest.approx(-1.5)
-
-
-# -------------------- warnings
-
-
-def warnings(models=None, final=None, had_grid=False, dim=6, real=10_000, **options):
-    models = {"base": 4.0, "global": 2.0} | (models or {})
-    candidates = {
-        name: value
-        if isinstance(value, neon.study.Candidate)
-        else neon.study.Candidate(weights(1, 1, 1), value, None)
-        for name, value in models.items()
-    }
-    rows = {name: {"fd": c.fd, "against_base": gain(-1.9)} for name, c in candidates.items()}
-    rows |= final or {}
-    facts = SimpleNamespace(facts={"images": real})
-    judge = SimpleNamespace(features=SimpleNamespace(dim=dim), selection=facts, final=facts)
-    return neon.verdicts.warnings_of(
-        config(Path("."), **options), candidates, rows, had_grid, judge
-    )
-
-
-def gain(difference, half=0.2):
-    return {"difference": difference, "low": difference - half, "high": difference + half}
-
-
-@pytest.mark.parametrize(
-    "w, edges",
-    [
-        (weights(1, 1, 1), []),
-        (weights(0.5, 1, 1), ["w_enc = 0.5"]),
-        (weights(1, 1.5, 0.5), ["w_mid = 1.5", "w_dec = 0.5"]),
-        (weights(1, 1, 2), []),
-        (weights(1, 1, 3), ["w_dec = 3"]),
-    ],
-    ids=str,
-)
-def test_weight_on_the_edge_of_its_grid(w, edges):
-    """The decoder's own grid reaches further."""
-    options = {"grid": (0.5, 1.0, 1.5), "grid_dec": (0.5, 1.0, 2.0, 3.0)}
-    notes = warnings({"blockwise": neon.study.Candidate(w, 2.1, None)}, had_grid=True, **options)
-    assert notes == [f"{edge} lies on the edge of the grid" for edge in edges]
-
-
-def test_grid_of_one_value_has_no_edge():
-    models = {"blockwise": neon.study.Candidate(weights(1, 1, 1), 2.1, None)}
-    assert warnings(models, had_grid=True, grid=(1.0,)) == []
-
-
-@pytest.mark.parametrize("dim, singular", [(99, False), (100, True), (2048, True)])
-def test_fewer_images_than_features(dim, singular):
-    notes = warnings(dim=dim)
-    want = [f"100 selection images for {dim} features: the covariance is singular"]
-    assert notes == (want if singular else [])
-
-
-@pytest.mark.parametrize("name", ["blockwise", "searched"])
-@pytest.mark.parametrize("promised, noted", [(0.50, False), (0.54, False), (0.57, True)])
-def test_promise_that_the_final_seeds_do_not_keep(name, promised, noted):
-    """Both gains in shares of the base: the final interval goes from 45 % to 55 %."""
-    models = {name: 4.0 * (1 - promised)}
-    final = {"base": {"fd": 8.0}, name: {"fd": 4.0, "against_base": gain(-4.0, 0.4)}}
-    notes = warnings(models, final)
-    want = [
-        f"{name} is {promised:.1%} below the base on the selection seeds and 50.0% on the final "
-        "ones: selection noise"
-    ]
-    assert notes == (want if noted else [])
-
-
-@pytest.mark.parametrize(
-    "precision, difference, noted",
-    [(0.70, -4.0, True), (0.785, -4.0, True), (0.795, -4.0, False), (0.7, 4.0, False)],
-)
-def test_precision_that_falls_with_the_distance(precision, difference, noted):
-    final = {
-        "base": {"fd": 8.0, "precision": 0.8},
-        "blockwise": {"fd": 4.0, "precision": precision, "against_base": gain(difference)},
-    }
-    notes = warnings({"blockwise": 4.0 + difference / 2}, final)
-    assert ("blockwise: precision falls while the distance falls" in notes) == noted
-
-
 # -------------------- the repaired network
 
 
@@ -893,3 +767,62 @@ def test_saved_network_of_edm_is_read_back_with_its_recipe(tmp_path):
     with safetensors.safe_open(path, "pt") as file:
         recipe = json.loads(file.metadata()["config"])["recipe"]
     assert recipe == {"model": "blockwise", "w": BEST, "partition": "paper", "aux_weights": "abc"}
+
+
+# -------------------- plain data of an entry
+
+
+def test_keys_of_a_snapshot_in_the_summary():
+    entry, _ = study_of(bowl, grid=(0.5, 1.0, 1.5), final_repeats=2)
+    found = entry.as_json()
+    assert set(found) == {
+        *("kimg", "blocks", "grid", "sweep", "base", "collapsed", "global", "blockwise"),
+        *("final", "placebo", "warnings", "parts", "judges", "claims"),
+    }
+    assert found["global"] == {"w": weights(1, 1, 1), "fd": 1.5, "w_global": 1.0}
+    assert found["blockwise"] == {"w": BEST, "fd": 1.0}
+    assert len(found["grid"]) == 27 and found["grid"][0] == {
+        "w": weights(0.5, 0.5, 0.5),
+        "fd": 2.25,
+        "seconds": 0.5,
+        "low": 2.25,
+        "high": 2.25,
+    }
+    assert [row["w_global"] for row in found["sweep"]] == [-1, 0, 0.5, 1, 1.5]
+
+
+def test_rows_of_the_summary_hold_precision_and_recall():
+    row = score_of(2.0, precision=0.25, recall=0.5, w=BEST)
+    entry = neon.study.Entry(1, {}, [], [row], {}, {}, [], [], {}, {}, [])
+    assert entry.as_json()["grid"] == [
+        {
+            **{"w": BEST, "fd": 2.0, "seconds": 0.5, "low": 2.0, "high": 2.0},
+            **{"precision": 0.25, "recall": 0.5},
+        }
+    ]
+
+
+# -------------------- training seeds
+
+
+def test_every_training_seed_has_its_seeds_and_folder(tmp_path, monkeypatch):
+    runs = []
+
+    def study(c, preset, argv, processes, begin):
+        runs.append((c.seed, c.out.name, c.out.is_dir()))
+        return None
+
+    replace(monkeypatch, "study_all", study)
+    replace(monkeypatch, "summarise_seeds", lambda *_: {})
+    replace(monkeypatch, "write_seeds", lambda *_: None)
+    replace(monkeypatch, "plot_report", lambda *_: None)
+    c = neon.config.Config(out=tmp_path, seed=7, training_seeds=3)
+    neon.cli.study_seeds(c, edm.PRESETS["cifar10"], [], CPU, 0.0)
+    # Two seeds each: the base's, and the next one for self-training.
+    assert runs == [(7, "seed-0", True), (9, "seed-1", True), (11, "seed-2", True)]
+
+
+def test_training_seeds_need_a_training(tmp_path):
+    c = neon.config.Config(out=tmp_path, aux="x.pkl", training_seeds=2)
+    with pytest.raises(neon.files.UserError, match="--aux is trained already"):
+        neon.cli.study_seeds(c, edm.PRESETS["cifar10"], [], CPU, 0.0)

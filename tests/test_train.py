@@ -36,7 +36,7 @@ def test_average_without_half_life_keeps_nothing():
 
 
 def test_every_epoch_is_a_permutation():
-    order = neon.train.shuffled(torch.arange(30), 10, 1).view(3, 10)
+    order = neon.train.EpochOrder(10, 1).at(torch.arange(30)).view(3, 10)
     assert all(sorted(epoch.tolist()) == list(range(10)) for epoch in order)
     assert not torch.equal(order[0], order[1])
 
@@ -44,14 +44,14 @@ def test_every_epoch_is_a_permutation():
 def test_order_depends_on_the_seed():
     positions = torch.arange(20)
     assert not torch.equal(
-        neon.train.shuffled(positions, 20, 1), neon.train.shuffled(positions, 20, 2)
+        neon.train.EpochOrder(20, 1).at(positions), neon.train.EpochOrder(20, 2).at(positions)
     )
 
 
 def test_order_is_a_function_of_the_position():
-    order = neon.train.shuffled(torch.arange(30), 10, 1)
-    assert torch.equal(neon.train.shuffled(torch.arange(13, 17), 10, 1), order[13:17])
-    assert neon.train.shuffled(torch.arange(0), 10, 1).shape == (0,)
+    order = neon.train.EpochOrder(10, 1).at(torch.arange(30))
+    assert torch.equal(neon.train.EpochOrder(10, 1).at(torch.arange(13, 17)), order[13:17])
+    assert neon.train.EpochOrder(10, 1).at(torch.arange(0)).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,8 @@ def walk(tmp_path, snapshots=(1,), processes=None, model=None, net=None, labels=
             images,
             numbers,
             recipe(**changes),
-            processes or neon.processes.Processes("cpu"),
         ),
-        *(tmp_path / "state.pt", list(snapshots), save),
+        *(list(snapshots), save, tmp_path / "state", processes),
     )
     return model, saved
 
@@ -183,7 +182,7 @@ def test_training_sees_every_image_once_an_epoch(tmp_path):
 
 def test_order_of_the_images_is_that_of_the_seed(tmp_path):
     steps = walk(tmp_path)[0].steps
-    want = neon.train.shuffled(torch.arange(1000), 40, 3)
+    want = neon.train.EpochOrder(40, 3).at(torch.arange(1000))
     assert [image for step in steps for image in step.images] == want.tolist()
 
 
@@ -363,8 +362,9 @@ def train_toy(folder, model=None, stop_after=None, snapshots=(1, 2)):
     model.loss = loss
     how = recipe(lr=1e-3, ramp_kimg=1, batch=25)
     neon.train.train(
-        *(model, net, images, labels, how, neon.processes.Processes("cpu"), folder / "state.pt"),
-        *(list(snapshots), lambda ema, kimg: saved.update({kimg: copy.deepcopy(ema).state_dict()})),
+        *(model, net, images, labels, how, list(snapshots)),
+        lambda ema, kimg: saved.update({kimg: copy.deepcopy(ema).state_dict()}),
+        folder / "state",
     )
     return saved
 
@@ -403,8 +403,8 @@ def test_resumed_training_repeats_no_step(tmp_path):
 
 
 def test_damaged_state_is_refused(tmp_path):
-    (tmp_path / "state.pt").write_bytes(b"no")
-    with pytest.raises(neon.files.UserError, match="state.pt is damaged, delete it"):
+    (tmp_path / "state").write_bytes(b"no")
+    with pytest.raises(neon.files.UserError, match="state is damaged, delete it"):
         walk(tmp_path)
 
 

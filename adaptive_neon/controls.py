@@ -1,0 +1,110 @@
+"""Controls: what a critic asks for first, from the same seeds and in the same table.
+
+Twice the sampler's steps, which cost what a comparison of two networks costs; the guided network,
+which extrapolates outputs instead of weights (SIMS, arXiv 2408.16333; autoguidance, arXiv
+2406.02507, is its relative); the base trained on real images for as long as the self-training took.
+"""
+
+import contextlib
+import copy
+
+import torch
+from torch import nn
+
+from .blocks import Merger, copied
+from .processes import Diverged
+from .sampling import Sampler
+from .scores import Scorer
+
+
+def with_steps(scorer: Scorer, steps: int) -> Scorer:
+    """The same networks, sampled in so many steps."""
+    other = copy.copy(scorer)
+    other.sampler = copy.copy(scorer.sampler)
+    other.sampler.steps = steps
+    return other
+
+
+def guided(scorer: Scorer) -> Scorer | None:
+    """Scores of the guided network, whose one weight says how far outputs step back; None where the
+    sampler makes no network calls that could be guided."""
+    plain, merger = scorer.sampler, scorer.merger
+    net = Guided(merger.base, merger.aux)
+    if not is_called(plain, net):
+        return None
+    sampler = Sampler(
+        plain.model, net, plain.steps, plain.batch, plain.labels, plain.processes, plain.compiled
+    )
+    return Scorer(
+        sampler,
+        Guide(merger.base, merger.aux),
+        scorer.judges,
+        scorer.log,
+        scorer.seeds,
+        scorer.selection_precision,
+        scorer.final_precision,
+        scorer.snapshot,
+    )
+
+
+class Guided(nn.Module):
+    """(1 + w) base(...) - w self_trained(...) in every call; everything else is asked of the
+    base."""
+
+    w: torch.Tensor
+
+    def __init__(self, base: nn.Module, aux: nn.Module):
+        super().__init__()
+        self.base, self.aux = copied(base), copied(aux)
+        self.register_buffer("w", torch.zeros(()))  # no number, which would be compiled in
+
+    def forward(self, *args, **kwargs):
+        return extrapolated(self.base(*args, **kwargs), self.aux(*args, **kwargs), self.w)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+def extrapolated(ours, theirs, w):
+    """ours + w (ours - theirs), in whatever containers of tensors the networks give."""
+    if isinstance(ours, torch.Tensor):
+        return ours + w.to(ours.dtype) * (ours - theirs) if ours.is_floating_point() else ours
+    if isinstance(ours, dict):
+        return type(ours)((key, extrapolated(ours[key], theirs[key], w)) for key in ours)
+    if isinstance(ours, (tuple, list)):
+        parts = [extrapolated(one, other, w) for one, other in zip(ours, theirs, strict=True)]
+        return type(ours)(*parts) if hasattr(ours, "_fields") else type(ours)(parts)
+    return ours
+
+
+def is_called(sampler: Sampler, net: nn.Module) -> bool:
+    """Whether the model's sampler calls the network itself, not only parts of it."""
+    calls = []
+    model, processes = sampler.model, sampler.processes
+    trial = Sampler(model, net, sampler.steps, 1, sampler.labels, processes, compiled=False)
+    trial.net.register_forward_pre_hook(lambda *_: calls.append(True))
+    with contextlib.suppress(Diverged):
+        trial.batch_images([0])
+    return bool(calls)
+
+
+class Guide(Merger):
+    """Of the guided network: one block, whose weight is that of the outputs."""
+
+    def __init__(self, base: nn.Module, aux: nn.Module):
+        super().__init__(base, aux, lambda name: "guidance")
+
+    def attach(self, net: nn.Module) -> None:
+        self.net = net
+
+    def parameter_weights(self, w: dict[str, float]) -> dict[str, float]:
+        """No parameter moves: other keys than those of merged networks."""
+        return {"outputs": w["guidance"]}
+
+    def set(self, w: float | dict[str, float]) -> nn.Module:
+        assert isinstance(self.net, Guided)
+        self.net.w.fill_(self.weights(w)["guidance"])
+        return self.net

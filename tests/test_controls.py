@@ -1,0 +1,210 @@
+"""Controls: twice the steps, the guided network, the base trained on."""
+
+import dataclasses
+
+import pytest
+import torch
+from edm_helpers import (
+    ToyModel,
+    edm_scorer,
+    real_toys,
+    toy_pair,
+    toy_scorer,
+    toy_setup,
+)
+from torch import nn
+
+import adaptive_neon as neon
+
+
+def images_of(scorer, w):
+    scorer.merger.set(w)
+    return scorer.sampler.floats(range(5))[0]
+
+
+# -------------------- the guided network
+@pytest.mark.parametrize("w", [0.0, 0.7, -1.0])
+def test_outputs_step_back_instead_of_weights(w):
+    base, aux = toy_pair()
+    net = neon.controls.Guided(base, aux)
+    net.w.fill_(w)
+    x, labels = torch.randn(3, 1, 4, 4), torch.tensor([0, 1, 4])
+    want = (1 + w) * base(x, labels) - w * aux(x, labels)
+    torch.testing.assert_close(net(x, labels), want)
+
+
+@pytest.mark.parametrize("scorer", [toy_scorer, edm_scorer], ids=["toy", "edm"])
+def test_without_a_step_the_images_are_the_bases(tmp_path, scorer):
+    scorer = scorer(tmp_path)
+    guide = neon.controls.guided(scorer)
+    torch.testing.assert_close(images_of(guide, 0), images_of(scorer, 0))
+
+
+@pytest.mark.parametrize("scorer", [toy_scorer, edm_scorer], ids=["toy", "edm"])
+def test_at_minus_one_the_images_are_the_self_trained_networks(tmp_path, scorer):
+    scorer = scorer(tmp_path)
+    guide = neon.controls.guided(scorer)
+    torch.testing.assert_close(images_of(guide, -1), images_of(scorer, -1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_gives_other_images_than_merged_weights(tmp_path):
+    scorer = edm_scorer(tmp_path)
+    guide = neon.controls.guided(scorer)
+    assert not torch.allclose(images_of(guide, 1), images_of(scorer, 1), atol=1e-3)
+
+
+def test_other_attributes_are_the_bases(tmp_path):
+    scorer = edm_scorer(tmp_path)
+    net = neon.controls.guided(scorer).sampler.net
+    assert net.sigma_max == 0.7 and net.label_dim == 10
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        net.nothing_of_the_kind  # noqa: B018
+
+
+@pytest.mark.parametrize("kind", [tuple, list, dict])
+def test_containers_of_outputs(kind):
+    ours, theirs = torch.tensor([3.0]), torch.tensor([1.0])
+    pack = {tuple: lambda x: (x, 7), list: lambda x: [x, 7], dict: lambda x: {"a": x, "b": 7}}[kind]
+    found = neon.controls.extrapolated(pack(ours), pack(theirs), torch.tensor(0.5))
+    values = list(found.values()) if kind is dict else list(found)
+    assert type(found) is kind and values[0].tolist() == [4.0] and values[1] == 7
+
+
+class Parts(ToyModel):
+    """Its sampler never calls the network itself."""
+
+    def sample(self, net, noise, labels, steps):
+        return torch.tanh(net.dec(net.mid(net.enc(noise.flatten(1))))).view(-1, 1, 4, 4)
+
+
+def test_a_sampler_that_calls_parts_of_the_network_has_no_guided_control(tmp_path):
+    scorer = toy_scorer(tmp_path)
+    scorer.sampler.model = Parts()
+    assert neon.controls.guided(scorer) is None
+
+
+def test_keys_of_guided_scores_are_their_own(tmp_path):
+    scorer = toy_scorer(tmp_path)
+    guide = neon.controls.guided(scorer)
+    keys = {
+        which.key(which.merger.weights(w), which.seeds.selection)
+        for which in (scorer, guide)
+        for w in (0.0, 1.0)
+    }
+    assert len(keys) == 4
+
+
+# -------------------- more steps, more training
+class Steps(ToyModel):
+    """Brighter with every step."""
+
+    def sample(self, net, noise, labels, steps):
+        return torch.tanh(net(noise, labels) + 0.1 * steps)
+
+
+def test_twice_the_steps_is_another_sampler_of_the_same_networks(tmp_path):
+    scorer = toy_scorer(tmp_path, steps=3)
+    scorer.sampler.model = Steps()
+    doubled = neon.controls.with_steps(scorer, 6)
+    assert (doubled.sampler.steps, scorer.sampler.steps) == (6, 3)
+    assert doubled.sampler.net is scorer.sampler.net
+    shift = torch.atanh(images_of(doubled, 0)) - torch.atanh(images_of(scorer, 0))
+    torch.testing.assert_close(shift, torch.full_like(shift, 0.3), rtol=1e-2, atol=1e-3)
+
+
+def candidates(tmp_path, **options):
+    setup = toy_setup(tmp_path, steps=2, **options)
+    scorer = toy_scorer(tmp_path, steps=2, **options)
+    return neon.study.controls_of(setup, scorer, {-1.0, 0.0, 0.5, 1.0}), scorer
+
+
+def test_controls_of_a_study(tmp_path):
+    found, _ = candidates(tmp_path, continue_on_data=0.2)
+    assert [*found] == ["base, twice the steps", "guided", "base, trained on"]
+    assert found["base, twice the steps"].scorer.sampler.steps == 4
+
+
+def test_guided_weight_is_chosen_on_the_selection_seeds(tmp_path):
+    found, scorer = candidates(tmp_path)
+    guide = neon.controls.guided(scorer)
+    distances = {w: guide.score(w).fd for w in (0.5, 1.0)}
+    best = min(distances, key=distances.get)
+    assert found["guided"].w == {"guidance": best} and found["guided"].fd == distances[best]
+
+
+@pytest.mark.parametrize("controls, names", [((), []), (("guided",), ["guided"])])
+def test_controls_that_were_asked_for(tmp_path, controls, names):
+    found, _ = candidates(tmp_path, controls=controls)
+    assert [*found] == names
+
+
+class Counting(ToyModel):
+    """Counts the images that it is trained on, and keeps their mean."""
+
+    def __init__(self):
+        self.seen, self.means = 0, []
+
+    def loss(self, net, x, labels):
+        self.seen += len(x)
+        self.means.append(float(x.mean()))
+        return super().loss(net, x, labels)
+
+
+@pytest.mark.parametrize("kimg, images", [(-1.0, 1000), (0.4, 400)], ids=["as long", "given"])
+def test_the_base_is_trained_on_real_images_for_the_repairs_budget(tmp_path, kimg, images):
+    fast = {"lr": 0.01, "ramp_kimg": 0.0, "ema_kimg": 0.0}
+    setup = toy_setup(tmp_path, controls=(), continue_on_data=kimg, **fast)
+    setup = dataclasses.replace(setup, model=Counting())
+    found = neon.study.controls_of(setup, toy_scorer(tmp_path), {0.0})
+    assert setup.model.seen == images
+    scorer = found["base, trained on"].scorer
+    base, _ = toy_pair()
+    trained = dict(scorer.merger.aux.named_parameters())
+    assert not all(torch.equal(p, trained[name]) for name, p in base.named_parameters())
+
+    # At its weight, -1, the network that samples is the trained one.
+    net = scorer.merger.set(found["base, trained on"].w)
+    assert all(torch.equal(p, trained[name]) for name, p in net.named_parameters())
+
+
+def test_training_on_uses_the_training_part(tmp_path):
+    setup = toy_setup(tmp_path, controls=(), continue_on_data=0.4)
+    dark = torch.zeros_like(setup.real.training.images)
+    real = dataclasses.replace(
+        real_toys(), training=neon.images.RealImages(dark, setup.real.training.labels, "dark")
+    )
+    setup = dataclasses.replace(setup, model=Counting(), real=real)
+    neon.study.controls_of(setup, toy_scorer(tmp_path), {0.0})
+    assert set(setup.model.means) == {-1.0}
+
+
+def test_training_on_needs_real_images(tmp_path):
+    class NoImages(neon.config.Preset):
+        def model(self, c):
+            return ToyModel()
+
+        def real_images(self, c):
+            return None
+
+    c = dataclasses.replace(toy_setup(tmp_path).c, continue_on_data=-1.0)
+    with pytest.raises(neon.files.UserError, match="--continue-on-data .* give --data"):
+        neon.study.prepare(c, NoImages(), neon.processes.Processes("cpu"))
+
+
+def test_a_network_with_parts_of_its_own_name_is_guided():
+    """A network that has a `base` itself, and one that keeps what it computed."""
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = nn.utils.spectral_norm(nn.Linear(2, 2))
+
+        def forward(self, x):
+            return self.base(x)
+
+    one, other = Named(), Named()
+    one(torch.randn(4, 2)).sum().backward()
+    net = neon.controls.Guided(one.eval(), other.eval())
+    net.w.fill_(1.0)
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(net(x), 2 * one(x) - other(x))
