@@ -49,7 +49,7 @@ SHARES = {"training": (0, 1), "selection": (2,), "final": (3,)}  # quarters, by 
 LEAST_IMAGES = 2 * FOLDS  # of a part
 
 
-def split_by_content(images, labels, source, origin=""):
+def split(images, labels=None, source="the images", origin=""):
     """RealData: half to train on, a quarter to select with, a quarter for the final comparison. An
     image's part follows from its content alone: it never moves, and copies stay together."""
     digests = [hashlib.sha256(image.tobytes()).digest() for image in images.numpy()]

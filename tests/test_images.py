@@ -32,7 +32,7 @@ def random_images(n, seed=0):
 
 def test_split_is_disjoint_and_complete_and_labels_follow():
     images, labels = random_images(800), torch.arange(800)
-    real = neon.images.split_by_content(images, labels, "x.zip")
+    real = neon.images.split(images, labels, "x.zip")
     parts = [real.training, real.selection, real.final]
     together = torch.cat([part.labels for part in parts])
     assert sorted(together.tolist()) == list(range(800))
@@ -44,9 +44,9 @@ def test_split_is_disjoint_and_complete_and_labels_follow():
 
 def test_split_does_not_move_when_images_come_go_or_change_places():
     images = random_images(800)
-    real = neon.images.split_by_content(images, None, "x")
+    real = neon.images.split(images, None, "x")
     order = torch.randperm(800)[:600]
-    again = neon.images.split_by_content(images[order], None, "x")
+    again = neon.images.split(images[order], None, "x")
     for purpose in ("training", "selection", "final"):
         before, after = (set(hashes(getattr(r, purpose).images)) for r in (real, again))
         assert after <= before
@@ -54,7 +54,7 @@ def test_split_does_not_move_when_images_come_go_or_change_places():
 
 def test_copies_stay_in_one_part():
     images = random_images(600).repeat(2, 1, 1, 1)
-    real = neon.images.split_by_content(images, None, "x")
+    real = neon.images.split(images, None, "x")
     sets = [set(hashes(getattr(real, p).images)) for p in ("training", "selection", "final")]
     assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
 
@@ -63,7 +63,7 @@ def test_too_few_images_are_refused():
     with pytest.raises(
         neon.files.UserError, match=r"x.zip: \d+ of its 100 images .* give more images"
     ):
-        neon.images.split_by_content(random_images(100), None, "x.zip")
+        neon.images.split(random_images(100), None, "x.zip")
 
 
 @pytest.mark.parametrize("base, unknown", [("", False), ("x.pkl", True)])
@@ -78,7 +78,7 @@ def test_origin_says_whether_the_base_may_have_seen_the_images(tmp_path, base, u
 
 @pytest.fixture
 def real():
-    return neon.images.split_by_content(random_images(800), None, "x.zip")
+    return neon.images.split(random_images(800), None, "x.zip")
 
 
 torch.set_num_threads(1)
