@@ -19,7 +19,7 @@ import threading
 import traceback
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import safetensors
@@ -73,7 +73,8 @@ class Scope:
         self.builtins = {**vars(builtins), "__import__": self.import_}
         self.modules: dict[str, ModuleType] = {}
         self.owned: dict[str, bool] = {}  # whether the user means a module of the own by a name
-        self.before, self.behind = [str(self.folder)], []  # around the entries of sys.path
+        self.before = [str(self.folder)]  # the entries of sys.path
+        self.behind: list[str] = []  # and after them
         self.inside = 0  # calls that run now
         self.grown = False  # modules have come since it was shown
         self.replaced: dict[str, ModuleType] = {}  # of sys.modules, while it is shown
@@ -92,16 +93,16 @@ class Scope:
 
     def load(self) -> ModuleType:
         """The user's file itself, as a module."""
-        spec = importlib.util.spec_from_file_location(
-            self.name, self.file, loader=Loader(self, self.name, str(self.file))
-        )
+        loader = Loader(self, self.name, str(self.file))
+        spec = ModuleSpec(self.name, loader, origin=str(self.file))
+        spec.has_location = True
         module = importlib.util.module_from_spec(spec)
         with LOCK, self.entered():
             self.owned[self.name] = True
             self.replace([self.name])
             # Dataclasses and pickle look it up.
             self.modules[self.name] = sys.modules[self.name] = module
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
         return module
 
     def import_(self, name, globals=None, locals=None, fromlist=(), level=0):
@@ -304,7 +305,7 @@ class Finder:
 
 def opened_by(module: str) -> bool:
     """Whether a module of Python takes part in opening the file."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and not str(frame.f_globals.get("__name__")).startswith(module):
         frame = frame.f_back
     return frame is not None
@@ -424,7 +425,7 @@ class JudgeFile(UserFile):
 
 def torch_settings() -> dict[str, Any]:
     """Settings of torch that a user's file must leave as they are."""
-    backends = torch.backends
+    backends: Any = torch.backends
     return {
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),

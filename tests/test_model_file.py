@@ -1,7 +1,6 @@
 """--model FILE.py: what is wrong with a file is one line; what is right goes through all stages."""
 
 import copy
-import dataclasses
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from edm_helpers import judge_of, replace
+from edm_helpers import judge_of, replace, scorer_of
 
 import adaptive_neon as neon
 import edm_neon as edm
@@ -116,6 +115,12 @@ def model_and_base(path, seed=0, **options):
     return model, net.eval(), c
 
 
+def owners_of(model, net, named):
+    """{parameter: block} of --partition."""
+    names = list(neon.blocks.movable_parameters(net))
+    return neon.blocks.partition(names, neon.study.blocks_of(named, model, net))
+
+
 def refused(capsys, *argv):
     """The one line of a run that ends with exit code 2."""
     capsys.readouterr()
@@ -196,7 +201,7 @@ WRONG = {
     ),
     "no copy": (
         "\nread = load\ndef load(path):\n    net = read(path)\n"
-        "    net.cached = net.head.weight * 2\n    return net\n",
+        "    net.drawn = (i for i in range(3))\n    return net\n",
         (),
         r"load\(\) must give a network that can be copied",
     ),
@@ -509,28 +514,23 @@ def test_other_networks_pass_the_start_check_and_come_back(changes, tmp_path):
     again = model.load_like(base, tmp_path / "network.safetensors")
     assert neon.keys.weights_hash(again) == neon.keys.weights_hash(base)
     assert not again.training
-    owners = neon.blocks.partition_owners(model, base, "layers")
+    owners = owners_of(model, base, "layers")
     assert len(owners) == len(neon.blocks.movable_parameters(base))
 
 
 def merged(path, w, **options):
-    """The sampler's network of two networks of a file, merged with the weights w."""
-    model, base, c = model_and_base(path, **options)
+    """Two networks of a file, merged with the weights w, and the Merger."""
+    model, base, _ = model_and_base(path, **options)
     _, aux, _ = model_and_base(path, seed=1)
-    sampler = neon.sampling.Sampler(model, base, neon.processes.Processes("cpu"), 2, 20)
-    merger = neon.blocks.Merger(
-        base, aux, neon.blocks.partition_owners(model, base, "paper"), sampler
-    )
+    merger = neon.Merger(base, aux, neon.study.blocks_of("paper", model, base))
+    merger.attach(copy.deepcopy(base))
     return base, aux, merger.set(w), merger
 
 
-def test_buffers_and_frozen_parameters_are_the_bases(tmp_path):
+def test_frozen_parameters_stay_and_others_move(tmp_path):
     base, aux, net, merger = merged(write(tmp_path), {"in": 30.0, "out": -1.0})
-    assert not torch.equal(aux.norm.running_var, base.norm.running_var)
-    assert torch.equal(net.norm.running_var, base.norm.running_var)
     assert float(net.norm.running_var.min()) > 0
-    assert torch.equal(net.frozen, base.frozen)
-    assert "frozen" not in merger.owners
+    assert torch.equal(net.frozen, base.frozen) and "frozen" not in merger.owners
     assert torch.equal(net.head.weight, aux.head.weight)
     expected = base.body.weight - 30 * (aux.body.weight - base.body.weight)
     torch.testing.assert_close(net.body.weight, expected)
@@ -557,7 +557,7 @@ def test_layers_are_modules_and_weight_norm_stays_together(tmp_path):
 
 def test_block_is_asked(tmp_path):
     model, base, _ = model_and_base(write(tmp_path))
-    owners = neon.blocks.partition_owners(model, base, "paper")
+    owners = owners_of(model, base, "paper")
     assert set(owners.values()) == {"in", "out"}
     assert owners["body.weight"] == "in" and owners["gain"] == "out"
 
@@ -597,43 +597,30 @@ class Pixels:
         return images.double().flatten(1)[:, 5:60:9] / 128 - 1
 
 
-def scorer_of(path, out, partition="layers", batch=12):
-    model, base, c = model_and_base(path)
-    c = dataclasses.replace(c, out=out, partition=partition)
-    model.start_check(base, c, trained=True)
+def test_the_gradient_over_layers_is_that_of_central_differences(tmp_path):
+    model, base, c = model_and_base(write(tmp_path), partition="layers", sample_batch=12, steps=2)
     torch.manual_seed(7)
     aux = copy.deepcopy(base)
     for parameter in neon.blocks.movable_parameters(aux).values():
         parameter.data += 0.02 * torch.randn_like(parameter)
-    sampler = neon.sampling.Sampler(model, base, neon.processes.Processes("cpu"), 2, batch)
-    merger = neon.blocks.Merger(
-        base, aux, neon.blocks.partition_owners(model, base, partition), sampler
-    )
     torch.manual_seed(3)
     real = torch.randn(200, 7).double() * 0.4
     prepared = neon_ext.FrechetReference(*neon_ext.feature_moments(real))
-    reference = neon.judges.Reference(prepared, None, {}, "r")
-    judge = judge_of(Pixels(), reference)
-    return neon.scores.Scorer(merger, [judge], sampler, neon.scores.ScoreLog(out), {}, 1, c)
+    judge = judge_of(Pixels(), neon.judges.Reference(prepared, None, {}, "r"))
+    scorer = scorer_of(c, model, base, aux, [judge])
 
-
-@pytest.mark.parametrize("file", ["own", "adapter"])
-def test_the_gradient_over_layers_is_that_of_central_differences(file, tmp_path):
-    path = write(tmp_path) if file == "own" else ADAPTER
-    scorer = scorer_of(path, tmp_path)
     seeds = neon.scores.SeedSet("search", 500, 24)
     w = {block: 0.3 * i - 0.5 for i, block in enumerate(scorer.merger.blocks)}
-    _, gradient = neon.search.distance_and_gradient(scorer, w, seeds, "fp32", rounding=False)
 
     def distance(w):
-        return neon.search.distance_and_gradient(scorer, w, seeds, "fp32", rounding=False)[0]
+        return neon.search.distance_and_gradient(scorer, w, seeds, "fp32", rounding=False)
 
+    _, gradient = distance(w)
     scale = max(abs(value) for value in gradient.values())
     for block in w:
-        ends = [distance({**w, block: w[block] + step}) for step in (0.02, -0.02)]
+        ends = [distance({**w, block: w[block] + step})[0] for step in (0.02, -0.02)]
         assert gradient[block] == pytest.approx((ends[0] - ends[1]) / 0.04, abs=0.02 * scale)
-    if file == "own":
-        assert gradient["unused"] == 0.0 and scale > 0
+    assert gradient["unused"] == 0.0 and scale > 0
 
 
 # ---------------------------------------------------------------- keys
@@ -747,7 +734,8 @@ def test_a_run_from_base_to_report(out, tmp_path):
     assert len(entry["final"]["base"]["all"]) == 2 and len(entry["placebo"]) == 1
 
     # What is saved is the best network by the selection seeds, and load() reads it.
-    best = min((entry[name]["fd"], name) for name in entry["final"])[1]
+    names = ("base", "global", "blockwise", "searched")
+    best = min((entry[name]["fd"], name) for name in names)[1]
     model = neon.modelfile.FileModel(path)
     repaired = model.read(out / "adaptive-neon-000001")
     (base_path,) = out.glob("base-*.safetensors")
@@ -776,13 +764,10 @@ def test_aux_of_ours_and_aux_that_load_reads_are_the_same(shared, out, tmp_path)
     model.save(aux, tmp_path / "aux.safetensors", {})
     found = []
     for name in ("aux.pt", "aux.safetensors"):
-        run(
-            *SHORT, "--model", shared / "mine.py", "--base", shared / "base.pt", "--out", out,
-            "--aux", tmp_path / name,
-        )  # fmt: skip
-        found.append(results(out))
-    assert found[0] == found[1]
-    assert (out / "grid.jsonl").read_text().count("\n") == len({-1, 0, 0.5, 1}) + 4 - 2
+        options = ("--base", shared / "base.pt", "--aux", tmp_path / name, "--out", out)
+        run(*SHORT, "--model", shared / "mine.py", *options)
+        found.append((results(out), (out / "grid.jsonl").read_text()))
+    assert found[0] == found[1], "the second finds the scores of the first"
 
 
 def test_safetensors_of_others_go_to_load(tmp_path):
@@ -883,8 +868,8 @@ def test_two_ranks_find_what_one_finds(shared, out, tmp_path):
 # ---------------------------------------------------------------- the example
 def test_the_example_names_every_layer(tmp_path):
     model, base, _ = model_and_base(ADAPTER)
-    blocks = neon.blocks.partition_owners(model, base, "paper")
-    layers = neon.blocks.partition_owners(model, base, "layers")
+    blocks = owners_of(model, base, "paper")
+    layers = owners_of(model, base, "layers")
     assert set(blocks.values()) == {"enc", "mid", "dec"}
     assert set(layers.values()) == {"embeddings", *(f"block {i}" for i in range(4)), "output"}
     assert len(neon.blocks.block_order(layers)) == 6

@@ -299,7 +299,7 @@ def test_networks_that_a_module_holds_are_in_the_identity(tmp_path):
     found = []
     for seed in (0, 0, 1):
         (tmp_path / "decoder.py").write_text(
-            f"import os, torch\ntorch.manual_seed(int(os.environ['SEED']))\n"
+            "import os, torch\ntorch.manual_seed(int(os.environ['SEED']))\n"
             "NET = torch.nn.Linear(2, 2)\n"
         )
         path = tmp_path / "mine.py"
@@ -334,7 +334,7 @@ def test_changed_precision_is_one_line(tmp_path):
         "torch.set_float32_matmul_precision('highest')",
         "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
     )
-    code = "from adaptive_neon.files import UserError\nfrom adaptive_neon.userfile import UserFile\n"
+    code = "from adaptive_neon import UserError\nfrom adaptive_neon.userfile import UserFile\n"
     for i, line in enumerate(lines):
         body = line if i % 2 else f"def answer():\n    {line}"
         path = tmp_path / f"mine{i}.py"
