@@ -105,6 +105,36 @@ def write_atomically(path, write):
         os.replace(part, path)
 
 
+def parse_json(raw: bytes):
+    """What JSON says, in UTF-8, UTF-16 or UTF-32; Refused: where it is none."""
+
+    def without_repeats(pairs):
+        table = {}
+        for name, value in pairs:
+            if name in table:
+                raise Refused(f"it has {printable(name)} twice")
+            table[name] = value
+        return table
+
+    try:
+        text = raw.decode(json.detect_encoding(raw))
+        return json.loads(text, object_pairs_hook=without_repeats)
+    except json.JSONDecodeError as error:
+        raise Refused(
+            f"no JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from error
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise Refused(f"line {line} is not {error.encoding.upper()}") from error
+    except RecursionError as error:
+        raise Refused("it is nested too deeply") from error
+
+
+def read_json(path: Path | str):
+    """What a JSON file says; use it inside reading(), or catch Refused and OSError."""
+    return parse_json(Path(path).read_bytes())
+
+
 def remove_orphans(folder):
     """Temporary folders that a killed run has left."""
     for part in folder.glob(".part-*"):
