@@ -1,6 +1,7 @@
 """Networks and a small study that the tests of edm_neon.py share."""
 
 import dataclasses
+import functools
 import inspect
 import json
 import subprocess
@@ -225,6 +226,7 @@ def config(out, **options):
     return neon.config.Config(**{"out": Path(out), **settings, **options})
 
 
+@functools.cache
 def real_toys(first=77_000):
     """Real images in three parts, the final one after the others."""
     parts = [toy_images(first=first + 1000 * k, count=400) for k in range(3)]
