@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import adaptive_neon as neon
+from adaptive_neon.glyphs import draw_glyphs
 
 
 def random_images(n, seed=0, channels=1, height=4, width=4):
@@ -331,7 +332,7 @@ def test_identity_of_random_convolutions_holds_their_design(monkeypatch):
 
 
 def test_pixels_are_the_leading_principal_components():
-    images = neon.glyphs.draw_glyphs(500, 0)[0]
+    images = draw_glyphs(500, 0)[0]
     features = neon.pixels(images)
     x = (images.flatten(1).double().numpy() - 127.5) / 127.5
     centred = x - x.mean(0)
