@@ -125,8 +125,9 @@ class Model:
         """The repaired network, in the form the model's users know; path has no suffix yet."""
         raise NotImplementedError
 
-    def own_features(self, base: nn.Module):
-        """A feature network of the model's own (see Judge), or None."""
+    def own_features(self, example: torch.Tensor):
+        """A feature network of the model's own (see Judge), or None. example: four images, uint8
+        values [4, C, H, W]."""
         return None
 
     def start_check(self, base: nn.Module, c, trained: bool) -> None:
