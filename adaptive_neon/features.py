@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .extension import neon_ext
-from .files import UserError, fetch, load_weights, reading, reason_of
+from .files import Refused, UserError, fetch, load_weights, printable, reading, reason_of
 from .keys import design_key, joint_key, weights_hash
 
 INCEPTION = (
@@ -64,9 +64,11 @@ class InceptionFeatures(nn.Module):
                 if key.endswith(".conv.weight"):
                     self.add(key.removesuffix(".conv.weight"), weights)
             try:
-                self(torch.zeros(1, 3, 8, 8))  # every layer is there and fits
+                found = self(torch.zeros(1, 3, 8, 8))  # every layer is there and fits
             except AttributeError as error:
                 raise KeyError(str(error)) from error
+            if found.shape != (1, self.dim) or not found.isfinite().all():
+                raise Refused(f"its features are not {self.dim} finite numbers")
         self.identity = weights_hash(self)
         self.name = f"inception-{self.identity[:8]}-tf1"
 
@@ -201,8 +203,8 @@ class FileFeatures:
         if not found.is_floating_point() or not found.isfinite().all():
             raise UserError(f"{model.path}: features() must give finite floating-point numbers")
         self.model, self.dim = model, found.shape[1]
-        self.kind = self.name = f"{model.path.stem}-{self.dim}"
-        self.score = f"FD (features of {model.path.name}, {self.dim}-d)"
+        self.kind = self.name = f"{printable(model.path.stem)}-{self.dim}"
+        self.score = f"FD (features of {printable(model.path.name)}, {self.dim}-d)"
         self.identity = model.identity
 
     def __call__(self, images):

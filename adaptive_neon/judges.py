@@ -18,11 +18,12 @@ from .features import (
     pixels,
     random_conv,
 )
-from .files import UserError, fetch, reading
+from .files import UserError, fetch, read_moments, reading
 from .images import RealData, RealImages
 from .keys import judge_key, reference_key
 from .sampling import allow_tf32
 from .stats import FOLDS
+from .userfile import JudgeFile
 
 NEIGHBOURS = 5  # of precision and recall
 MOST = 10_000  # images of each side for precision, recall and the kernel distance
@@ -63,12 +64,9 @@ def reference_of_images(images: RealImages, features, device: str, origin: str) 
 def reference_of_file(path: Path, features, device: str, origin: str, real=None) -> Reference:
     """The same of an npz with mu and sigma, as EDM's, which leaves features and images out. real:
     RealImages for precision, recall and the kernel distance, which need more than moments."""
-    statistics: dict[str, Any] = {"features": "inception", "images": 50_000}
-    with reading(f"reference {path} has no usable mu and sigma"), np.load(path) as file:
-        statistics |= {key: file[key] for key in file if key in ("features", "images")}
-        mean, cov = (torch.as_tensor(file[key]).double().to(device) for key in ("mu", "sigma"))
-        count = int(statistics["images"])
-    shape, kind = tuple(mean.shape), str(statistics["features"])
+    mu, sigma, count, kind = read_moments(path)
+    mean, cov = torch.from_numpy(mu).to(device), torch.from_numpy(sigma).to(device)
+    shape = tuple(mean.shape)
     if shape != (features.dim,) or kind not in (features.name, features.kind):
         raise UserError(
             f"reference {path} has {shape} statistics of {kind}, the features are "
@@ -266,7 +264,7 @@ def check_judges(c, preset, real: RealData | None) -> None:
             raise UserError(f"{option} {names[0]} compares with real images: give --data")
         for name in names:
             if name not in ("random-conv", "pixels", *preset.judges(c)):
-                open_judge_file(name, option)
+                JudgeFile(name, option)
 
 
 def judge_names(c) -> list[str]:
@@ -284,14 +282,7 @@ def feature_network(name: str, c, preset, real: RealData, option: str = "--judge
         return random_conv(images.shape[1])
     if name == "pixels":
         return pixels(images)
-    return FileFeatures(open_judge_file(name, option), images[:4].to(c.device))
-
-
-def open_judge_file(path, option):
-    # The module of model files stands above this one; only this class of it is needed here.
-    from .modelfile import JudgeFile
-
-    return JudgeFile(path, option)
+    return FileFeatures(JudgeFile(name, option), images[:4].to(c.device))
 
 
 def check_networks(c, selecting, unseen, example) -> None:

@@ -126,8 +126,7 @@ class Model:
         raise NotImplementedError
 
     def own_features(self, example: torch.Tensor):
-        """A feature network of the model's own (see Judge), or None. example: four images, uint8
-        values [4, C, H, W]."""
+        """A feature network of the model's own (see Judge), or None. example: uint8 images."""
         return None
 
     def start_check(self, base: nn.Module, c, trained: bool) -> None:
