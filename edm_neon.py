@@ -54,7 +54,7 @@ from adaptive_neon.files import (
     save_state,
 )
 from adaptive_neon.glyphs import GlyphsClassifier, draw_glyphs, glyphs_cnn, glyphs_mlp
-from adaptive_neon.images import RealData, RealImages, read_dataset, split_by_content
+from adaptive_neon.images import RealData, RealImages, read_dataset, split
 from adaptive_neon.pickles import Inert, inert_tensors, read_pickle
 from adaptive_neon.sampling import Model
 
@@ -106,7 +106,7 @@ class Cifar10(Preset):
         origin = "a part of --data that nothing else has used"
         if c.base or not c.train_base:
             origin += " here; whether the base was trained on it is unknown"
-        return split_by_content(*read_dataset(c.data), c.data, origin)
+        return split(*read_dataset(c.data), c.data, origin)
 
     def features(self, c):
         return inception(c.detector)

@@ -14,94 +14,25 @@ The engine, which knows no network. Its method on one page: study.experiment(). 
 
 __version__ = "0.1.0"  # of the package and of neon_ext alike
 
-from . import (
-    blocks,
-    cli,
-    config,
-    controls,
-    diffusers,
-    extension,
-    features,
-    files,
-    glyphs,
-    images,
-    judges,
-    keys,
-    modelfile,
-    pickles,
-    plots,
-    processes,
-    report,
-    sampling,
-    scores,
-    search,
-    seeds,
-    stats,
-    study,
-    train,
-    verdicts,
-)
-from .blocks import Merger
-from .features import inception, pixels, random_conv
-from .files import UserError
-from .images import RealData, read_dataset, write_dataset
-from .judges import Judge
-from .sampling import Model, Sampler
-from .scores import Score, ScoreLog, Scorer
-from .search import choose, cobyqa, descend, grid, race, sweep
-from .seeds import Ledger, seed_ledger
-from .stats import Comparison, compare
-from .train import self_train
-
-__all__ = [
-    "blocks",
-    "cli",
-    "config",
-    "controls",
-    "diffusers",
-    "extension",
-    "features",
-    "files",
-    "glyphs",
-    "images",
-    "judges",
-    "keys",
-    "modelfile",
-    "pickles",
-    "plots",
-    "processes",
-    "report",
-    "sampling",
-    "scores",
-    "seeds",
-    "search",
-    "stats",
-    "study",
-    "train",
-    "verdicts",
-    "Comparison",
-    "Judge",
-    "Ledger",
-    "Merger",
-    "Model",
-    "RealData",
-    "Sampler",
-    "Score",
-    "ScoreLog",
-    "Scorer",
-    "UserError",
-    "choose",
-    "cobyqa",
-    "compare",
-    "descend",
-    "grid",
-    "inception",
-    "pixels",
-    "race",
-    "random_conv",
-    "read_dataset",
-    "seed_ledger",
-    "self_train",
-    "sweep",
-    "write_dataset",
-]
+from . import cli  # noqa: F401  and with it every module of the engine
+from .blocks import Merger as Merger
+from .features import inception as inception
+from .features import pixels as pixels
+from .features import random_conv as random_conv
+from .files import UserError as UserError
+from .images import RealData as RealData
+from .images import read_dataset as read_dataset
+from .images import split as split
+from .judges import Judge as Judge
+from .sampling import Model as Model
+from .sampling import Sampler as Sampler
+from .scores import ScoreLog as ScoreLog
+from .scores import Scorer as Scorer
+from .search import choose as choose
+from .search import cobyqa as cobyqa
+from .search import descend as descend
+from .search import grid as grid
+from .search import sweep as sweep
+from .seeds import seed_ledger as seed_ledger
+from .stats import compare as compare
+from .train import self_train as self_train

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from .features import INCEPTION
+from .files import read_json, reason_of
 from .images import RealData
 from .sampling import Model
 from .search import BOUNDS
@@ -54,6 +54,8 @@ class Preset:
 
 # -------------------- kinds of options
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+PARTITIONS = "paper, structural, layers"
+CONTROLS = ("steps", "guided")
 MOST_VALUES = 10_000  # of a sweep
 
 
@@ -90,21 +92,23 @@ def read_partition(text):
         return text
     message = f"{text} is not paper, structural, layers or a JSON file {{glob: block}}"
     try:
-        table = json.loads(Path(text).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        table = read_json(text)
+    except OSError:
         raise argparse.ArgumentTypeError(message) from None
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{message} ({reason_of(error)})") from None
     if not isinstance(table, dict) or not all(isinstance(block, str) for block in table.values()):
         raise argparse.ArgumentTypeError(f"{message}: its blocks must be strings")
     return table
 
 
-def control_names(text):
+def controls(text):
     """Different names of controls, by commas."""
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     if names == ("none",):
         return ()
     for name in names:
-        if name not in ("steps", "guided"):
+        if name not in CONTROLS:
             raise argparse.ArgumentTypeError(f"{name!r} is no control: steps, guided, or none")
     return names
 
@@ -120,14 +124,32 @@ def grid_values(text):
     return {block.strip(): numbers(values)}
 
 
+# -------------------- fields: a default, what it is, and the values that are allowed
 def option(default, text, kind=None, choices=None, low=-math.inf, high=math.inf):
-    """A field of Config. default: a value, or a function that gives it; kind: from the option's
-    text to its value; low, high: allowed range of each number."""
-    kind = kind or type(default)
-    metadata = {"help": text, "kind": kind, "choices": choices, "low": low, "high": high}
+    """Of Config. default: a value, or a function that gives it; kind: from the option's text to its
+    value; low, high: allowed range of each number."""
+    metadata = {
+        "help": text,
+        "kind": kind or type(default),
+        "choices": choices,
+        "low": low,
+        "high": high,
+    }
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def count(default, text, low=1, high=10**8):
+    return option(default, text, int, low=low, high=high)
+
+
+def amount(default, text, high=1e9):
+    return option(default, text, float, low=0, high=high)
+
+
+def weights(default, text, kind=numbers):
+    return option(default, text, kind, low=-1e6, high=1e6)
 
 
 # The GPU is asked when a run begins, not when this is imported.
@@ -145,77 +167,47 @@ class Config:
     of 64 (snapshots 550, 1051, 1551, ... are multiples of 782 x 64 images). kimg: 1000 images."""
 
     # What is studied
-    preset: str = option("cifar10", "data, features and defaults", choices=("cifar10", "glyphs"))
+    preset: str = option("cifar10", "data, features and defaults")
     model: str = option("", "Python file of a model of your own (see examples/)")
-    base: str = option(
-        "", "cond, uncond, a path or URL (.pkl of EDM, .safetensors of this program)"
-    )
+    base: str = option("", "cond, uncond, path or URL (.pkl of EDM, .safetensors of this program)")
     aux: str = option("", "existing self-trained network, or a folder of network-snapshot-*")
     data: str = option("", "real images: EDM dataset zip or folder")
     ref: str = option("", "npz with mu and sigma of the real features, path or URL, or cifar10")
-    partition: str = option(
-        "paper", "paper, structural, layers, or JSON file {glob: block}", read_partition
-    )
+    partition: str = option("paper", f"{PARTITIONS} or JSON file {{glob: block}}", read_partition)
 
     # Training: the base, if it is trained here, and the self-training
-    snapshot: tuple = option(
-        (1551,), "self-training lengths in kimg, by commas", integers, low=1, high=1e8
-    )
-    train_base: float = option(
-        0.0, "train the base from scratch for this many kimg", low=0, high=1e8
-    )
-    base_lr: float = option(1e-3, "learning rate of --train-base", low=0, high=1e3)
-    synthetic: int = option(6000, "images in the synthetic set", low=2 * FOLDS, high=1e8)
-    batch: int = option(64, "training batch", low=1, high=1e6)
-    lr: float = option(1e-4, "self-training learning rate", low=0, high=1e3)
-    ramp_kimg: float = option(
-        10_000.0, "the learning rate grows linearly over this", low=0, high=1e9
-    )
-    ema_kimg: float = option(500.0, "half-life of the weight average", low=0, high=1e9)
-    dropout: float = option(0.13, "in training, of EDM's networks", low=0, high=0.99)
-    augment: float = option(0.12, "probability of EDM's augmentations; 0: none", low=0, high=1)
+    snapshot: tuple = option((1551,), "lengths in kimg, by commas", integers, low=1, high=1e8)
+    train_base: float = amount(0.0, "train the base from scratch for this many kimg")
+    base_lr: float = amount(1e-3, "learning rate of --train-base")
+    synthetic: int = count(6000, "images in the synthetic set", low=2 * FOLDS)
+    batch: int = count(64, "training batch")
+    lr: float = amount(1e-4, "self-training learning rate")
+    ramp_kimg: float = amount(10_000.0, "the learning rate grows linearly over this")
+    ema_kimg: float = amount(500.0, "half-life of the weight average")
+    dropout: float = amount(0.13, "in training, of EDM's networks", high=0.99)
+    augment: float = amount(0.12, "probability of EDM's augmentations; 0: none", high=1)
     train_precision: str = option("fp32", "of training", choices=("fp32", "tf32", "bf16"))
-    seed: int = option(0, "of training", low=0, high=2**32)
-    training_seeds: int = option(
-        1, "repeat base and self-training with this many seeds", low=1, high=1000
-    )
+    seed: int = count(0, "of training", low=0, high=2**32)
+    training_seeds: int = count(1, "repeat base and self-training with this many seeds", high=1000)
 
     # Sampling
-    steps: int = option(18, "sampler steps", low=1, high=10_000)
-    labels: str = option(
-        "balanced",
-        "classes of the sampled images: equal shares, less noise in every score, or EDM's draws",
-        choices=("balanced", "random"),
-    )
+    steps: int = count(18, "sampler steps", high=10_000)
+    labels: str = option("balanced", "equal shares or EDM's draws", choices=("balanced", "random"))
     guidance: float = option(1.0, "classifier-free, of diffusers' DiT; 1: none", low=1, high=1e3)
-    sample_batch: int = option(256, "images sampled at once", low=1, high=1e6)
-    precision: str = option(
-        default_precision, "of sampling; default tf32 on a GPU", str, choices=PRECISIONS
-    )
-    confirm_precision: str = option(
-        "", "of the final comparison, default --precision", choices=PRECISIONS
-    )
-    device: str = option(
-        default_device, "where; default cuda where there is a GPU", str, choices=("cuda", "cpu")
-    )
-    threads: int = option(
-        0, "CPU threads of one batch; 0: 1 for small presets, else all", low=0, high=1024
-    )
+    sample_batch: int = count(256, "images sampled at once")
+    precision: str = option(default_precision, "of sampling; on a GPU tf32", str, PRECISIONS)
+    confirm_precision: str = option("", "of the final comparison", choices=PRECISIONS)
+    device: str = option(default_device, "cuda where there is a GPU", str, ("cuda", "cpu"))
+    threads: int = count(0, "CPU threads of one batch; 0: as the preset needs", low=0, high=1024)
 
     # Scoring
-    select_images: int = option(
-        10_000, "images per score of the selection", low=2 * FOLDS, high=1e8
-    )
-    final_images: int = option(
-        50_000, "images per score of the final comparison", low=2 * FOLDS, high=1e8
-    )
-    final_repeats: int = option(1, "disjoint sets of final seeds", low=1, high=1000)
-    final_seed: int = option(
-        FINAL_SEED, "the first final seed: another one repeats the comparison", low=0, high=2**32
-    )
+    select_images: int = count(10_000, "images per score of the selection", low=2 * FOLDS)
+    final_images: int = count(50_000, "images per score of the final comparison", low=2 * FOLDS)
+    final_repeats: int = count(1, "disjoint sets of final seeds", high=1000)
+    final_seed: int = count(FINAL_SEED, "the first final seed", low=0, high=2**32)
     protocol: str = option(
         "disjoint",
-        "paper: 2,000 seeds, trained on, random labels",
+        "paper: random labels, 2,000 images at seeds that were trained on",
         choices=("disjoint", "paper"),
     )
     detector: str = option(INCEPTION, "Inception weights (PyTorch port)")
@@ -226,58 +218,30 @@ class Config:
         judge_name,
     )
     select_with: tuple = option(
-        (),
-        "select in the usual features joined with this network's, one of the names or files of "
-        "--judge; repeatable",
-        judge_name,
+        (), "select in the usual features joined with this one's (see --judge)", judge_name
     )
 
     # Search over the block weights
-    grid: tuple = option(
-        (0.75, 1.0, 1.25),
-        "weights of the grid, for every block; BLOCK=WEIGHTS for one of them, repeatable",
-        grid_values,
-        low=-1e6,
-        high=1e6,
+    grid: tuple = weights(
+        (0.75, 1.0, 1.25), "of every block; BLOCK=WEIGHTS for one, repeatable", grid_values
     )
     block_grid: dict = dataclasses.field(default_factory=dict)  # of --grid BLOCK=WEIGHTS
-    sweep: tuple = option(
-        (), "also these global weights, start:stop:step", sweep_values, low=-1e6, high=1e6
-    )
+    sweep: tuple = weights((), "also these global weights, start:stop:step", sweep_values)
     race: bool = option(False, "drop grid points that are surely worse after a fifth of the seeds")
+    placebo: int = count(0, "random partitions that go through the same grid", low=0, high=1000)
+    search: str = option("", "after the grid", choices=("cobyqa", "gradient"))
+    search_partition: str = option("", "of the search, default --partition", read_partition)
+    evaluations: int = count(12, "of the search: scores, or gradients")
+    bounds: tuple = weights(BOUNDS, "of the search, low,high")
     controls: tuple = option(
-        ("steps", "guided"),
-        "by commas: steps (the base with twice the sampler's steps), guided (outputs step back "
-        "instead of weights), or none",
-        control_names,
+        CONTROLS, "by commas: steps (twice as many), guided (outputs step back), none", controls
     )
     continue_on_data: float = option(
         0.0,
-        "control: the base trained on real images for this many kimg; without a number: for as "
-        "long as the self-training",
+        "control: the base trained on real images for so many kimg, default the self-training's",
         low=-1,
         high=1e8,
     )
-    placebo: int = option(
-        0, "this many random partitions go through the same grid", low=0, high=1000
-    )
-    search: str = option(
-        "",
-        "after the grid; gradient scales to layers",
-        choices=("cobyqa", "gradient"),
-    )
-    search_partition: str = option(
-        "",
-        "blocks of the search, default --partition: layers beside a grid over three blocks",
-        read_partition,
-    )
-    evaluations: int = option(
-        12,
-        "of the search: scores, or gradients of --search gradient",
-        low=1,
-        high=100_000,
-    )
-    bounds: tuple = option(BOUNDS, "of the search, low,high", numbers, low=-1e6, high=1e6)
 
     # The run
     out: Path = option(None, "folder of the results, default runs/<preset>", Path)

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import http.client
 import json
@@ -12,7 +11,6 @@ import re
 import shutil
 import socket
 import struct
-import sys
 import tempfile
 import urllib.parse
 import zipfile
@@ -27,6 +25,9 @@ import torch
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
+
+    def __str__(self):
+        return escaped(super().__str__())  # names of files and features can be anything
 
 
 class Refused(ValueError):
@@ -55,13 +56,14 @@ FILE_ERRORS = (
 )
 
 
-SILENCE = 30  # seconds without a byte that end a download
+def escaped(text: str) -> str:
+    """The text in one line, with nothing in it that a terminal would obey or could not encode."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def printable(text, most=100):
-    """Text of a file or a server for a message: one line, cut off, control characters escaped."""
-    text = str(text)[: most + 1]
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def printable(text: object, most: int = 100) -> str:
+    """Text of a file or a server for a message: escaped, and cut off."""
+    line = escaped(str(text)[: most + 1])
     return line if len(line) <= most else line[: most - 3] + "..."
 
 
@@ -103,6 +105,36 @@ def write_atomically(path, write):
         os.replace(part, path)
 
 
+def parse_json(raw: bytes):
+    """What JSON says, in UTF-8, UTF-16 or UTF-32; Refused: where it is none."""
+
+    def without_repeats(pairs):
+        table = {}
+        for name, value in pairs:
+            if name in table:
+                raise Refused(f"it has {printable(name)} twice")
+            table[name] = value
+        return table
+
+    try:
+        text = raw.decode(json.detect_encoding(raw))
+        return json.loads(text, object_pairs_hook=without_repeats)
+    except json.JSONDecodeError as error:
+        raise Refused(
+            f"no JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from error
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise Refused(f"line {line} is not {error.encoding.upper()}") from error
+    except RecursionError as error:
+        raise Refused("it is nested too deeply") from error
+
+
+def read_json(path: Path | str):
+    """What a JSON file says; use it inside reading(), or catch Refused and OSError."""
+    return parse_json(Path(path).read_bytes())
+
+
 def remove_orphans(folder):
     """Temporary folders that a killed run has left."""
     for part in folder.glob(".part-*"):
@@ -141,28 +173,49 @@ def kind_of(head):
     return f"a file that begins with {printable(repr(head[:16]))}"
 
 
-@contextlib.contextmanager
-def one_at_a_time(path):
-    """Other processes wait here until this one is done; False: the file system has no locks."""
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
-        except BlockingIOError:
-            print(f"waiting for the download of another process ({path})", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-            locked = True
-        except OSError:
-            locked = False  # the rename is atomic: at worst both processes download
-        yield locked
+def lock(file, wait: bool = True) -> bool:
+    """Keep other processes out until the file is closed; BlockingIOError if one is in and `wait` is
+    False. A file system that knows no locks goes without: False."""
+    try:
+        import fcntl
+    except ImportError:
+        raise UserError("this program runs on Linux and macOS, there are no file locks") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        return False
+    return True
 
 
-def cache_path(url):
-    """Where the file of a URL is kept: its name, after a hash of the whole address."""
+# ---------------------------------------------------------------- downloads
+SILENCE = 30  # seconds without a byte that end a download
+
+
+def cache_path(url: str) -> Path:
+    """Where the file of a URL is kept: its name, after a hash of the whole address.
+
+    In NEON_CACHE; else in the home directory; else, where there is none or nothing can be written
+    into it, as in containers, among temporary files."""
     name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
     name = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)[-80:] or "file"
-    cache = Path(os.environ.get("NEON_CACHE") or Path.home() / ".cache/adaptive-neon")
-    return cache / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
+    if os.environ.get("NEON_CACHE"):
+        return Path(os.environ["NEON_CACHE"]) / name
+
+    with contextlib.suppress(RuntimeError, OSError):
+        folder = Path.home() / ".cache/adaptive-neon"
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / name).exists() or os.access(folder, os.W_OK):
+            return folder / name
+    folder = Path(tempfile.gettempdir()) / f"adaptive-neon-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise Refused(f"{folder} belongs to somebody else: set NEON_CACHE")
+    return folder / name
 
 
 def download(url, sha256_start, check, part):
@@ -170,26 +223,23 @@ def download(url, sha256_start, check, part):
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE)
     try:
-        torch.hub.download_url_to_file(url, str(part))
+        torch.hub.download_url_to_file(url, str(part), sha256_start or None)
+    except RuntimeError as error:  # the hash
+        raise Refused(str(error)) from error
     finally:
         socket.setdefaulttimeout(timeout)
 
     # A login page answers 200 as the file does.
     with open(part, "rb") as file:
         came = kind_of(file.read(512))
-    problem = None
     if came.startswith(("an HTML", "an empty", "a pointer")):
-        problem = "it was not kept"
-    elif not file_hash(part).startswith(sha256_start[:16]):
-        problem = f"its SHA-256 does not begin with {sha256_start}"
-    elif check is not None:
+        raise Refused(f"what came is {came}")
+    if check is not None:
         try:
             check(part)
-        except (UserError, *FILE_ERRORS) as error:
-            problem = reason_of(error.__cause__ or error)
-    if problem is not None:
-        size = part.stat().st_size
-        raise Refused(f"what came is {came}, {size} bytes: {problem}")
+        except UserError as error:
+            reason = reason_of(error.__cause__ or error)  # without the name of `part`
+            raise Refused(f"what came is {came}: {reason}") from error
 
 
 def fetch(
@@ -199,7 +249,7 @@ def fetch(
     check=None,
     advice="check the address, or put the file at {target}; --preset glyphs needs no download",
 ):
-    """A path as it is; a URL's file from the cache (NEON_CACHE), one download at a time.
+    """A path as it is; a URL's file from the cache, one download at a time.
 
     sha256_start: first hexadecimal digits of the file's SHA-256. check(path) raises if the file is
     not what was asked for; then it is not kept. UserError: what came instead, and the advice."""
@@ -209,12 +259,18 @@ def fetch(
                 raise UserError(f"{what} {source} does not exist")
         return Path(source)
 
-    target = cache_path(source)
+    with reading(f"there is no place to keep {what}"):
+        target = cache_path(source)
     shown = printable(source, 300)
     with reading(f"cannot download {what} from {shown}: {advice.format(target=target)}"):
         if not target.exists():  # a cache that is complete may be read-only
             target.parent.mkdir(parents=True, exist_ok=True)
-            with one_at_a_time(target.parent / "lock") as locked:
+            with open(target.parent / "lock", "a") as file:
+                try:
+                    locked = lock(file, wait=False)
+                except BlockingIOError:
+                    print(f"waiting for another process's download to {target.parent}", flush=True)
+                    locked = lock(file)
                 if locked:
                     remove_orphans(target.parent)
                 if not target.exists():  # no other process was faster
@@ -227,18 +283,7 @@ def fetch(
     return target
 
 
-def lock(file, wait=True):
-    """Keep other processes out until the file is closed; BlockingIOError if one is in and `wait` is
-    False. A file system that knows no locks goes without."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise
-
-
+# ---------------------------------------------------------------- tensors
 def is_safetensors(path):
     """Whether the file begins as .safetensors do: the length of its header, then JSON."""
     with open(path, "rb") as file:

@@ -155,7 +155,7 @@ def rank_and_world(environment: dict) -> tuple[int, int, int]:
         numbers[name] = int(given[name])
     rank, world, local_rank = numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"]
     for name in ("RANK", "LOCAL_RANK"):
-        if numbers[name] >= max(world, 1):
+        if numbers[name] >= world:
             raise UserError(
                 f"the environment variable {name} is {numbers[name]}, and WORLD_SIZE is {world}: "
                 "start with torchrun, or unset them"

@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import edm_neon  # noqa: E402
+import adaptive_neon as neon  # noqa: E402
+import edm_neon as edm  # noqa: E402
 
 
 def random_network(options, seed):
     """Weights ~ N(0, 1 / fan_in): the zero last layers of a new network would hide errors."""
-    net = edm_neon.EDMPrecond(**options).eval().requires_grad_(False)
+    net = edm.EDMPrecond(**options).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, p in net.named_parameters():
         z = torch.randn(p.shape, generator=generator)
@@ -67,13 +68,13 @@ def edm_side(path, options, args, precision):
 def our_side(options, args, precision):
     """A call that samples as the pipeline does; on a GPU compiled."""
     net = random_network(options, args.seed)
-    model = edm_neon.EdmModel(edm_neon.PRESETS[args.preset], edm_neon.Config())
-    processes = edm_neon.Processes(args.device)
-    sampler = edm_neon.Sampler(model, net, processes, args.steps, args.batch, "random")
+    model = edm.EdmModel(edm.PRESETS[args.preset], neon.config.Config())
+    processes = neon.processes.Processes(args.device)
+    sampler = neon.Sampler(model, net, args.steps, args.batch, "random", processes)
 
     def sample():
-        with edm_neon.network_calls(sampler.net, precision):
-            return sampler.images(range(args.seed, args.seed + args.batch))[0]
+        with neon.sampling.network_calls(sampler.net, precision):
+            return sampler.batch_images(range(args.seed, args.seed + args.batch))[0]
 
     return sample
 
@@ -95,9 +96,9 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--edm", type=Path, help="checkout of NVlabs/edm")
-    add("--preset", choices=list(edm_neon.PRESETS), default="cifar10")
+    add("--preset", choices=list(edm.PRESETS), default="cifar10")
     add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--precision", nargs="+", choices=edm_neon.PRECISIONS, default=["fp32"])
+    add("--precision", nargs="+", choices=neon.config.PRECISIONS, default=["fp32"])
     add("--steps", type=int, default=18)
     add("--batch", type=int, default=64)
     add("--repeats", type=int, default=5)
@@ -158,11 +159,11 @@ def table(results, args):
 def main():
     args = arguments()
     torch.set_num_threads(args.threads)
-    sides, lines = all_sides(args, edm_neon.PRESETS[args.preset].network)
+    sides, lines = all_sides(args, edm.PRESETS[args.preset].network)
     lines += table(measure(sides, args.repeats), args)
     print("\n".join(lines))
     if args.out:
-        edm_neon.write_atomically(args.out, "\n".join(lines) + "\n")
+        neon.files.write_atomically(args.out, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

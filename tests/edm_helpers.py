@@ -1,6 +1,7 @@
 """Networks and a small study that the tests of edm_neon.py share."""
 
 import dataclasses
+import functools
 import inspect
 import json
 import subprocess
@@ -225,6 +226,7 @@ def config(out, **options):
     return neon.config.Config(**{"out": Path(out), **settings, **options})
 
 
+@functools.cache
 def real_toys(first=77_000):
     """Real images in three parts, the final one after the others."""
     parts = [toy_images(first=first + 1000 * k, count=400) for k in range(3)]
@@ -291,10 +293,9 @@ def edm_scorer(out, kind="cifar", partition="paper", precision="fp32", batch=16,
     return scorer_of(c, edm_model(), base, aux, [judge])
 
 
-def toy_distance(scorer, w, seeds):
-    """The score of the toy at these seeds, from first principles: one image after the other."""
-    base, aux = toy_pair()
-    net = blend(base, aux, w, lambda name: name[:3])
+def network_distance(net, seeds, reference):
+    """Distance of a toy network at these seeds, from first principles: one image after the
+    other."""
     images = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(int(seed))
@@ -304,9 +305,15 @@ def toy_distance(scorer, w, seeds):
         images.append(net(noise[None], label[None]))
     pixels = (torch.cat(images) * 127.5 + 128).clip(0, 255).to(torch.uint8)
     features = ToyFeatures()(pixels)
+    return float(reference.prepared.distance(*neon_ext.feature_moments(features)))
+
+
+def toy_distance(scorer, w, seeds):
+    """The score of the toy pair at these weights and seeds."""
+    net = blend(*toy_pair(), w, lambda name: name[:3])
     judge = scorer.judge
     reference = judge.final if 50_000 <= seeds[0] < 10_000_000 else judge.selection
-    return float(reference.prepared.distance(*neon_ext.feature_moments(features)))
+    return network_distance(net, seeds, reference)
 
 
 def score_of(fd, folds=None, w=None, precision=None, recall=None, **changes):

@@ -1,6 +1,8 @@
-"""edm_neon.py: EDM's network, its sampler, loss and augmentation, and self-training."""
+"""What edm_neon.py promises of EDM's network, its sampler, loss and augmentation."""
 
 import copy
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from edm_helpers import (
     preset,
     replace,
 )
+from torch import nn
 
 import adaptive_neon as neon
 import edm_neon as edm
@@ -426,3 +429,71 @@ def test_model_augments_as_it_is_told(monkeypatch, pictures, probability):
     replace(monkeypatch, "augment", lambda x, p: asked.append(p) or (x, torch.zeros(4, 9)))
     loss = edm_model(augment=probability).loss(network(), pictures, torch.arange(4))
     assert loss.shape == pictures.shape and asked == [0.5] * bool(probability)
+
+
+# -------------------- schedule and sampler
+
+
+def test_schedule_values():
+    want = [80, 57.586, 40.7856, 28.3746, 19.3525, 12.9101, 8.40094, 5.31519, 3.25682, 1.92334]
+    want += [1.08817, 0.585348, 0.296442, 0.139516, 0.0599473, 0.0229345, 0.00752802, 0.002, 0]
+    np.testing.assert_allclose(edm.sigma_steps(network()), want, rtol=1e-5)
+
+
+def test_schedule_stays_within_the_networks_range():
+    net = SimpleNamespace(sigma_min=0.1, sigma_max=10.0, round_sigma=torch.as_tensor)
+    steps = edm.sigma_steps(net, 5)
+    assert steps.tolist()[::4] == pytest.approx([10, 0.1]) and float(steps[-1]) == 0
+
+
+class Gaussian(nn.Module):
+    """The exact denoiser of N(0.3, 0.2^2) data."""
+
+    sigma_min, sigma_max = 0, math.inf
+    round_sigma = staticmethod(torch.as_tensor)
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x, sigma, labels=None):
+        self.seen.append((x.dtype, float(sigma)))
+        return (0.04 * x.double() + sigma**2 * 0.3) / (0.04 + sigma**2)
+
+
+def test_sampler_is_heuns_method():
+    latents, net = torch.randn(500, 1, 2, 2), Gaussian()
+    t = edm.sigma_steps(net, 18)
+    x = latents.double() * t[0]
+    for now, then in zip(t[:-1], t[1:], strict=True):
+        d = (x - net(x.float(), now)) / now
+        ahead = x + (then - now) * d
+        if then == 0:
+            x = ahead
+        else:
+            x = x + (then - now) * (d + (ahead - net(ahead.float(), then)) / then) / 2
+    torch.testing.assert_close(edm.edm_sampler(net, latents), x, rtol=0, atol=1e-12)
+
+
+def test_sampler_finds_the_distribution():
+    images = edm.edm_sampler(Gaussian(), torch.randn(500, 1, 2, 2))
+    assert float(images.mean()) == pytest.approx(0.3, abs=0.02)
+    assert float(images.std()) == pytest.approx(0.2, rel=0.1)  # 18 steps leave it 6 % too wide
+
+
+def test_sampler_calls_the_network_twice_a_step_in_float32():
+    net = Gaussian()
+    edm.edm_sampler(net, torch.randn(2, 1, 2, 2), num_steps=4)
+    assert len(net.seen) == 7 and {dtype for dtype, _ in net.seen} == {torch.float32}
+
+
+def test_labels_reach_the_network():
+    net = network()
+    noise = torch.randn(1, 3, 16, 16).expand(2, -1, -1, -1)
+    one, other = edm_model().sample(net, noise, torch.tensor([1, 2]), 2)
+    assert (one - other).abs().max() > 1e-3
+
+
+def test_one_hot_labels():
+    assert edm.one_hot(network(), torch.tensor([2, 0])).tolist() == torch.eye(10)[[2, 0]].tolist()
+    assert edm.one_hot(network("uncond"), None) is None

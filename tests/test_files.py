@@ -1,10 +1,15 @@
 """What adaptive_neon/files.py promises: messages, whole files, our own states, downloads."""
 
+import argparse
+import errno
 import fcntl
 import http.server
 import multiprocessing
 import os
+import pwd
 import re
+import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -29,6 +34,46 @@ def equal(a, b):
     if isinstance(a, (list, tuple)):
         return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
     return a == b
+
+
+# -------------------- JSON
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_json_is_read_in_the_encoding_of_its_mark(tmp_path, encoding):
+    (tmp_path / "x.json").write_bytes('{"é": [1, "ü"]}'.encode(encoding))
+    assert neon.files.read_json(tmp_path / "x.json") == {"é": [1, "ü"]}
+
+
+BAD_JSON = {
+    "a trailing comma": (b'{"a": 1,\n "b": 2,}', "line 2, column 9"),
+    "in a list": (b"[1,\n 2,\n]", "line 3, column 1"),
+    "a comment": (b"\xef\xbb\xbf{} // no", "line 1, column 4"),
+    "single quotes": (b"{'a': 1}", "line 1, column 2"),
+    "nothing": (b"", "line 1, column 1"),
+    "Latin-1": (b'{"a": 1,\n"b": "\xe9"}', "line 2 is not UTF-8"),
+    "half of UTF-16": (b"\xff\xfe{", "is not UTF-16"),
+    "a name twice": (b'{"a": 1, "b": 2, "a": 3}', "has a twice"),
+    "nesting": (b"[" * 100_000, "nested too deeply"),
+    "a huge number": (b"[" + b"9" * 5000 + b"]", ""),
+}
+
+
+@pytest.mark.parametrize("name", BAD_JSON)
+def test_what_is_no_json_is_placed(tmp_path, name):
+    content, message = BAD_JSON[name]
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(neon.files.UserError, match=f"bad .*{message}"), neon.files.reading("bad"):
+        neon.files.read_json(tmp_path / "x.json")
+
+
+def test_partitions_are_read_so(tmp_path):
+    path = tmp_path / "blocks.json"
+    path.write_text('{"*": "a"}', "utf-16")
+    assert neon.config.read_partition(str(path)) == {"*": "a"}
+    path.write_text('{"*": "a",}')
+    with pytest.raises(argparse.ArgumentTypeError, match="line 1, column 11"):
+        neon.config.read_partition(str(path))
 
 
 # -------------------- our own states
@@ -144,6 +189,11 @@ def test_state_dicts_are_read_whole_or_not(tmp_path, archive):
 )
 def test_text_of_others_is_printable(raw, shown):
     assert neon.files.printable(raw) == shown
+
+
+def test_a_line_for_the_user_has_no_control_characters():
+    error = neon.files.UserError("features \x1b[31mred\n\ud800 of Zürich")
+    assert str(error) == r"features \x1b[31mred\n\ud800 of Zürich"
 
 
 @pytest.mark.parametrize(
@@ -291,6 +341,31 @@ def test_names_in_the_cache_are_plain(path, tmp_path, monkeypatch):
     )
 
 
+def no_entry(uid):
+    raise KeyError(f"uid not found: {uid}")
+
+
+@pytest.mark.parametrize("home", ["/proc/nowhere", None], ids=["unwritable", "none"])
+def test_without_a_home_directory_downloads_go_to_temporary_files(monkeypatch, tmp_path, home):
+    monkeypatch.delenv("NEON_CACHE", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if home:
+        monkeypatch.setenv("HOME", home)
+    else:
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    found = neon.files.cache_path("http://host/net.pkl")
+    assert found.parent == tmp_path / f"adaptive-neon-{os.getuid()}"
+    assert found.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_home_directory_comes_before_temporary_files(monkeypatch, tmp_path):
+    monkeypatch.delenv("NEON_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = neon.files.cache_path("http://host/net.pkl")
+    assert path.parent == tmp_path / ".cache/adaptive-neon"
+
+
 def refuse(path):
     raise neon.files.UserError("it is not what was asked for")
 
@@ -300,7 +375,7 @@ BAD_SERVERS = {
     "nothing": (sends(b""), {}, "what came is an empty file"),
     "LFS pointer": (sends(b"version https://git-lfs.github.com/spec/v1\n"), {}, "Git LFS"),
     "another file": (sends(b"content"), {"check": refuse}, "it is not what was asked for"),
-    "another hash": (sends(b"content"), {"sha256_start": "00"}, "SHA-256 does not begin with 00"),
+    "another hash": (sends(b"content"), {"sha256_start": "00"}, "invalid hash value"),
     "half": (sends(b"\x80\x04", length=100), {"check": edm.load_network}, ""),
     "404": (sends(b"gone", 404), {}, "HTTP Error 404"),
     "503": (sends(b"busy", 503), {}, "HTTP Error 503"),
@@ -391,11 +466,20 @@ def test_two_processes_download_once(server):
 
 def test_without_locks_the_download_still_works(server, monkeypatch):
     def fail(*args):
-        raise OSError("no locks available")
+        raise OSError(errno.ENOLCK, "no locks available")
 
     server.answers["/net.pkl"] = sends(b"content")
     monkeypatch.setattr(fcntl, "flock", fail)
     assert neon.files.fetch(f"{server.url}/net.pkl", "a network").read_bytes() == b"content"
+
+
+def test_without_fcntl_one_line_says_where_this_runs(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with (
+        pytest.raises(neon.files.UserError, match="Linux and macOS"),
+        open(tmp_path / "x", "w") as file,
+    ):
+        neon.files.lock(file)
 
 
 def test_a_path_is_used_as_it_is(tmp_path):

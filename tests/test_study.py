@@ -1,31 +1,34 @@
-"""edm_neon.py: partitions, merging, seeds, stages, the study of a snapshot, and its report."""
+"""adaptive_neon.study: what a study begins with, its training stages, the experiment, and what it
+ends with."""
 
 import dataclasses
 import itertools
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from edm_helpers import (
     BEST,
+    ToyFeatures,
     ToyModel,
     ToyNet,
     blend,
     config,
     edm_model,
+    edm_scorer,
+    lines,
     network,
-    pair,
+    network_distance,
+    preset,
     real_toys,
     replace,
     score_of,
-    toy_distance,
     toy_pair,
     toy_scorer,
+    toy_setup,
     weights,
 )
 
@@ -33,124 +36,17 @@ import adaptive_neon as neon
 import edm_neon as edm
 
 BLOCKS = ("enc", "mid", "dec")
-
-
+MODELS = ["base", "collapsed", "global", "blockwise", "searched"]
+CONTROLS = ["base, twice the steps", "guided"]
 CPU = neon.processes.Processes("cpu")
 
 
-# -------------------- merging
-
-
-def merger_of(base, aux, owners, model=None):
-    model = model or ToyModel()
-    return neon.blocks.Merger(base, aux, owners, neon.sampling.Sampler(model, base, CPU, 2, 16))
-
-
-def edm_merger(kind, partition="paper"):
-    base, aux = pair(kind)
-    model = edm_model()
-    owners = neon.blocks.partition_owners(model, base, partition)
-    return base, aux, owners, merger_of(base, aux, owners, model)
-
-
-# -------------------- seeds
-
-
-def ledger(**options):
-    sizes = {"synthetic": 6000, "select_images": 1000, "final_images": 500}
-    return neon.study.seed_ledger(neon.config.Config(**sizes | options))
-
-
-def test_sets_of_seeds():
-    found = ledger(final_repeats=3)
-    selection, finals = found.selection, found.finals
-    assert (selection.first, selection.count, selection.is_final) == (10_000, 1000, False)
-    assert [(seeds.first, seeds.count) for seeds in finals] == [
-        (50_000, 500),
-        (50_500, 500),
-        (51_000, 500),
-    ]
-    assert all(seeds.is_final for seeds in finals)
-    assert found.as_json()["selection"] == 10_000
-    assert found.as_json()["final"] == [50_000, 50_500, 51_000]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"final_repeats": 7, "final_images": 1234},
-        {"synthetic": 10_000, "select_images": 40_000, "final_images": 100_000},
-    ],
-    ids=str,
-)
-def test_no_seed_is_in_two_sets(options):
-    c = neon.config.Config(
-        **{"synthetic": 6000, "select_images": 1000, "final_images": 500} | options
-    )
-    found = neon.study.seed_ledger(c)
-    seeds = [np.arange(c.synthetic), found.selection.seeds, *(s.seeds for s in found.finals)]
-    everything = np.concatenate(seeds)
-    assert len(np.unique(everything)) == len(everything)
-
-
-@pytest.mark.parametrize(
-    "options, sets",
-    [
-        ({"synthetic": 10_001}, "synthetic set .* selection set"),
-        ({"select_images": 40_001}, "selection set .* final 1 set"),
-        ({"final_images": 9_950_001, "search": "gradient"}, "final 1 set .* search set"),
-        ({"final_images": 5_000_000, "final_repeats": 2, "search": "gradient"}, "final 2 set"),
-    ],
-    ids=str,
-)
-def test_sets_that_overlap_are_refused(options, sets):
-    with pytest.raises(
-        neon.files.UserError, match=f"seeds of the {sets}" if "synth" in sets else sets
-    ):
-        ledger(**options)
-
-
-def test_search_set_counts_only_for_a_search_by_gradient():
-    ledger(final_images=9_950_001)
-    ledger(final_images=9_950_001, search="cobyqa")
-
-
-@pytest.mark.parametrize(
-    "options, refused",
-    [
-        ({"final_images": 10**8, "final_repeats": 50}, True),
-        ({"final_images": 10**8, "final_repeats": 42}, False),
-    ],
-    ids=str,
-)
-def test_more_than_2_to_the_32_seeds_are_refused(options, refused):
-    if refused:
-        with pytest.raises(neon.files.UserError, match="2\\^32 seeds"):
-            ledger(**options)
-    else:
-        ledger(**options)
-
-
-def test_papers_protocol_selects_on_seeds_that_were_trained_on(capsys):
-    found = ledger(protocol="paper", select_images=2000)
-    assert (found.selection.first, found.selection.count) == (0, 2000)
-    assert found.finals[0].first == 50_000 and "overlap" in capsys.readouterr().out
-
-
-def test_disjoint_protocol_announces_nothing(capsys):
-    ledger()
-    assert capsys.readouterr().out == ""
-
-
-# -------------------- stages
-
-
 class Counting(ToyModel):
-    """Counts training steps and sampled batches."""
+    """Counts training steps and sampled batches; keeps what its files say about their origin."""
 
     def __init__(self):
         self.steps = self.batches = 0
+        self.recipes = []
 
     def loss(self, *args):
         self.steps += 1
@@ -160,12 +56,147 @@ class Counting(ToyModel):
         self.batches += 1
         return super().sample(*args)
 
+    def save(self, net, path, recipe):
+        self.recipes.append(recipe)
+        super().save(net, path, recipe)
 
-def base_of(out, model=None, real=None, **options):
-    model = model or Counting()
+
+def setup_of(out, model=None, real=None, **options):
+    """What a toy study with these options begins with."""
     out.mkdir(exist_ok=True)
-    c = config(out, **{"train_base": 0.4} | options)
-    return neon.study.get_base(c, model, real or real_toys(), CPU), model
+    setup = toy_setup(out, **options)
+    return dataclasses.replace(setup, model=model or Counting(), real=real or setup.real)
+
+
+def sampler_of(setup, net):
+    c = setup.c
+    return neon.sampling.Sampler(setup.model, net, c.steps, c.sample_batch, c.labels)
+
+
+# -------------------- what a study begins with
+
+
+def prepared(out, monkeypatch, **options):
+    replace(monkeypatch, "open_model", lambda *args: ToyModel())
+    own = SimpleNamespace(real_images=lambda c: real_toys())
+    return neon.study.prepare(config(out, **options), own, CPU)
+
+
+def test_seeds_are_those_of_the_options(tmp_path, monkeypatch):
+    sizes = {"select_images": 70, "final_images": 60, "final_repeats": 2, "synthetic": 50}
+    seeds = prepared(tmp_path, monkeypatch, **sizes, final_seed=900_000).seeds
+    assert (seeds.selection.first, seeds.selection.count) == (10_000, 70)
+    assert [(s.first, s.count) for s in seeds.finals] == [(900_000, 60), (900_060, 60)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"synthetic": 10_001}, {"final_images": 9_950_001, "search": "gradient"}],
+    ids=str,
+)
+def test_seeds_that_overlap_are_refused(tmp_path, monkeypatch, options):
+    with pytest.raises(neon.files.UserError, match="overlap"):
+        prepared(tmp_path, monkeypatch, **options)
+
+
+def test_search_without_gradients_has_no_seeds_to_overlap(tmp_path, monkeypatch):
+    prepared(tmp_path, monkeypatch, final_images=9_950_001, search="cobyqa")
+
+
+def test_papers_protocol_says_which_seeds_are_trained_on(tmp_path, monkeypatch, capsys):
+    options = {"select_images": 90, "synthetic": 70}
+    found = prepared(tmp_path, monkeypatch, protocol="paper", **options)
+    assert found.seeds.selection.first == 0 and "first 70 selection" in capsys.readouterr().out
+
+
+def test_disjoint_protocol_announces_nothing(tmp_path, monkeypatch, capsys):
+    prepared(tmp_path, monkeypatch)
+    assert capsys.readouterr().out == ""
+
+
+def test_wrong_aux_shows_at_once(tmp_path, monkeypatch):
+    with pytest.raises(neon.files.UserError, match="does not exist"):
+        prepared(tmp_path, monkeypatch, aux=str(tmp_path / "nowhere.safetensors"))
+
+
+def test_streams_of_drawn_images_are_among_the_first_seeds(tmp_path):
+    first = toy_setup(tmp_path).first_seeds()
+    assert first["real_streams"] == preset.streams and first["selection"] == 10_000
+
+
+def test_without_drawn_images_there_are_no_streams(tmp_path):
+    setup = dataclasses.replace(toy_setup(tmp_path), preset=edm.PRESETS["cifar10"])
+    assert "real_streams" not in setup.first_seeds()
+
+
+def test_folder_that_is_no_pipeline_is_refused(tmp_path):
+    with pytest.raises(neon.files.UserError, match="model_index.json"):
+        neon.study.open_model(config(tmp_path, base=str(tmp_path)), preset, CPU)
+
+
+# -------------------- the first network
+
+
+def test_base_of_a_file(tmp_path):
+    base, _ = toy_pair()
+    ToyModel().save(base, tmp_path / "base.safetensors", {})
+    net = neon.study.first_network(setup_of(tmp_path, base=str(tmp_path / "base.safetensors")))
+    assert neon.keys.weights_hash(net) == neon.keys.weights_hash(base)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "trained here"])
+def test_model_is_checked_before_anything_is_trained(tmp_path, given):
+    ToyModel().save(toy_pair()[0], tmp_path / "base.safetensors", {})
+    options = {"base": str(tmp_path / "base.safetensors")} if given else {"train_base": 0.4}
+    setup = setup_of(tmp_path, **options)
+    neon.study.first_network(setup)
+    assert setup.model.checked == given and setup.model.steps == 0
+
+
+def test_untrained_network_depends_on_the_seed_alone(tmp_path):
+    hashes = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(hashes))
+        net = neon.study.first_network(setup_of(tmp_path, train_base=0.4, seed=seed))
+        hashes.append(neon.keys.weights_hash(net))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_training_a_base_needs_images(tmp_path):
+    setup = dataclasses.replace(toy_setup(tmp_path, train_base=1.0), real=None)
+    with pytest.raises(neon.files.UserError, match="--train-base needs --data"):
+        neon.study.first_network(setup)
+
+
+def test_model_file_needs_a_base(tmp_path):
+    with pytest.raises(neon.files.UserError, match="mine.py needs --base FILE.*--train-base"):
+        neon.study.first_network(toy_setup(tmp_path, model="mine.py"))
+
+
+def images_of(*shape):
+    images = torch.zeros(2, *shape, dtype=torch.uint8)
+    return neon.images.RealData(*[neon.images.RealImages(images, None, "images.zip")] * 3, "")
+
+
+def test_base_that_does_not_fit_the_images_is_refused(tmp_path):
+    setup = setup_of(tmp_path, real=images_of(3, 4, 4))
+    with pytest.raises(neon.files.UserError, match=r"\(1, 4, 4\).*images.zip are \(3, 4, 4\)"):
+        neon.study.check_model(setup, ToyNet(), True)
+
+
+@pytest.mark.parametrize("real", [images_of(1, 4, 4), None], ids=["fitting", "none"])
+def test_base_that_fits_the_images(tmp_path, real):
+    setup = dataclasses.replace(toy_setup(tmp_path), real=real)
+    neon.study.check_model(setup, ToyNet(), True)
+
+
+# -------------------- the base, where it is trained here
+
+
+def base_of(out, model=None, **options):
+    setup = setup_of(out, model, **{"train_base": 0.4} | options)
+    net = neon.study.first_network(setup)
+    return neon.study.trained_base(setup, net), setup.model
 
 
 def test_base_is_trained_once(tmp_path):
@@ -173,20 +204,75 @@ def test_base_is_trained_once(tmp_path):
     again, idle = base_of(tmp_path)
     assert model.steps == 20 and idle.steps == 0
     assert neon.keys.weights_hash(first) == neon.keys.weights_hash(again)
-    assert [p.suffix for p in tmp_path.iterdir()] == [".safetensors"]  # the state is gone
 
 
-def test_recipe_of_a_base(tmp_path, monkeypatch):
-    """Ramp and half-life are a twentieth of the training."""
+def test_trained_base_leaves_no_state(tmp_path):
+    base_of(tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("base-") and path.suffix == ".safetensors"
+
+
+def test_given_base_is_not_trained(tmp_path):
+    setup, net = setup_of(tmp_path), toy_pair()[0]
+    assert neon.study.trained_base(setup, net) is net and setup.model.steps == 0
+
+
+def test_trained_base_is_checked_again(tmp_path):
+    setup = setup_of(tmp_path, train_base=0.4)
+    neon.study.trained_base(setup, ToyNet())
+    assert setup.model.checked is True
+
+
+def test_base_depends_on_its_seed(tmp_path):
+    first, _ = base_of(tmp_path / "a")
+    torch.manual_seed(99)
+    again, _ = base_of(tmp_path / "b")
+    other, _ = base_of(tmp_path / "c", seed=1)
+    hashes = [neon.keys.weights_hash(net) for net in (first, again, other)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """Arguments of every training, which then leaves the network as it was."""
     seen = []
-    replace(monkeypatch, "train", lambda *args: seen.append(args) or args[6](args[1], 0.4))
-    c = {"base_lr": 0.02, "batch": 10, "seed": 7, "train_precision": "bf16"}
-    base_of(tmp_path, ToyModel(), **c)
-    (args,) = seen
-    want = neon.train.Recipe("base", 10, 0.02, 0.02, 0.02, 7, ramp_ratio=0.05, precision="bf16")
-    assert args[4] == want and args[5] == [0.4]
-    assert torch.equal(args[2], real_toys().training.images)
-    assert torch.equal(args[3], real_toys().training.labels)
+
+    def train(model, net, images, labels, recipe, snapshots, save, state, processes):
+        seen.append(SimpleNamespace(**locals()))
+        for kimg in snapshots:
+            save(net, kimg)
+
+    replace(monkeypatch, "train", train)
+    return seen
+
+
+def test_recipe_of_a_base(tmp_path, trainings):
+    """Ramp and half-life are a twentieth of the training."""
+    options = {"base_lr": 0.02, "batch": 10, "seed": 7, "train_precision": "bf16"}
+    base_of(tmp_path, ToyModel(), **options)
+    (training,) = trainings
+    assert training.recipe == neon.train.Recipe(
+        name="base",
+        batch=10,
+        lr=0.02,
+        ramp_kimg=0.02,
+        ema_kimg=0.02,
+        seed=7,
+        ramp_ratio=0.05,
+        precision="bf16",
+    )
+    assert training.snapshots == [0.4]
+
+
+@pytest.mark.parametrize("part", ["images", "labels"])
+def test_base_is_trained_on_the_training_part(tmp_path, trainings, part):
+    base_of(tmp_path, ToyModel())
+    assert torch.equal(getattr(trainings[0], part), getattr(real_toys().training, part))
+
+
+def base_path(out, net=None, **options):
+    setup = setup_of(out, **{"train_base": 0.4} | options)
+    return neon.study.base_path(setup, net or toy_pair()[0])
 
 
 @pytest.mark.parametrize(
@@ -197,120 +283,68 @@ def test_recipe_of_a_base(tmp_path, monkeypatch):
         {"batch": 10},
         {"train_base": 0.5},
         {"train_precision": "bf16"},
+        {"real": real_toys(5)},
+        {"net": toy_pair()[1]},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
-def test_another_recipe_trains_another_base(tmp_path, options):
-    base_of(tmp_path)
-    assert base_of(tmp_path, **options)[1].steps > 0
+def test_another_training_is_another_base(tmp_path, options):
+    assert base_path(tmp_path, **options) != base_path(tmp_path)
 
 
-def test_other_images_train_another_base(tmp_path):
-    base_of(tmp_path)
-    assert base_of(tmp_path, real=real_toys(5))[1].steps > 0
+def test_another_model_trains_another_base(tmp_path):
+    other = Counting()
+    other.training_identity = "other"
+    assert base_path(tmp_path, model=other) != base_path(tmp_path)
 
 
-@pytest.mark.parametrize("pick", ["labels", "images"])
-def test_real_images_are_their_content(pick):
+@pytest.mark.parametrize(
+    "options", [{"steps": 3}, {"lr": 0.5}, {"grid": (1.0,)}, {"snapshot": (2,)}], ids=str
+)
+def test_base_does_not_depend_on(tmp_path, options):
+    assert base_path(tmp_path, **options) == base_path(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["labels", "images"])
+def test_real_images_are_their_content(part):
     real = real_toys().training
-    changed = dataclasses.replace(real, **{pick: getattr(real, pick).flip(0)})
+    changed = dataclasses.replace(real, **{part: getattr(real, part).flip(0)})
     assert changed.identity != real.identity
     assert dataclasses.replace(real, source="elsewhere").identity == real.identity
 
 
-def test_another_model_trains_another_base(tmp_path):
-    base_of(tmp_path)
-    other = Counting()
-    other.training_identity = "other"
-    base_of(tmp_path, other)
-    assert other.steps > 0
-
-
-@pytest.mark.parametrize("options", [{"steps": 3}, {"lr": 0.5}, {"grid": (1.0,)}], ids=str)
-def test_base_does_not_depend_on(tmp_path, options):
-    base_of(tmp_path)
-    assert base_of(tmp_path, **options)[1].steps == 0
-
-
-def test_base_depends_on_its_seed(tmp_path):
-    first, _ = base_of(tmp_path / "a")
-    torch.manual_seed(99)
-    again, _ = base_of(tmp_path / "b")
-    other, _ = base_of(tmp_path / "c", seed=1)
-    assert (
-        neon.keys.weights_hash(first)
-        == neon.keys.weights_hash(again)
-        != neon.keys.weights_hash(other)
-    )
-
-
-def test_plan_trains_no_base(tmp_path):
-    assert base_of(tmp_path, plan=True)[1].steps == 0 and not [*tmp_path.iterdir()]
-
-
-def test_plan_of_a_trained_base_uses_it(tmp_path):
-    trained, _ = base_of(tmp_path)
-    planned, model = base_of(tmp_path, plan=True)
-    assert neon.keys.weights_hash(planned) == neon.keys.weights_hash(trained) and model.steps == 0
-
-
-def test_base_of_a_file(tmp_path):
-    base, _ = toy_pair()
-    ToyModel().save(base, tmp_path / "base.safetensors", {})
-    found, _ = base_of(tmp_path, base=str(tmp_path / "base.safetensors"))
-    assert neon.keys.weights_hash(found) == neon.keys.weights_hash(base)
-
-
-@pytest.mark.parametrize("given", [True, False], ids=["given", "trained here"])
-def test_model_is_checked_before_anything_is_trained(tmp_path, given, monkeypatch):
-    ToyModel().save(toy_pair()[0], tmp_path / "base.safetensors", {})
-    options = {"base": str(tmp_path / "base.safetensors")} if given else {}
-    monkeypatch.setattr(
-        Counting, "start_check", lambda self, base, c, trained: checks.append((trained, self.steps))
-    )
-    checks = []
-    base_of(tmp_path, **options)
-    assert checks[0] == (given, 0)
-
-
-def test_training_a_base_needs_images(tmp_path):
-    with pytest.raises(neon.files.UserError, match="--train-base needs --data"):
-        neon.study.get_base(config(tmp_path, train_base=1.0), ToyModel(), None, CPU)
-
-
-def test_base_that_does_not_fit_the_images_is_refused():
-    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    real = neon.images.RealData(*[neon.images.RealImages(images, None, "images.zip")] * 3, "")
-    with pytest.raises(neon.files.UserError, match=r"\(1, 4, 4\).*images.zip are \(3, 4, 4\)"):
-        neon.study.check_model(config(Path(".")), ToyModel(), ToyNet(), real)
-    neon.study.check_model(config(Path(".")), ToyModel(), ToyNet(), real_toys())
-    neon.study.check_model(config(Path(".")), ToyModel(), ToyNet(), None)
+# -------------------- synthetic set and self-training
 
 
 def snapshots_of(out, model=None, base=None, **options):
-    out.mkdir(exist_ok=True)
-    c = config(out, **{"lr": 1e-3, "ramp_kimg": 0.0, "ema_kimg": 0.1} | options)
-    model = model or Counting()
+    """{kimg: file} and the model, of a self-training in the folder `out`."""
+    setup = setup_of(out, model, **{"lr": 1e-3, "ramp_kimg": 0.0, "ema_kimg": 0.1} | options)
     base = base or toy_pair()[0]
-    sampler = neon.sampling.Sampler(model, base, CPU, c.steps, c.sample_batch, c.labels)
-    return neon.study.get_snapshots(c, model, base, sampler), model
+    return neon.study.self_trained(setup, base, sampler_of(setup, base)), setup.model
 
 
 def test_synthetic_set_is_the_bases_at_seeds_from_zero(tmp_path):
-    base, model = toy_pair()[0], ToyModel()
-    sampler = neon.sampling.Sampler(model, base, CPU, 2, 32)
-    images, labels = neon.study.get_synthetic(config(tmp_path), base, tmp_path / "s.zip", sampler)
-    want, want_labels = neon.sampling.Sampler(model, base, CPU, 2, 100).images(range(100))
+    setup, base = setup_of(tmp_path, ToyModel(), synthetic=90), toy_pair()[0]
+    path = tmp_path / "s.zip"
+    images, labels = neon.study.synthetic_set(setup, sampler_of(setup, base), path)
+    want, want_labels = neon.sampling.Sampler(ToyModel(), base, 2, 100).batch_images(range(90))
     assert (images.int() - want.int()).abs().max() <= 1 and images.dtype == torch.uint8
     assert torch.equal(labels, want_labels)
 
 
 def test_unconditional_synthetic_set_has_no_labels(tmp_path):
-    base, model = network("uncond"), edm_model()
-    sampler = neon.sampling.Sampler(model, base, CPU, 1, 32)
-    c = config(tmp_path, synthetic=40)
-    images, labels = neon.study.get_synthetic(c, base, tmp_path / "s.zip", sampler)
+    base, path = network("uncond"), tmp_path / "s.zip"
+    setup = setup_of(tmp_path, edm_model(), synthetic=40, steps=1)
+    images, labels = neon.study.synthetic_set(setup, sampler_of(setup, base), path)
     assert labels is None and images.shape == (40, 3, 16, 16)
+
+
+def test_synthetic_set_has_the_precision_of_the_selection(tmp_path, monkeypatch):
+    asked = []
+    replace(monkeypatch, "network_calls", lambda net, precision: asked.append(precision))
+    with pytest.raises(TypeError):  # no context manager
+        snapshots_of(tmp_path, precision="bf16", confirm_precision="fp16")
+    assert asked == ["bf16"]
 
 
 def test_self_training_gives_every_snapshot(tmp_path):
@@ -332,72 +366,97 @@ def test_self_training_is_done_once(tmp_path):
     assert paths[1].stat().st_mtime_ns == stamp
 
 
-def test_recipe_of_the_self_training(tmp_path, monkeypatch):
-    seen = []
-
-    def train(*args):
-        seen.append(args)
-        args[6](args[1], 1)
-
-    replace(monkeypatch, "train", train)
+def test_recipe_of_the_self_training(tmp_path, trainings):
+    """The seed after the base's."""
     options = {"batch": 10, "seed": 7, "train_precision": "bf16", "ramp_kimg": 2.0}
     snapshots_of(tmp_path, ToyModel(), **options)
-    (args,) = seen
-    assert args[4] == neon.train.Recipe("self-training", 10, 1e-3, 2.0, 0.1, 8, precision="bf16")
-    assert neon.keys.weights_hash(args[1]) == neon.keys.weights_hash(toy_pair()[0])
-    assert args[5] == (1,)
+    assert trainings[0].recipe == neon.train.Recipe(
+        name="self-training",
+        batch=10,
+        lr=1e-3,
+        ramp_kimg=2.0,
+        ema_kimg=0.1,
+        seed=8,
+        precision="bf16",
+    )
+
+
+def test_self_training_goes_on_from_the_base_with_its_samples(tmp_path, trainings):
+    snapshots_of(tmp_path, ToyModel(), snapshot=(1, 3))
+    (training,) = trainings
     (path,) = tmp_path.glob("synthetic-*.zip")
     images, labels = neon.images.read_dataset(path)
-    assert torch.equal(args[2], images) and torch.equal(args[3], labels)
+    assert torch.equal(training.images, images) and torch.equal(training.labels, labels)
+    assert neon.keys.weights_hash(training.net) == neon.keys.weights_hash(toy_pair()[0])
+    assert training.snapshots == [1, 3]
+
+
+def test_snapshots_say_where_they_come_from(tmp_path, trainings):
+    _, model = snapshots_of(tmp_path, snapshot=(1, 3))
+    (path,) = tmp_path.glob("synthetic-*.zip")
+    for recipe, kimg in zip(model.recipes, (1, 3), strict=True):
+        assert recipe["kimg"] == kimg and recipe["training"]["seed"] == 1
+        assert recipe["base_weights"] == neon.keys.weights_hash(toy_pair()[0])
+        assert path.stem == f"synthetic-{recipe['synthetic']}"
+
+
+def planned(out, base=None, model=None, **options):
+    """Path of the snapshot and key of the synthetic set."""
+    setup = setup_of(out, model, **options)
+    paths, synthetic, _ = neon.study.self_training(setup, base or toy_pair()[0])
+    return paths[1], synthetic
 
 
 @pytest.mark.parametrize(
-    "options, sets",
+    "name, value",
     [
-        ({"lr": 0.5}, 1),
-        ({"seed": 1}, 1),
-        ({"batch": 10}, 1),
-        ({"ema_kimg": 0.2}, 1),
-        ({"ramp_kimg": 0.2}, 1),
-        ({"train_precision": "bf16"}, 1),
-        ({"synthetic": 90}, 2),
-        ({"steps": 3}, 2),
-        ({"labels": "random"}, 2),
-        ({"precision": "bf16"}, 2),
+        ("lr", 0.5),
+        ("seed", 1),
+        ("batch", 10),
+        ("ema_kimg", 0.2),
+        ("ramp_kimg", 0.2),
+        ("train_precision", "bf16"),
     ],
-    ids=str,
 )
-def test_another_recipe_trains_again(tmp_path, options, sets):
-    before, _ = snapshots_of(tmp_path)
-    after, model = snapshots_of(tmp_path, **options)
-    assert after[1] != before[1] and model.steps > 0
-    assert len([*tmp_path.glob("synthetic-*.zip")]) == sets
+def test_another_recipe_trains_again_on_the_same_set(tmp_path, name, value):
+    path, synthetic = planned(tmp_path)
+    other, same = planned(tmp_path, **{name: value})
+    assert other != path and same == synthetic
 
 
-def test_another_base_makes_another_synthetic_set(tmp_path):
-    snapshots_of(tmp_path)
-    snapshots_of(tmp_path, base=toy_pair()[1])
-    assert len([*tmp_path.glob("synthetic-*.zip")]) == 2
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("synthetic", 90),
+        ("steps", 3),
+        ("labels", "random"),
+        ("precision", "bf16"),
+        ("device", "cuda"),
+        ("base", toy_pair()[1]),
+    ],
+)
+def test_another_set_trains_again(tmp_path, name, value):
+    path, synthetic = planned(tmp_path)
+    other_path, other = planned(tmp_path, **{name: value})
+    assert other != synthetic and other_path != path
 
 
-@pytest.mark.parametrize("name, sets", [("identity", 2), ("training_identity", 1)])
-def test_another_model_trains_again(tmp_path, name, sets):
-    snapshots_of(tmp_path)
+@pytest.mark.parametrize("name, set_too", [("identity", True), ("training_identity", False)])
+def test_another_model_trains_again(tmp_path, name, set_too):
+    path, synthetic = planned(tmp_path)
     model = Counting()
     setattr(model, name, "other")
-    snapshots_of(tmp_path, model)
-    assert model.steps > 0 and len([*tmp_path.glob("synthetic-*.zip")]) == sets
+    other_path, other = planned(tmp_path, model=model)
+    assert other_path != path and (other != synthetic) == set_too
 
 
 @pytest.mark.parametrize("options", [{"grid": (1.0,)}, {"select_images": 50}], ids=str)
 def test_self_training_does_not_depend_on(tmp_path, options):
-    before, _ = snapshots_of(tmp_path)
-    assert snapshots_of(tmp_path, **options)[0] == before
+    assert planned(tmp_path, **options) == planned(tmp_path)
 
 
 def test_longer_self_training_goes_on(tmp_path):
     snapshots_of(tmp_path)
-    (tmp_path / "whole").mkdir()
     found, model = snapshots_of(tmp_path, snapshot=(1, 2))
     whole, _ = snapshots_of(tmp_path / "whole", snapshot=(1, 2))
     assert model.steps == 50 and model.batches == 0
@@ -410,419 +469,698 @@ def test_snapshot_that_was_passed_is_refused(tmp_path):
         snapshots_of(tmp_path, snapshot=(1, 3))
 
 
-def test_plan_trains_nothing(tmp_path):
-    paths, model = snapshots_of(tmp_path, plan=True)
-    assert model.steps == model.batches == 0 and not [*tmp_path.iterdir()] and [*paths] == [1]
-
-
-def test_self_training_improves_on_no_one(tmp_path):
-    """Orphans of a killed run are cleared."""
+def test_what_a_killed_training_left_is_cleared(tmp_path, trainings):
     paths, _ = snapshots_of(tmp_path)
     paths[1].unlink()
     orphan = paths[1].parent / ".part-x"
     orphan.mkdir()
-    (paths[1].parent / "training-state.safetensors").unlink()
     snapshots_of(tmp_path)
     assert paths[1].exists() and not orphan.exists()
 
 
-@pytest.mark.parametrize("snapshots", [(550,), (550, 1051)], ids=str)
+def test_training_without_memory_names_its_batch(tmp_path):
+    class Large(Counting):
+        def loss(self, *args):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    with pytest.raises(neon.files.UserError, match="out of memory .* --batch 20"):
+        snapshots_of(tmp_path, Large())
+
+
+# -------------------- --aux
+
+
+@pytest.mark.parametrize("snapshots", [(550,), (550, 1551)], ids=str)
 def test_given_snapshots(tmp_path, snapshots):
-    for kimg in (550, 1051, 1551):
+    for kimg in (1551, 550, 1051):
         (tmp_path / f"network-snapshot-{kimg:06d}.pkl").touch()
-    c = config(tmp_path, aux=str(tmp_path), snapshot=snapshots)
+    setup = setup_of(tmp_path, aux=str(tmp_path), snapshot=snapshots)
     want = {kimg: tmp_path / f"network-snapshot-{kimg:06d}.pkl" for kimg in snapshots}
-    assert neon.study.get_snapshots(c, None, None, SimpleNamespace(processes=CPU)) == want
+    assert neon.study.self_trained(setup, None, None) == want
 
 
 def test_given_network(tmp_path):
     (tmp_path / "aux.pkl").touch()
-    c = config(tmp_path, aux=str(tmp_path / "aux.pkl"), snapshot=(7,))
-    assert neon.study.given_snapshots(c, ToyModel(), CPU) == {7: tmp_path / "aux.pkl"}
+    setup = setup_of(tmp_path, aux=str(tmp_path / "aux.pkl"), snapshot=(7,))
+    assert neon.study.given_snapshots(setup) == {7: tmp_path / "aux.pkl"}
 
 
 def test_given_snapshots_that_are_not_there(tmp_path):
     (tmp_path / "network-snapshot-best.pkl").touch()
-    with pytest.raises(neon.files.UserError, match=r"has snapshots \['best'\], not all of"):
-        neon.study.given_snapshots(config(tmp_path, aux=str(tmp_path)), ToyModel(), CPU)
+    with pytest.raises(neon.files.UserError, match=r"has snapshots \['best'\], not --snapshot"):
+        neon.study.given_snapshots(setup_of(tmp_path, aux=str(tmp_path)))
 
 
-# -------------------- the study of one snapshot, on real scores
+def test_one_network_for_several_snapshots_is_refused(tmp_path):
+    (tmp_path / "aux.pkl").touch()
+    setup = setup_of(tmp_path, aux=str(tmp_path / "aux.pkl"), snapshot=(3, 6))
+    with pytest.raises(neon.files.UserError, match=r"one network, --snapshot names 2 \(3, 6\)"):
+        neon.study.given_snapshots(setup)
 
 
-STUDY = {"grid": (0.5, 1.0), "sweep": (-1.0, 0.5, 2.0), "final_repeats": 2, "placebo": 2}
+# -------------------- blocks and the size of the grid
+
+
+def test_large_grid_of_single_blocks_is_counted(tmp_path):
+    c = config(tmp_path, grid=(0.5, 1.0), block_grid={"dec": (1.0, 2.0, 3.0)})
+    assert neon.study.grid_points(c, BLOCKS) == 2 * 2 * 3
+
+
+@pytest.mark.parametrize(
+    "options, points",
+    [
+        ({}, 128),
+        ({"search": "gradient"}, 0),
+        ({"search": "cobyqa"}, 0),
+        ({"search": "gradient", "placebo": 1}, 128),
+    ],
+    ids=str,
+)
+def test_search_takes_the_place_of_a_large_grid(tmp_path, options, points):
+    c = config(tmp_path, grid=(0.5, 1.0), **options)
+    assert neon.study.grid_points(c, "abcdefg") == points
+
+
+def test_small_grid_stays_beside_a_search(tmp_path):
+    c = config(tmp_path, grid=tuple(range(10)), search="gradient")
+    assert neon.study.grid_points(c, "ab") == 100
+
+
+def test_grid_of_a_block_that_is_not_there_is_refused(tmp_path):
+    c = config(tmp_path, block_grid={"top": (1.0,)})
+    with pytest.raises(neon.files.UserError, match="no block top"):
+        neon.study.check_grid(c, BLOCKS)
+
+
+@pytest.mark.parametrize(
+    "side, options, refused",
+    [
+        (21, {}, False),
+        (22, {}, True),
+        (22, {"yes": True}, False),
+        (22, {"search": "cobyqa"}, False),
+    ],
+    ids=str,
+)
+def test_grid_of_more_than_10_000_points_is_refused(tmp_path, side, options, refused):
+    """21^3 = 9,261 and 22^3 = 10,648 points."""
+    c = config(tmp_path, grid=tuple(range(side)), **options)
+    if refused:
+        with pytest.raises(neon.files.UserError, match="10648 points over 3 blocks"):
+            neon.study.check_grid(c, BLOCKS)
+    else:
+        neon.study.check_grid(c, BLOCKS)
+
+
+@pytest.mark.parametrize("side, said", [(4, ""), (5, "125 points over 3 blocks")])
+def test_large_grid_is_remarked_upon(tmp_path, side, said):
+    remark = neon.study.check_grid(config(tmp_path, grid=tuple(range(side))), BLOCKS)
+    assert said in remark and bool(remark) == bool(said)
+
+
+@pytest.mark.parametrize(
+    "named, blocks",
+    [
+        ("paper", ["enc", "mid", "dec"]),
+        ({"dec*": "b", "*": "a"}, ["a", "b"]),
+        ("layers", "enc.0 enc.1 mid.0 mid.1 dec.0 dec.1 mid_labels mid_unused".split()),
+    ],
+    ids=["paper", "file", "layers"],
+)
+def test_names_of_the_blocks(named, blocks):
+    found = neon.study.block_names(named, ToyModel(), ToyNet())
+    assert sorted(found) == sorted(blocks) and (named == "layers" or found == blocks)
+
+
+# -------------------- the experiment, on real scores: two snapshots, final sets, placebos, judges
+
+STUDY = {
+    "snapshot": (1, 3),
+    "grid": (0.5, 1.0),
+    "block_grid": {"dec": (0.5, 1.0, 1.75)},
+    "sweep": (2.0, -0.5, -1.0),
+    "final_repeats": 2,
+    "placebo": 2,
+    "search": "cobyqa",
+    "search_partition": "layers",
+    "evaluations": 20,
+    "judge": ("pixels", "random-conv"),
+}
+EVEN = [round(0.5 + 0.5 * k / 19, 4) for k in range(20)]  # as many as the search has evaluations
+SWEEP = [-1.0, -0.5, 0.0, *EVEN, 2.0]
+GRID = [weights(*v) for v in itertools.product((0.5, 1.0), (0.5, 1.0), (0.5, 1.0, 1.75))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toy_features():
+    """The preset's features are the toy's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preset, "features", lambda c: ToyFeatures())
+        yield
 
 
 @pytest.fixture(scope="module")
-def studied(tmp_path_factory):
+def networks(tmp_path_factory):
+    """The base and {kimg: self-trained network}, and a folder of their files."""
+    folder = tmp_path_factory.mktemp("networks")
+    base, near = toy_pair()
+    far = blend(base, near, weights(-2.5, -3, -2), lambda name: name[:3])
+    far.offset.fill_(-0.4)
+    for kimg, net in ((1, near), (3, far)):
+        ToyModel().save(net, folder / f"network-snapshot-{kimg:06d}.safetensors", {})
+    return base, {1: near, 3: far}, folder
+
+
+def experiment(out, networks, **options):
+    base, _, folder = networks
+    out.mkdir(exist_ok=True)
+    setup = toy_setup(out, **{"aux": str(folder)} | options)
+    return neon.study.experiment(setup, base, sampler_of(setup, base))
+
+
+@pytest.fixture(scope="module")
+def studied(networks, tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
-    options = {**STUDY, "search": "cobyqa", "evaluations": 12}
-    scorer = toy_scorer(out, **options)
-    c = config(out, **options)
-    return neon.study.study(c, scorer, scorer, ToyModel(), neon.study.seed_ledger(c)), scorer, out
+    results = experiment(out, networks, **STUDY)
+    return {entry.kimg: entry for entry in results.entries}, results.judges[0], out
 
 
-def test_sweep_holds_grid_base_and_collapsed(studied):
-    values = [score.w["mid"] for score in studied[0].sweep]
-    assert values == [-1.0, 0.0, 0.5, 1.0, 2.0]
-    assert all(len(set(score.w.values())) == 1 for score in studied[0].sweep)
+def merged(networks, kimg, w, owner_of):
+    """The network of these weights, written out."""
+    base, auxes, _ = networks
+    if set(w.values()) == {-1.0}:
+        return auxes[kimg]
+    return blend(base, auxes[kimg], w, owner_of)
 
 
-def test_grid_holds_every_product(studied):
-    grid = [score.w for score in studied[0].grid]
-    assert grid == [weights(*v) for v in itertools.product((0.5, 1.0), repeat=3)]
+def owner_in(name):
+    """{parameter: block} of a model, as a function."""
+    return ToyModel().layer if name == "searched" else (lambda parameter: parameter[:3])
 
 
-@pytest.mark.parametrize("name", ["base", "collapsed", "global", "blockwise", "searched"])
-def test_distances_of_the_models(studied, name):
-    entry, scorer, _ = studied
-    want = toy_distance(scorer, entry.models[name].w, range(10_000, 10_100))
-    assert entry.models[name].fd == pytest.approx(want, rel=1e-5)
+def placebos_of(networks, kimg):
+    base, auxes, _ = networks
+    merger = neon.blocks.Merger(base, auxes[kimg], lambda name: name[:3])
+    return neon.blocks.placebo_partitions(merger, ToyModel().layer, 2)
 
 
-@pytest.mark.parametrize("name", ["base", "collapsed", "global", "blockwise", "searched"])
-def test_final_distances_are_on_every_final_set(studied, name):
-    entry, scorer, _ = studied
-    want = [
-        toy_distance(scorer, entry.models[name].w, range(first, first + 120))
-        for first in (50_000, 50_120)
-    ]
+both = pytest.mark.parametrize("kimg", [1, 3])
+
+
+@both
+def test_sweep_holds_grid_base_and_collapsed(studied, kimg):
+    sweep = studied[0][kimg].sweep
+    assert [score.w for score in sweep] == [weights(w, w, w) for w in SWEEP]
+
+
+@both
+def test_grid_holds_every_product(studied, kimg):
+    assert [score.w for score in studied[0][kimg].grid] == GRID
+
+
+@both
+@pytest.mark.parametrize("name", MODELS)
+def test_distances_of_the_models(studied, networks, name, kimg):
+    entries, judge, _ = studied
+    candidate = entries[kimg].models[name]
+    net = merged(networks, kimg, candidate.w, owner_in(name))
+    want = network_distance(net, range(10_000, 10_100), judge.selection)
+    assert candidate.fd == pytest.approx(want, rel=1e-3)
+
+
+@both
+@pytest.mark.parametrize("name", MODELS)
+def test_final_distances_are_on_every_final_set(studied, networks, name, kimg):
+    entries, judge, _ = studied
+    entry = entries[kimg]
+    net = merged(networks, kimg, entry.models[name].w, owner_in(name))
+    firsts = (50_000, 50_120)
+    want = [network_distance(net, range(first, first + 120), judge.final) for first in firsts]
     final = entry.final[name]
     # A batch may round a pixel to another grey level than an image alone.
     assert final["all"] == pytest.approx(want, rel=1e-3) and final["images"] == 120
     assert final["w"] == entry.models[name].w
 
 
-def test_blockwise_is_the_best_of_the_grid(studied):
-    entry = studied[0]
-    assert entry.models["blockwise"].fd == min(score.fd for score in entry.grid)
+@both
+def test_blockwise_is_the_best_of_the_grid(studied, kimg):
+    entry = studied[0][kimg]
+    best = min(entry.grid, key=lambda score: score.fd)
+    assert (entry.models["blockwise"].w, entry.models["blockwise"].fd) == (best.w, best.fd)
 
 
-def test_global_is_the_best_of_the_sweep(studied):
-    entry = studied[0]
-    candidates = [score for score in entry.sweep if score.w["enc"] != -1]
-    assert entry.models["global"].fd == min(score.fd for score in candidates)
-    assert entry.models["global"].w == dict.fromkeys(BLOCKS, entry.models["global"].w_global)
+@both
+def test_global_is_the_best_of_the_sweep(studied, kimg):
+    entry = studied[0][kimg]
+    best = min(entry.sweep[1:], key=lambda score: score.fd)
+    assert entry.models["global"].w == best.w
+    assert entry.models["global"].w_global == best.w["dec"]
 
 
-def test_selection_and_final_scores_are_in_their_files(studied):
-    entry, _, out = studied
-    firsts = {
-        name: {json.loads(line)["first_seed"] for line in (out / name).read_text().splitlines()}
-        for name in ("grid.jsonl", "final.jsonl")
-    }
-    assert firsts == {"grid.jsonl": {10_000}, "final.jsonl": {50_000, 50_120}}
+@both
+def test_search_moves_the_blocks_of_its_own_partition(studied, kimg):
+    w = studied[0][kimg].models["searched"].w
+    assert set(w) == set(neon.study.block_names("layers", ToyModel(), ToyNet()))
+    assert len(set(w.values())) > 1
 
 
-def test_final_scores_are_of_the_models_alone(studied):
-    entry, _, out = studied
-    rows = [json.loads(line) for line in (out / "final.jsonl").read_text().splitlines()]
-    wanted = [candidate.w for candidate in entry.models.values()]
-    wanted += [placebo["w"] for placebo in entry.placebo]
-    assert all(row["w"] in wanted for row in rows)
+@both
+def test_placebo_is_the_best_of_its_random_blocks(studied, networks, kimg):
+    entries, judge, _ = studied
+    for owners, placebo in zip(placebos_of(networks, kimg), entries[kimg].placebo, strict=True):
+        distances = []
+        for w in GRID:
+            net = merged(networks, kimg, w, owners.__getitem__)
+            distances.append(network_distance(net, range(10_000, 10_100), judge.selection))
+        assert placebo["fd"] == pytest.approx(min(distances), rel=1e-3)
+        assert distances[GRID.index(placebo["w"])] == pytest.approx(min(distances), rel=1e-3)
 
 
-def test_placebo_is_the_best_of_its_random_blocks(studied):
-    entry, scorer, _ = studied
-    for k, placebo in enumerate(entry.placebo):
-        owners = neon.blocks.placebo_owners(scorer.merger, ToyModel(), k)
-        random = scorer.with_owners(owners)
-        grid = [weights(*v) for v in itertools.product((0.5, 1.0), repeat=3)]
-        distances = [
-            random.score(w, neon.scores.SeedSet("selection", 10_000, 100)).fd for w in grid
-        ]
-        assert placebo["fd"] == min(distances)
-        assert placebo["w"] == grid[int(np.argmin(distances))]
+@both
+def test_placebo_is_compared_with_global_on_the_final_seeds(studied, networks, kimg):
+    entries, judge, _ = studied
+    entry = entries[kimg]
+    for owners, placebo in zip(placebos_of(networks, kimg), entry.placebo, strict=True):
+        net = merged(networks, kimg, placebo["w"], owners.__getitem__)
+        firsts = (50_000, 50_120)
+        ours = [network_distance(net, range(first, first + 120), judge.final) for first in firsts]
+        want = sum(ours) / 2 - entry.final["global"]["fd"]
+        found = placebo["against_global"]["difference"]
+        assert found == pytest.approx(want, abs=1e-3 * sum(ours))
 
 
-def test_placebo_is_compared_with_global_on_the_final_seeds(studied):
-    entry, scorer, _ = studied
-    for k, placebo in enumerate(entry.placebo):
-        owners = neon.blocks.placebo_owners(scorer.merger, ToyModel(), k)
-        sets = [
-            neon.scores.SeedSet("final 1", 50_000, 120),
-            neon.scores.SeedSet("final 2", 50_120, 120),
-        ]
-        ours = [scorer.with_owners(owners).score(placebo["w"], seeds) for seeds in sets]
-        theirs = [scorer.score(entry.models["global"].w, seeds) for seeds in sets]
-        assert placebo["against_global"] == neon.stats.compare(ours, theirs).as_json()
+@both
+def test_judges_that_no_selection_saw(studied, kimg):
+    entry = studied[0][kimg]
+    for judge in entry.judges.values():
+        assert [*judge["final"]] == [*MODELS, *CONTROLS, "random blocks 1", "random blocks 2"]
+    distances = [judge["final"]["base"]["fd"] for judge in entry.judges.values()]
+    assert len({*distances, entry.final["base"]["fd"]}) == 3
 
 
-def test_blocks_of_the_entry(studied):
-    entry, scorer, _ = studied
-    assert entry.blocks == scorer.merger.table() and entry.kimg == 1
+@both
+def test_controls_are_in_the_final_comparison(studied, networks, kimg):
+    """The toy's sampler has no steps: twice as many change nothing but the key."""
+    entries, judge, _ = studied
+    final = entries[kimg].final
+    assert [*final] == [*MODELS, *CONTROLS]
+    assert final["base, twice the steps"]["all"] == final["base"]["all"]
+    base, auxes, _ = networks
+    net = neon.controls.Guided(base, auxes[kimg])
+    net.w.fill_(final["guided"]["w"]["guidance"])
+    firsts = (50_000, 50_120)
+    want = [network_distance(net, range(first, first + 120), judge.final) for first in firsts]
+    assert final["guided"]["all"] == pytest.approx(want, rel=1e-3)
 
 
-# -------------------- the study of one snapshot, on scores made by hand
+@both
+def test_blocks_of_the_entry(studied, networks, kimg):
+    base, auxes, _ = networks
+    merger = neon.blocks.Merger(base, auxes[kimg], lambda name: name[:3])
+    assert studied[0][kimg].blocks == merger.table()
 
 
-class Prescribed:
-    """A scorer of prescribed distances: fd(w, seeds)."""
-
-    def __init__(self, fd, blocks=BLOCKS, dim=6):
-        self.fd, self.kimg, self.calls = fd, 1, []
-        self.merger = SimpleNamespace(blocks=list(blocks), table=dict)
-        facts = SimpleNamespace(facts={"images": 10_000})
-        features = SimpleNamespace(dim=dim)
-        self.judge = SimpleNamespace(name="own", features=features, selection=facts, final=facts)
-        self.judges = [self.judge]
-
-    def score(self, w, seeds, desc=None):
-        self.calls.append((w, seeds))
-        return score_of(self.fd(w, seeds), w=w, images=seeds.count, first_seed=seeds.first)
-
-    def scores(self, w, seeds, judges, desc=None):
-        return [self.score(w, seeds) for _ in judges]
-
-    def score_all(self, candidates, seeds, desc):
-        return [self.score(w, seeds) for w in candidates]
+@both
+def test_what_buffers_do_is_said(studied, kimg):
+    assert any("buffers" in note for note in studied[0][kimg].warnings)
 
 
-def study_of(fd, monkeypatch=None, found=None, blocks=BLOCKS, **options):
-    """The study of these distances; found: what a search returns."""
-    c = config(Path("."), **options)
-    scorer = Prescribed(fd, blocks)
-    if found is not None:
-        monkeypatch.setitem(neon.search.SEARCHES, c.search, found)
-    return neon.study.study(c, scorer, scorer, None, neon.study.seed_ledger(c)), scorer
+def test_snapshots_are_in_increasing_order(studied):
+    assert [*studied[0]] == [1, 3]
 
 
-def bowl(w, seeds=None):
+@both
+@pytest.mark.parametrize("name", MODELS)
+def test_pictures_are_of_the_first_final_seeds(studied, networks, name, kimg):
+    entry = studied[0][kimg]
+    assert [*entry.samples] == MODELS
+    net = merged(networks, kimg, entry.models[name].w, owner_in(name))
+    sampler = neon.sampling.Sampler(ToyModel(), net, 1, 100)
+    want, _ = sampler.batch_images(range(50_000, 50_032))
+    assert (entry.samples[name].int() - want.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    "name, firsts", [("grid.jsonl", {10_000}), ("final.jsonl", {50_000, 50_120})]
+)
+def test_scores_are_in_their_files(studied, name, firsts):
+    assert {row["first_seed"] for row in lines(studied[2] / name)} == firsts
+
+
+def merged_rows(out):
+    """Scores on the selection seeds, without those of the guided network."""
+    return [row for row in lines(out / "grid.jsonl") if "guidance" not in row["w"]]
+
+
+@both
+def test_one_network_under_several_partitions_is_scored_once(studied, kimg):
+    """0.5 everywhere is in the sweep, the grid and both placebos."""
+    rows = [row for row in merged_rows(studied[2]) if row["snapshot"] == kimg]
+    for w in SWEEP:
+        assert sum(set(row["w"].values()) == {w} for row in rows) == 1
+
+
+def test_every_score_is_in_the_log_once(studied):
+    for name in ("grid.jsonl", "final.jsonl"):
+        keys = [row["key"] for row in lines(studied[2] / name)]
+        assert len(keys) == len(set(keys))
+
+
+def test_only_the_sweep_has_precision_on_the_selection_seeds(studied):
+    for row in merged_rows(studied[2]):
+        assert (row["precision"] is not None) == (len(set(row["w"].values())) == 1)
+
+
+def test_entry_as_plain_data_keeps_scores_and_models(studied):
+    for kimg, entry in studied[0].items():
+        plain = entry.as_json()
+        assert plain["kimg"] == kimg
+        assert [row["w_global"] for row in plain["sweep"]] == SWEEP
+        assert [row["fd"] for row in plain["grid"]] == [score.fd for score in entry.grid]
+        for name in CONTROLS:
+            assert plain[name]["w"] == entry.controls[name].w
+        for name in MODELS:
+            assert plain[name]["w"] == entry.models[name].w
+            assert plain[name]["fd"] == entry.models[name].fd
+        assert plain["global"]["w_global"] == entry.models["global"].w_global
+
+
+def test_again_nothing_is_scored(studied, networks, monkeypatch):
+    monkeypatch.setattr(neon.scores.Scorer, "features", pytest.fail)
+    again = experiment(studied[2], networks, **STUDY).entries
+    assert [entry.as_json() for entry in again] == [
+        entry.as_json() for entry in studied[0].values()
+    ]
+
+
+def test_exchanged_aux_is_scored_anew(networks, tmp_path):
+    """The same path, another network: nothing but the base's score stays."""
+    base, auxes, _ = networks
+    path, found = tmp_path / "aux.safetensors", []
+    for net in auxes.values():
+        ToyModel().save(net, path, {})
+        (entry,) = experiment(tmp_path, networks, aux=str(path), snapshot=(2,)).entries
+        judge = network_distance(net, range(10_000, 10_100), toy_scorer(tmp_path).judge.selection)
+        assert entry.models["collapsed"].fd == pytest.approx(judge, rel=1e-3)
+        found.append([*(score.fd for score in entry.grid), entry.controls["guided"].fd])
+    same = [ours == theirs for ours, theirs in zip(*found, strict=True)]
+    assert same == [True] + [False] * 8  # the grid's first point is the base
+
+
+# -------------------- the experiment, on prescribed scores
+
+
+@pytest.fixture
+def prescribed(monkeypatch, tmp_path, networks):
+    """study(fd, found, **options) -> entry and calls. fd(w, seeds, scorer): the distances; found:
+    what a search returns."""
+
+    def study(fd, found=None, **options):
+        calls = []
+
+        def scores(scorer, w, seeds, judges, shares=False, desc=None):
+            calls.append(SimpleNamespace(w=w, seeds=seeds, owners=scorer.merger.owners))
+            distance = fd(w, seeds, scorer)
+            return [
+                score_of(distance, w=w, images=seeds.count, first_seed=seeds.first) for _ in judges
+            ]
+
+        monkeypatch.setattr(neon.scores.Scorer, "scores", scores)
+        if found is not None:
+            monkeypatch.setitem(neon.search.SEARCHES, options["search"], found)
+        (entry,) = experiment(tmp_path, networks, **{"controls": ()} | options).entries
+        return entry, calls
+
+    return study
+
+
+def bowl(w, *_):
     """Least at BEST."""
     return 1.0 + sum((w[block] - BEST[block]) ** 2 for block in BLOCKS)
 
 
-def test_collapsed_network_is_no_candidate():
+def test_collapsed_network_is_no_candidate(prescribed):
     """Not even when it is the best, and the grid and the sweep hold it."""
-    entry, _ = study_of(
-        lambda w, seeds: 1.0 + w["enc"], grid=(-1.0, 0.0, 1.0), sweep=(-1.0, 0.5, 2.0)
-    )
+
+    def fd(w, *_):
+        return 0.0 if w["enc"] == -1 else 1.0 + abs(w["enc"])
+
+    entry, _ = prescribed(fd, grid=(-1.0, 0.0, 1.0), sweep=(-1.0, 0.5, 2.0))
     assert entry.models["global"].w_global == 0 and entry.models["collapsed"].fd == 0
 
 
-def test_weights_between_base_and_collapsed_are_candidates():
-    entry, _ = study_of(lambda w, seeds: 2.0 + w["enc"], grid=(0.0, 1.0), sweep=(-0.5, 0.5))
+def test_weights_between_base_and_collapsed_are_candidates(prescribed):
+    entry, _ = prescribed(lambda w, *_: 2.0 + w["enc"], grid=(0.0, 1.0), sweep=(-0.5, 0.5))
     assert entry.models["global"].w_global == -0.5
 
 
-def test_base_may_be_the_best_global_weight():
-    entry, _ = study_of(lambda w, seeds: 1.0 + abs(w["enc"]), grid=(0.5, 1.0))
+def test_base_may_be_the_best_global_weight(prescribed):
+    entry, _ = prescribed(lambda w, *_: 1.0 + abs(w["enc"]), grid=(0.5, 1.0))
     assert entry.models["global"].w_global == 0
 
 
-def test_sweep_may_hold_the_best_global_weight():
-    def fd(w, seeds):
-        return 1.0 + abs(w["enc"] - 3)
-
-    entry, scorer = study_of(fd, grid=(0.5, 1.0), sweep=(2.0, 3.0))
-    assert entry.models["global"] == neon.study.Candidate(weights(3, 3, 3), 1.0, scorer.merger, 3.0)
+def test_sweep_may_hold_the_best_global_weight(prescribed):
+    entry, _ = prescribed(lambda w, *_: 1 + abs(w["enc"] - 3), grid=(0.5, 1.0), sweep=(2.0, 3.0))
+    found = entry.models["global"]
+    assert (found.w, found.fd, found.w_global) == (weights(3, 3, 3), 1.0, 3.0)
 
 
-def test_winners_are_chosen_on_the_selection_seeds():
+def test_winners_are_chosen_on_the_selection_seeds(prescribed):
     """The final seeds would choose otherwise."""
 
-    def fd(w, seeds):
-        return bowl(w) if not seeds.is_final else 100 - bowl(w)
+    def fd(w, seeds, scorer):
+        return 100 - bowl(w) if seeds.is_final else bowl(w)
 
-    entry, _ = study_of(fd, grid=(0.5, 1.0, 1.5))
+    entry, _ = prescribed(fd, grid=(0.5, 1.0, 1.5))
     assert entry.models["blockwise"].w == BEST
     assert entry.models["global"].w_global == 1.0
     assert entry.final["blockwise"]["fd"] == 99
 
 
-def test_every_model_is_scored_on_every_final_set():
-    entry, scorer = study_of(bowl, grid=(0.5, 1.0), final_repeats=3)
-    firsts = [(w, seeds.first) for w, seeds in scorer.calls if seeds.is_final]
-    want = [
-        (candidate.w, 50_000 + 120 * repeat)
-        for candidate in entry.models.values()
-        for repeat in range(3)
-    ]
+def test_every_model_is_scored_on_every_final_set(prescribed):
+    entry, calls = prescribed(bowl, grid=(0.5, 1.0), final_repeats=3)
+    firsts = [(call.w, call.seeds.first) for call in calls if call.seeds.is_final]
+    want = []
+    for candidate in entry.models.values():
+        want += [(candidate.w, 50_000 + 120 * repeat) for repeat in range(3)]
     assert firsts == want
 
 
-def test_searched_is_the_best_the_search_evaluated(monkeypatch):
+def test_searched_is_the_best_the_search_evaluated(prescribed):
     """Even if the grid knows a better one."""
     rows = [score_of(8.0, w=weights(5, 5, 5)), score_of(7.0, w=weights(6, 6, 6))]
-    entry, scorer = study_of(
-        bowl, monkeypatch, lambda *args: rows, search="cobyqa", grid=(0.5, 1.0)
-    )
-    assert entry.models["searched"] == neon.study.Candidate(weights(6, 6, 6), 7.0, scorer.merger)
+    entry, _ = prescribed(bowl, lambda *args: rows, search="cobyqa", grid=(0.5, 1.0))
+    found = entry.models["searched"]
+    assert (found.w, found.fd) == (weights(6, 6, 6), 7.0)
     assert entry.models["blockwise"].fd < 7
 
 
-@pytest.mark.parametrize("name", ["cobyqa", "coordinate", "gradient"])
-def test_search_starts_at_the_best_global_weight(monkeypatch, name):
+@pytest.mark.parametrize("name", ["cobyqa", "gradient"])
+def test_search_starts_at_the_best_global_weight(prescribed, name):
     asked = []
 
-    def search(c, scorer, seeds, start):
-        asked.append((seeds.purpose, seeds.first, seeds.count, start))
+    def search(scorer, start, evaluations, bounds):
+        asked.append((start, evaluations, bounds))
         return [score_of(7.0)]
 
-    study_of(bowl, monkeypatch, search, search=name, grid=(0.25, 1.75, 2.5))
-    assert asked == [("selection", 10_000, 100, 0.25)]
+    options = {"evaluations": 9, "bounds": (-0.5, 3.5), "grid": (0.25, 1.75, 2.5)}
+    prescribed(lambda w, *_: 1 + abs(w["mid"] - 0.25), search, search=name, **options)
+    assert asked == [(0.25, 9, (-0.5, 3.5))]
 
 
-def test_what_a_search_finds_is_never_called_blockwise(monkeypatch):
+@pytest.mark.parametrize("own", ["", "layers"], ids=["the same blocks", "layers"])
+def test_search_has_its_own_partition(prescribed, own):
+    asked = []
+
+    def search(scorer, start, evaluations, bounds):
+        asked.append(scorer.merger.owners)
+        return [score_of(0.1, w=scorer.merger.weights(1.5))]
+
+    _, calls = prescribed(
+        lambda w, *_: 1.0, search, search="gradient", search_partition=own, grid=(0.5, 1.0)
+    )
+    (owners,) = asked
+    owner_of = ToyModel().layer if own else (lambda name: name[:3])
+    assert owners == {name: owner_of(name) for name in owners}
+    assert calls[-1].owners == owners and calls[-1].seeds.is_final
+
+
+def test_what_a_search_finds_is_never_called_blockwise(prescribed):
     """A grid of 125 points is left to the search."""
     grid = (0.0, 0.5, 1.0, 1.5, 2.0)
-    entry, _ = study_of(
-        bowl, monkeypatch, lambda *args: [score_of(0.5, w=BEST)], search="gradient", grid=grid
-    )
+    found = [score_of(0.5, w=BEST)]
+    entry, _ = prescribed(bowl, lambda *args: found, search="gradient", grid=grid)
     assert [*entry.models] == ["base", "collapsed", "global", "searched"] and entry.grid == []
     assert [*entry.final] == [*entry.models]
 
 
-def test_every_placebo_has_blocks_of_its_own(monkeypatch):
-    """Seeds 0, 1, ...; each goes through the same grid, and its best to the final seeds."""
-    drawn, random = [], []
+def test_every_placebo_has_blocks_of_its_own(prescribed):
+    """Each goes through the same grid, and its own best to the final seeds."""
 
-    def with_owners(self, owners):
-        random.append(Prescribed(self.fd))
-        return random[-1]
+    def target(scorer):
+        """The least is elsewhere in every partition."""
+        return {block: 0.5 + (scorer.merger.index.count(k) % 2) for k, block in enumerate(BLOCKS)}
 
-    replace(monkeypatch, "placebo_owners", lambda merger, model, k: drawn.append(k))
-    monkeypatch.setattr(Prescribed, "with_owners", with_owners, raising=False)
-    entry, scorer = study_of(bowl, grid=(0.5, 1.75), placebo=3, final_repeats=2)
-    assert drawn == [0, 1, 2] and len(entry.placebo) == 3
-    best = weights(0.5, 0.5, 1.75)
-    for cut in random:
-        assert [seeds.first for _, seeds in cut.calls] == [10_000] * 8 + [50_000, 50_120]
-        assert [w for w, _ in cut.calls[8:]] == [best] * 2
-    assert {placebo["fd"] for placebo in entry.placebo} == {bowl(best)}
+    def fd(w, seeds, scorer):
+        return 1.0 + sum((w[block] - target(scorer)[block]) ** 2 for block in BLOCKS)
 
-
-def test_without_a_search_nothing_is_searched():
-    entry, _ = study_of(bowl)
-    assert [*entry.models] == ["base", "collapsed", "global", "blockwise"]
+    entry, calls = prescribed(fd, grid=(0.5, 1.75), placebo=3, final_repeats=2)
+    by_owners = {}
+    for call in calls:
+        by_owners.setdefault(tuple(call.owners.values()), []).append(call)
+    own, *dealt = by_owners.values()
+    assert len(dealt) == len(entry.placebo) == 3
+    for mine, placebo in zip(dealt, entry.placebo, strict=True):
+        assert [call.seeds.first for call in mine] == [10_000] * 8 + [50_000, 50_120]
+        assert [call.w for call in mine[8:]] == [placebo["w"]] * 2
 
 
-def test_base_that_diverges_ends_the_run():
+def test_as_many_global_weights_as_grid_points_are_tried(prescribed):
+    entry, _ = prescribed(bowl, grid=(0.0, 1.0), block_grid={"mid": (0.0, 1.0, 5.0)})
+    even = [round(k / 11, 4) for k in range(12)]
+    assert [score.w["mid"] for score in entry.sweep] == [-1.0, *even]
+
+
+def test_placebos_end_where_there_are_no_more(prescribed):
+    """One layer of eight is a block: seven other choices of it."""
+    partition = {"enc.0.*": "one", "*": "rest"}
+    entry, calls = prescribed(lambda w, *_: 1.0, partition=partition, placebo=9)
+    assert len({tuple(call.owners.values()) for call in calls}) == 1 + 7
+    assert len(entry.placebo) == 7
+    assert any("allow only 7 other blocks" in note for note in entry.warnings)
+
+
+def test_enough_placebos_are_no_remark(prescribed):
+    partition = {"enc.0.*": "one", "*": "rest"}
+    entry, _ = prescribed(lambda w, *_: 1.0, partition=partition, placebo=7)
+    assert len(entry.placebo) == 7 and not any("placebo" in note for note in entry.warnings)
+
+
+def test_without_a_search_nothing_is_searched(prescribed):
+    assert [*prescribed(bowl)[0].models] == ["base", "collapsed", "global", "blockwise"]
+
+
+def test_base_that_diverges_ends_the_run(prescribed):
     with pytest.raises(neon.files.UserError, match="base network's images are not finite"):
-        study_of(lambda w, seeds: math.inf if w["enc"] == 0 else 1.0)
+        prescribed(lambda w, *_: math.inf if w["enc"] == 0 else 1.0)
 
 
-def test_weights_that_diverge_win_nothing():
-    def fd(w, seeds):
+def test_weights_that_diverge_win_nothing(prescribed):
+    def fd(w, *_):
         return math.inf if w["enc"] > 0.75 else bowl(w)
 
-    entry, _ = study_of(fd, grid=(0.5, 1.0, 1.5))
-    assert entry.models["global"].w_global == 0.5 and entry.models["blockwise"].w["enc"] == 0.5
+    entry, _ = prescribed(fd, grid=(0.5, 1.0, 1.5))
+    assert entry.models["global"].w_global <= 0.75 and entry.models["blockwise"].w["enc"] == 0.5
 
 
-def test_collapsed_network_that_diverges_is_noted():
-    entry, _ = study_of(lambda w, seeds: math.inf if w["enc"] == -1 else bowl(w))
-    assert "collapsed: the sampler diverges" in entry.warnings
-    assert entry.final["collapsed"]["against_base"]["verdict"] == "worse"
-
-
-def test_one_block_has_a_grid_too():
-    entry, _ = study_of(lambda w, seeds: 1 + w["a"] ** 2, blocks=("a",), grid=(0.5, 1.0))
+def test_one_block_has_a_grid_too(prescribed):
+    entry, _ = prescribed(lambda w, *_: 1 + w["a"] ** 2, partition={"*": "a"}, grid=(0.5, 1.0))
     assert entry.models["blockwise"].w == {"a": 0.5}
+
+
+def test_judges_come_before_any_training(tmp_path, monkeypatch):
+    def no_features(c):
+        raise neon.files.UserError("the Inception weights cannot be downloaded")
+
+    replace(monkeypatch, "train", pytest.fail)
+    monkeypatch.setattr(preset, "features", no_features)
+    setup = setup_of(tmp_path, train_base=0.4)
+    net = neon.study.first_network(setup)
+    with pytest.raises(neon.files.UserError, match="Inception weights"):
+        neon.study.experiment(setup, net, sampler_of(setup, net))
+
+
+def test_each_snapshot_is_merged_with_its_own_network(networks, tmp_path, monkeypatch):
+    merged_with = []
+
+    def scores(scorer, w, seeds, judges, shares=False, desc=None):
+        merged_with.append((scorer.snapshot, scorer.merger.aux_hash))
+        return [score_of(bowl(w), w=w) for _ in judges]
+
+    monkeypatch.setattr(neon.scores.Scorer, "scores", scores)
+    experiment(tmp_path, networks, snapshot=(1, 3), controls=())
+    hashes = {kimg: neon.keys.weights_hash(net) for kimg, net in networks[1].items()}
+    assert set(merged_with) == set(hashes.items())
 
 
 # -------------------- the repaired network
 
 
+def entry_of(scorer, best, **others):
+    """A study's end in which `best` has the least distance; others: scorers of single models."""
+    models = {}
+    for i, name in enumerate(("base", "global", "blockwise", "searched")):
+        own = others.get(name, scorer)
+        w = {block: i + 0.25 * k for k, block in enumerate(own.merger.blocks)}
+        models[name] = neon.study.Candidate(w, 1.0 if name == best else 2.0 + i, own)
+    return SimpleNamespace(kimg=7, models=models)
+
+
 @pytest.mark.parametrize("best", ["base", "global", "blockwise", "searched"])
 def test_network_that_is_saved_is_the_best_on_the_selection_seeds(tmp_path, best):
-    names = ("base", "global", "blockwise", "searched")
-    scorer, model = toy_scorer(tmp_path), ToyModel()
-    models = {
-        name: neon.study.Candidate(
-            weights(i, i + 1, i), 1.0 if name == best else 2.0, scorer.merger
-        )
-        for i, name in enumerate(names)
-    }
-    entry = SimpleNamespace(kimg=7, models=models)
-    c = config(tmp_path, export_pt=True)
-    neon.study.save_merged(c, model, entry, scorer.parents)
+    scorer, setup = toy_scorer(tmp_path), setup_of(tmp_path, ToyModel(), export_pt=True)
+    entry = entry_of(scorer, best)
+    neon.study.export_best(setup, entry)
 
-    w = models[best].w
+    w = entry.models[best].w
     want = blend(*toy_pair(), w, lambda name: name[:3]).state_dict()
     saved = safetensors.torch.load_file(tmp_path / "adaptive-neon-000007.safetensors")
     exported = torch.load(tmp_path / "adaptive-neon-000007.pt", weights_only=True)
     for name, tensor in want.items():
         torch.testing.assert_close(saved[name], tensor, rtol=0, atol=1e-6)
         assert torch.equal(exported[name], saved[name])
-    recipe = {"model": best, "w": w, "partition": "paper", **scorer.parents}
-    assert model.exported == recipe
+    base, aux = toy_pair()
+    assert setup.model.exported == {
+        "model": best,
+        "w": w,
+        "partition": "paper",
+        "base_weights": neon.keys.weights_hash(base),
+        "aux_weights": neon.keys.weights_hash(aux),
+    }
+
+
+@pytest.mark.parametrize("best", ["blockwise", "searched"])
+def test_network_of_the_searchs_own_partition(tmp_path, best):
+    scorer = toy_scorer(tmp_path)
+    setup = setup_of(tmp_path, ToyModel(), search="cobyqa", search_partition="layers")
+    entry = entry_of(scorer, best, searched=scorer.with_blocks(ToyModel().layer))
+    neon.study.export_best(setup, entry)
+
+    owner_of = owner_in(best)
+    want = blend(*toy_pair(), entry.models[best].w, owner_of).state_dict()
+    saved = safetensors.torch.load_file(tmp_path / "adaptive-neon-000007.safetensors")
+    for name, tensor in want.items():
+        torch.testing.assert_close(saved[name], tensor, rtol=0, atol=1e-6)
+    named = "layers" if best == "searched" else "paper"
+    assert setup.model.exported["partition"] == named
 
 
 def test_plain_weights_are_written_on_request_alone(tmp_path):
-    scorer = toy_scorer(tmp_path)
-    models = {"base": neon.study.Candidate(weights(0, 0, 0), 1.0, scorer.merger)}
-    neon.study.save_merged(config(tmp_path), ToyModel(), SimpleNamespace(kimg=7, models=models), {})
-    assert not [*tmp_path.glob("*.pt")] and len([*tmp_path.glob("*.safetensors")]) == 1
+    neon.study.export_best(setup_of(tmp_path, ToyModel()), entry_of(toy_scorer(tmp_path), "global"))
+    assert not [*tmp_path.glob("*.pt")]
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == [
+        "adaptive-neon-000007.safetensors"
+    ]
 
 
 def test_saved_network_of_edm_is_read_back_with_its_recipe(tmp_path):
-    base, aux, owners, merger = edm_merger("ncsnpp")
-    entry = SimpleNamespace(kimg=7, models={"blockwise": neon.study.Candidate(BEST, 1.0, merger)})
-    neon.study.save_merged(config(tmp_path), edm_model(), entry, {"aux_weights": "abc"})
+    scorer = edm_scorer(tmp_path, "ncsnpp")
+    merger = scorer.merger
+    setup = setup_of(tmp_path, edm_model())
+    models = {"blockwise": neon.study.Candidate(BEST, 1.0, scorer)}
+    neon.study.export_best(setup, SimpleNamespace(kimg=7, models=models))
+
     path = tmp_path / "adaptive-neon-000007.safetensors"
-    want = blend(base, aux, BEST, owners.get).state_dict()
+    want = blend(merger.base, merger.aux, BEST, merger.owners.get).state_dict()
     for name, tensor in edm.load_network(path).state_dict().items():
         torch.testing.assert_close(tensor, want[name], rtol=0, atol=1e-6)
     with safetensors.safe_open(path, "pt") as file:
         recipe = json.loads(file.metadata()["config"])["recipe"]
-    assert recipe == {"model": "blockwise", "w": BEST, "partition": "paper", "aux_weights": "abc"}
+    assert recipe["model"] == "blockwise" and recipe["w"] == BEST
 
 
-# -------------------- plain data of an entry
-
-
-def test_keys_of_a_snapshot_in_the_summary():
-    entry, _ = study_of(bowl, grid=(0.5, 1.0, 1.5), final_repeats=2)
-    found = entry.as_json()
-    assert set(found) == {
-        *("kimg", "blocks", "grid", "sweep", "base", "collapsed", "global", "blockwise"),
-        *("final", "placebo", "warnings", "parts", "judges", "claims"),
-    }
-    assert found["global"] == {"w": weights(1, 1, 1), "fd": 1.5, "w_global": 1.0}
-    assert found["blockwise"] == {"w": BEST, "fd": 1.0}
-    assert len(found["grid"]) == 27 and found["grid"][0] == {
-        "w": weights(0.5, 0.5, 0.5),
-        "fd": 2.25,
-        "seconds": 0.5,
-        "low": 2.25,
-        "high": 2.25,
-    }
-    assert [row["w_global"] for row in found["sweep"]] == [-1, 0, 0.5, 1, 1.5]
-
-
-def test_rows_of_the_summary_hold_precision_and_recall():
-    row = score_of(2.0, precision=0.25, recall=0.5, w=BEST)
-    entry = neon.study.Entry(1, {}, [], [row], {}, {}, [], [], {}, {}, [])
-    assert entry.as_json()["grid"] == [
-        {
-            **{"w": BEST, "fd": 2.0, "seconds": 0.5, "low": 2.0, "high": 2.0},
-            **{"precision": 0.25, "recall": 0.5},
-        }
-    ]
-
-
-# -------------------- training seeds
-
-
-def test_every_training_seed_has_its_seeds_and_folder(tmp_path, monkeypatch):
-    runs = []
-
-    def study(c, preset, argv, processes, begin):
-        runs.append((c.seed, c.out.name, c.out.is_dir()))
-        return None
-
-    replace(monkeypatch, "study_all", study)
-    replace(monkeypatch, "summarise_seeds", lambda *_: {})
-    replace(monkeypatch, "write_seeds", lambda *_: None)
-    replace(monkeypatch, "plot_report", lambda *_: None)
-    c = neon.config.Config(out=tmp_path, seed=7, training_seeds=3)
-    neon.cli.study_seeds(c, edm.PRESETS["cifar10"], [], CPU, 0.0)
-    # Two seeds each: the base's, and the next one for self-training.
-    assert runs == [(7, "seed-0", True), (9, "seed-1", True), (11, "seed-2", True)]
-
-
-def test_training_seeds_need_a_training(tmp_path):
-    c = neon.config.Config(out=tmp_path, aux="x.pkl", training_seeds=2)
-    with pytest.raises(neon.files.UserError, match="--aux is trained already"):
-        neon.cli.study_seeds(c, edm.PRESETS["cifar10"], [], CPU, 0.0)
+def test_best_of_several_equal_models_is_the_first(tmp_path):
+    scorer, setup = toy_scorer(tmp_path), setup_of(tmp_path, ToyModel())
+    models = {name: neon.study.Candidate(weights(0, 0, 1), 1.0, scorer) for name in MODELS}
+    neon.study.export_best(setup, SimpleNamespace(kimg=7, models=models))
+    assert setup.model.exported["model"] == "base"
