@@ -565,6 +565,26 @@ def test_alignment_is_a_cosine_of_its_own_seed(monkeypatch):
     assert toy.gradient_alignment(parameters(), dataclasses.replace(SMALL, seed=1)) != curve
 
 
+def test_alignment_is_of_the_target_and_of_samples_of_the_base(monkeypatch):
+    """Points and noise of either side, each zeta's samples from the same starting noise."""
+    seen = []
+
+    def recording(theta, data, alignment, seed):
+        seen.append((data, seed))
+        return torch.ones(2, 5, dtype=torch.float64)
+
+    monkeypatch.setattr(toy, "batch_gradients", recording)
+    toy.gradient_alignment(parameters(), dataclasses.replace(SMALL, seed=3))
+    torch.manual_seed(3 + 2**21)
+    z, real_z = torch.randn(2, 500, 2, dtype=torch.float64)
+    want = [real_z @ torch.linalg.cholesky(toy.target()[1]).T]
+    for zeta in SMALL.zetas:
+        want += [reference.mlp_ddim(parameters()[None], z.float(), reference_schedule(20), zeta)[0]]
+    for (data, _), points in zip(seen, want, strict=True):
+        torch.testing.assert_close(data, points, rtol=0, atol=1e-3)
+    assert [seed for _, seed in seen] == [3 + 2**22] + [3 + 2**23] * 3
+
+
 def test_alignment_of_equal_distributions_is_one_and_noise_is_not_shared(monkeypatch):
     """Samples that are target points of their own: the population gradients are the same."""
     root, seeds = torch.linalg.cholesky(toy.target()[1]).float(), []
