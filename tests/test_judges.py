@@ -469,7 +469,7 @@ def test_gradient_search_needs_the_gradient_of_what_decides(real, tmp_path, plac
     path = judge_file(tmp_path, DETACHED)
     own, select_with = Flat(), (path,)
     if place == "own":
-        file = neon.modelfile.JudgeFile(path)
+        file = neon.userfile.JudgeFile(path)
         own, select_with = neon.features.FileFeatures(file, real.training.images[:4]), ()
     c = config(tmp_path, select_with=select_with, search="gradient")
     with pytest.raises(neon.UserError, match="no gradient comes through the features mine-3"):
