@@ -32,17 +32,6 @@ def inception(source: str | Path = INCEPTION) -> "InceptionFeatures":
     return InceptionFeatures(fetch(str(source), "the Inception weights", check))
 
 
-def random_conv(channels: int) -> "RandomConvFeatures":
-    """Three convolutions with random weights, always the same."""
-    return RandomConvFeatures(channels)
-
-
-def pixels(images: torch.Tensor) -> "PixelFeatures":
-    """The pixels in the principal components of these images, uint8 [N, C, H, W], which no score
-    may compare with."""
-    return PixelFeatures(images)
-
-
 class InceptionFeatures(nn.Module):
     """Inception-v3 of the FID graph: uint8 [N, 3, H, W] (or float in [0, 255]) -> pool [N, 2048]
     float32. path: the public PyTorch port of its weights (pt_inception-2015-12-05). TF1-style
@@ -198,6 +187,10 @@ class PixelFeatures(nn.Module):
 
     def forward(self, images):
         return (self.vectors(images) - self.mean) @ self.components
+
+
+# As functions, beside inception().
+random_conv, pixels = RandomConvFeatures, PixelFeatures
 
 
 class FileFeatures:
