@@ -68,7 +68,8 @@ def signals():
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """Two ranks, each in a thread: what `share` gives or raises on each of them."""
+    """Two ranks, each in a thread: what `share` gives or raises on each of them. Networks are made
+    before, since threads share torch's generator."""
     meeting = threading.Barrier(2, timeout=20)
     local, said = threading.local(), {}
 

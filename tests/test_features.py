@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import adaptive_neon as neon
+from adaptive_neon.glyphs import draw_glyphs
 
 
 def random_images(n, seed=0, channels=1, height=4, width=4):
@@ -255,13 +256,18 @@ def test_other_weights_are_another_inception(inception, inception_weights, tmp_p
     assert other.kind == inception.kind == "inception"
 
 
-@pytest.mark.parametrize("fault", ["damaged", "missing", "none", "no file"])
+@pytest.mark.parametrize(
+    "fault", ["damaged", "missing", "none", "no file", "a list", "numbers", "negative variance"]
+)
 def test_other_files_are_not_inception(inception_weights, tmp_path, fault):
     pool = "branch_pool.conv.weight"
     contents = {
         "damaged": {**inception_weights, f"Mixed_7c.{pool}": inception_weights[f"Mixed_7b.{pool}"]},
         "missing": {n: w for n, w in inception_weights.items() if "6c.branch7x7_2" not in n},
         "none": {},
+        "a list": list(inception_weights.values()),
+        "numbers": {name: 1.5 for name in inception_weights},
+        "negative variance": {n: -w.abs() for n, w in inception_weights.items()},
     }
     path = tmp_path / "bad.pth"
     path.write_bytes(b"no")
@@ -326,7 +332,7 @@ def test_identity_of_random_convolutions_holds_their_design(monkeypatch):
 
 
 def test_pixels_are_the_leading_principal_components():
-    images = neon.glyphs.draw_glyphs(500, 0)[0]
+    images = draw_glyphs(500, 0)[0]
     features = neon.pixels(images)
     x = (images.flatten(1).double().numpy() - 127.5) / 127.5
     centred = x - x.mean(0)

@@ -260,10 +260,11 @@ def test_a_few_modes_have_precision_and_no_recall(clouds, generator):
     assert precision == 1 and recall < 0.6
 
 
-def test_at_most_so_many_points_count(clouds):
+def test_precision_and_recall_take_at_most_so_many_images(clouds, monkeypatch):
     real, fake = clouds
-    found = neon.judges.precision_recall(real, fake, 3, most=30)
-    assert found == neon.judges.precision_recall(real[:30], fake[:30], 3)
+    want = neon.judges.precision_recall(real[:30], fake[:30], 3)
+    monkeypatch.setattr(neon.judges, "MOST", 30)
+    assert neon.judges.precision_recall(real, fake, 3) == want
 
 
 def test_radii_of_a_reference_are_those_of_five_neighbours(real, clouds):
@@ -324,7 +325,7 @@ def test_kernel_distance_of_equal_distributions_is_zero_on_average():
 
 
 def test_kernel_distance_takes_at_most_so_many_images(monkeypatch):
-    monkeypatch.setattr(neon.judges, "KERNEL_IMAGES", 40)
+    monkeypatch.setattr(neon.judges, "MOST", 40)
     torch.manual_seed(0)
     real, fake = torch.randn(50, 5), torch.randn(60, 5) + 1
     found = neon.judges.kernel_distance(with_features(real), fake)

@@ -675,8 +675,10 @@ def test_writer_waits_for_the_one_before(tmp_path):
 
 
 def test_ranks_score_as_one_process_does(ranks, tmp_path):
+    scorers = [toy_scorer(tmp_path / f"rank {rank}") for rank in (0, 1)]
+
     def share(processes):
-        scorer = toy_scorer(tmp_path / f"rank {processes.rank}")
+        scorer = scorers[processes.rank]
         scorer.sampler.processes = processes
         return [scorer.score(w, shares=True).fd for w in (BEST, BASE, BEST)]
 
@@ -690,9 +692,10 @@ def test_ranks_score_as_one_process_does(ranks, tmp_path):
 
 def test_ranks_diverge_together(ranks, tmp_path, capsys):
     """Where one of them has no finite images."""
+    scorers = [toy_scorer(tmp_path / f"rank {rank}") for rank in (0, 1)]
 
     def share(processes):
-        scorer = toy_scorer(tmp_path / f"rank {processes.rank}")
+        scorer = scorers[processes.rank]
         scorer.sampler.processes = processes
         if processes.rank == 1:
             scorer.sampler.model.sample = lambda net, noise, *_: noise * math.nan
