@@ -204,7 +204,7 @@ def one_storage_many_times():
 
 def wide_text():
     """One wide character makes all the others four bytes wide."""
-    letters = b"a" * 60_000_000 + "\U0001f600".encode()
+    letters = b"a" * 120_000_000 + "\U0001f600".encode()
     return b"\x80\x04X" + struct.pack("<I", len(letters)) + letters + b"\x94."
 
 

@@ -59,7 +59,7 @@ INPUTS: dict[str, dict[str, tuple]] = {
     },
     "search_key": {
         "start": ("a", "b"),
-        "blocks": ({"p": "enc", "q": "dec"}, {"p": "enc", "q": "enc"}),
+        "blocks": ({"p": "enc", "q": "dec"}, {"p": "dec", "q": "enc"}),
         "fresh": ((10_000_000, 100), (10_000_001, 100)),
         "bounds": ((-1.0, 2.0), (-1.0, 3.0)),
         "precision": ("fp32", "tf32"),
