@@ -216,7 +216,7 @@ class DiffusersModel(UserModel):
         # was trained.
         for module in net.modules():
             if hasattr(module, "dropout_prob"):
-                module.dropout_prob = 0.0
+                setattr(module, "dropout_prob", 0.0)  # noqa: B010  no tensor, as mypy would have it
         return self.checked_network(net, "load")
 
     def _denoiser_home(self, path: Path) -> Path:
@@ -431,7 +431,7 @@ class DiffusersModel(UserModel):
 
     def layer(self, name: str) -> str:
         """One layer for each block of the network: conv_in, down_blocks.0, mid_block, ..."""
-        self.block(name, None, "paper")  # refuses names that are not the network's
+        self.block(name, nn.Identity(), "paper")  # refuses names that are not the network's
         head, _, rest = name.partition(".")
         if head in ("down_blocks", "up_blocks", "transformer_blocks"):
             return f"{head}.{rest.split('.')[0]}"
