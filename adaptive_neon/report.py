@@ -92,7 +92,8 @@ def judge_row(judge) -> dict:
     final = judge["final"]
     row = {"judge": judge["score"]}
     for name in final:
-        row[name] = number(final[name]["fd"])
+        if not name.startswith("random blocks"):  # summary.json has them
+            row[name] = number(final[name]["fd"])
     for model, against in (("global", "base"), ("blockwise", "global"), ("searched", "global")):
         if model in final:
             gain = final[model][f"against_{against}"]
