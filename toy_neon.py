@@ -22,8 +22,10 @@ import sys
 
 def stopped(number, frame):
     """Ctrl-C, or a batch system's SIGTERM: one line and the exit code, at any moment."""
-    os.write(2, b"\ntoy_neon: stopped; finished parts are kept, run the same command again\n")
-    os._exit(128 + number)
+    try:
+        os.write(2, b"\ntoy_neon: stopped; finished parts are kept, run the same command again\n")
+    finally:  # whatever has become of the terminal
+        os._exit(128 + number)
 
 
 def take_signals():
@@ -636,7 +638,8 @@ def gradient_alignment(theta_r, alignment: Alignment) -> Curve:
 # ---------------------------------------------------------------- parts
 def progress(items, what):
     """A bar on a terminal, nothing in a log."""
-    return tqdm(items, desc=what, leave=False, mininterval=1, disable=None)
+    hidden = sys.stderr is None or not sys.stderr.isatty()
+    return tqdm(items, desc=what, leave=False, mininterval=1, disable=hidden)
 
 
 @contextlib.contextmanager

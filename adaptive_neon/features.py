@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .extension import neon_ext
-from .files import UserError, fetch, load_weights, reading, reason_of
+from .files import Refused, UserError, fetch, load_weights, printable, reading, reason_of
 from .keys import design_key, joint_key, weights_hash
 
 INCEPTION = (
@@ -30,17 +30,6 @@ def inception(source: str | Path = INCEPTION) -> "InceptionFeatures":
     """FID's Inception: its public weights, or another file or address of the same form."""
     check = INCEPTION_SHA256 if source == INCEPTION else ""
     return InceptionFeatures(fetch(str(source), "the Inception weights", check))
-
-
-def random_conv(channels: int) -> "RandomConvFeatures":
-    """Three convolutions with random weights, always the same."""
-    return RandomConvFeatures(channels)
-
-
-def pixels(images: torch.Tensor) -> "PixelFeatures":
-    """The pixels in the principal components of these images, uint8 [N, C, H, W], which no score
-    may compare with."""
-    return PixelFeatures(images)
 
 
 class InceptionFeatures(nn.Module):
@@ -75,9 +64,11 @@ class InceptionFeatures(nn.Module):
                 if key.endswith(".conv.weight"):
                     self.add(key.removesuffix(".conv.weight"), weights)
             try:
-                self(torch.zeros(1, 3, 8, 8))  # every layer is there and fits
+                found = self(torch.zeros(1, 3, 8, 8))  # every layer is there and fits
             except AttributeError as error:
                 raise KeyError(str(error)) from error
+            if found.shape != (1, self.dim) or not found.isfinite().all():
+                raise Refused(f"its features are not {self.dim} finite numbers")
         self.identity = weights_hash(self)
         self.name = f"inception-{self.identity[:8]}-tf1"
 
@@ -198,6 +189,10 @@ class PixelFeatures(nn.Module):
         return (self.vectors(images) - self.mean) @ self.components
 
 
+# As functions, beside inception().
+random_conv, pixels = RandomConvFeatures, PixelFeatures
+
+
 class FileFeatures:
     """features(images) of a model file: uint8-valued [N, C, H, W] -> [N, D]."""
 
@@ -208,8 +203,8 @@ class FileFeatures:
         if not found.is_floating_point() or not found.isfinite().all():
             raise UserError(f"{model.path}: features() must give finite floating-point numbers")
         self.model, self.dim = model, found.shape[1]
-        self.kind = self.name = f"{model.path.stem}-{self.dim}"
-        self.score = f"FD (features of {model.path.name}, {self.dim}-d)"
+        self.kind = self.name = f"{printable(model.path.stem)}-{self.dim}"
+        self.score = f"FD (features of {printable(model.path.name)}, {self.dim}-d)"
         self.identity = model.identity
 
     def __call__(self, images):

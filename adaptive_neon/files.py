@@ -11,13 +11,16 @@ import re
 import shutil
 import socket
 import struct
+import sys
 import tempfile
+import tokenize
 import urllib.parse
 import zipfile
 import zlib
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import safetensors.torch
 import torch
@@ -48,6 +51,7 @@ FILE_ERRORS = (
     SyntaxError,  # PIL, for a broken PNG
     pickle.PickleError,
     struct.error,
+    tokenize.TokenError,  # numpy, for the header of an array
     zipfile.BadZipFile,
     zlib.error,
     http.client.HTTPException,
@@ -72,7 +76,51 @@ def reason_of(error):
     line = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, (Refused, UserError)):
         return printable(line, 500)
-    return f"{type(error).__name__}: {printable(line)}"
+    kind = type(error).__name__
+    return f"{kind}: {printable(line)}" if line else kind
+
+
+class Terminal:
+    """A stream whose failure costs nothing: it may be gone (`| head`) or know no accents."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        encoding = self.stream.encoding or "utf-8"
+        known = text.encode(encoding, "backslashreplace").decode(encoding)
+        self.attempt(lambda: self.stream.write(known))
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, work) -> None:
+        try:
+            work()
+        except OSError:
+            # Whoever read it has left. Python would complain again when it flushes at exit.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def unfailing_terminal():
+    """Prints and progress bars in this block cannot end it."""
+    with contextlib.ExitStack() as stack:
+        for name, redirect in (
+            ("stdout", contextlib.redirect_stdout),
+            ("stderr", contextlib.redirect_stderr),
+        ):
+            stream = getattr(sys, name)
+            if stream is not None:  # as without a console
+                terminal = Terminal(stream)
+                stack.enter_context(redirect(terminal))
+                stack.callback(terminal.flush)
+        yield
 
 
 @contextlib.contextmanager
@@ -370,3 +418,29 @@ def load_weights(path: Path) -> dict:
         if tensor.layout != torch.strided or not tensor.isfinite().all():
             raise Refused(f"its entry {printable(name)} is not finite")
     return dict(weights)
+
+
+LARGEST_MOMENT = 1e100  # its square is a number as well
+
+
+def read_moments(path: Path) -> tuple:
+    """(mean [D], covariance [D, D], images, features) of an npz with mu and sigma, as EDM's, which
+    leaves the number of images and the name of the features out. Arrays are float64."""
+    with reading(f"reference {path} has no usable mu and sigma"):
+        if not zipfile.is_zipfile(path):
+            with open(path, "rb") as file:
+                raise Refused(f"it is no npz, but {kind_of(file.read(512))}")
+        with np.load(path) as arrays:
+            moments = [arrays["mu"], arrays["sigma"]]
+            count = arrays["images"] if "images" in arrays else np.array(50_000)
+            features = str(arrays["features"]) if "features" in arrays else "inception"
+        real = all(array.dtype.kind in "fiu" for array in (*moments, count))
+        if not real:
+            raise Refused("mu, sigma or images are no real numbers")
+        mean, cov, count = (array.astype(np.float64) for array in (*moments, count))
+        for array in (mean, cov, count):
+            if not (np.abs(array) <= LARGEST_MOMENT).all():
+                raise Refused(f"mu, sigma or images are not within {LARGEST_MOMENT:g}")
+        if count.shape != () or count < 1 or count % 1:
+            raise Refused("its images are no number of images")
+        return mean, cov, int(count), printable(features)

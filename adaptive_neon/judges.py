@@ -18,15 +18,15 @@ from .features import (
     pixels,
     random_conv,
 )
-from .files import UserError, fetch, reading
+from .files import UserError, fetch, read_moments, reading
 from .images import RealData, RealImages
 from .keys import judge_key, reference_key
 from .sampling import allow_tf32
 from .stats import FOLDS
+from .userfile import JudgeFile
 
-KERNEL_IMAGES = 10_000  # at most, of each side of the kernel distance
-SHARE_IMAGES = 10_000  # the same of precision and recall
 NEIGHBOURS = 5  # of precision and recall
+MOST = 10_000  # images of each side for precision, recall and the kernel distance
 
 
 # -------------------- real images in one feature network
@@ -49,7 +49,7 @@ class Reference:
     @functools.cached_property
     def kernel_mean(self) -> float:
         """Of kernel_distance(): the mean kernel of two different real images."""
-        real = self.real[:KERNEL_IMAGES].double()
+        real = self.real[:MOST].double()
         rows, diagonal = kernel_rows(real, real), kernel_diagonal(real)
         return float(rows.sum() - diagonal.sum()) / (len(real) * (len(real) - 1))
 
@@ -64,12 +64,9 @@ def reference_of_images(images: RealImages, features, device: str, origin: str) 
 def reference_of_file(path: Path, features, device: str, origin: str, real=None) -> Reference:
     """The same of an npz with mu and sigma, as EDM's, which leaves features and images out. real:
     RealImages for precision, recall and the kernel distance, which need more than moments."""
-    statistics: dict[str, Any] = {"features": "inception", "images": 50_000}
-    with reading(f"reference {path} has no usable mu and sigma"), np.load(path) as file:
-        statistics |= {key: file[key] for key in file if key in ("features", "images")}
-        mean, cov = (torch.as_tensor(file[key]).double().to(device) for key in ("mu", "sigma"))
-        count = int(statistics["images"])
-    shape, kind = tuple(mean.shape), str(statistics["features"])
+    mu, sigma, count, kind = read_moments(path)
+    mean, cov = torch.from_numpy(mu).to(device), torch.from_numpy(sigma).to(device)
+    shape = tuple(mean.shape)
     if shape != (features.dim,) or kind not in (features.name, features.kind):
         raise UserError(
             f"reference {path} has {shape} statistics of {kind}, the features are "
@@ -158,31 +155,23 @@ def on_device(features, device):
 
 
 # -------------------- precision and recall
-def neighbour_radii(
-    points: torch.Tensor, k: int = NEIGHBOURS, most: int = SHARE_IMAGES
-) -> torch.Tensor:
-    """Distance of each of the first `most` points [N, D] to its k-th neighbour: float64 [N]."""
-    points = points[:most].double()
+def neighbour_radii(points: torch.Tensor, k: int = NEIGHBOURS) -> torch.Tensor:
+    """Distance of each of the first MOST points [N, D] to its k-th neighbour: float64 [N]."""
+    points = points[:MOST].double()
     # A point's own zero distance is its first neighbour, hence k + 1.
     radii = [torch.cdist(part, points).kthvalue(k + 1).values for part in points.split(1000)]
     return torch.cat(radii)
 
 
 @torch.no_grad()
-def precision_recall(
-    real: torch.Tensor,
-    fake: torch.Tensor,
-    k: int = NEIGHBOURS,
-    most: int = SHARE_IMAGES,
-    real_radii: torch.Tensor | None = None,
-) -> tuple[float, float]:
-    """Improved precision and recall (arXiv 1904.06991) of features [N, D] and [M, D], at most
-    `most` of each. real_radii: neighbour_radii(real), where they are known."""
-    real, fake = real[:most].double(), fake[:most].double()
+def precision_recall(real, fake, k: int = NEIGHBOURS, real_radii=None) -> tuple[float, float]:
+    """Improved precision and recall (arXiv 1904.06991) of features [N, D] and [M, D].
+    real_radii: neighbour_radii(real), where they are known."""
+    real, fake = real[:MOST].double(), fake[:MOST].double()
     if real_radii is None:
-        real_radii = neighbour_radii(real, k, most)
+        real_radii = neighbour_radii(real, k)
     precision = share_inside(fake, real, real_radii)
-    return precision, share_inside(real, fake, neighbour_radii(fake, k, most))
+    return precision, share_inside(real, fake, neighbour_radii(fake, k))
 
 
 def share_inside(points: torch.Tensor, manifold: torch.Tensor, radii: torch.Tensor) -> float:
@@ -211,8 +200,8 @@ def kernel_diagonal(points: torch.Tensor) -> torch.Tensor:
 def kernel_distance(reference: Reference, fake: torch.Tensor) -> tuple[float, list[float]]:
     """Kernel Inception distance (arXiv 1801.01401): the unbiased squared maximum mean discrepancy
     to the real features, and the same without each of FOLDS folds of the fake ones [N, D]."""
-    real = reference.real[:KERNEL_IMAGES].double()
-    parts = fake[:KERNEL_IMAGES].double().tensor_split(FOLDS)
+    real = reference.real[:MOST].double()
+    parts = fake[:MOST].double().tensor_split(FOLDS)
     sizes = np.array([len(part) for part in parts])
 
     # Sums of kernels between folds, without those of an image with itself, and with the real ones.
@@ -275,7 +264,7 @@ def check_judges(c, preset, real: RealData | None) -> None:
             raise UserError(f"{option} {names[0]} compares with real images: give --data")
         for name in names:
             if name not in ("random-conv", "pixels", *preset.judges(c)):
-                open_judge_file(name, option)
+                JudgeFile(name, option)
 
 
 def judge_names(c) -> list[str]:
@@ -293,14 +282,7 @@ def feature_network(name: str, c, preset, real: RealData, option: str = "--judge
         return random_conv(images.shape[1])
     if name == "pixels":
         return pixels(images)
-    return FileFeatures(open_judge_file(name, option), images[:4].to(c.device))
-
-
-def open_judge_file(path, option):
-    # The module of model files stands above this one; only this class of it is needed here.
-    from .modelfile import JudgeFile
-
-    return JudgeFile(path, option)
+    return FileFeatures(JudgeFile(name, option), images[:4].to(c.device))
 
 
 def check_networks(c, selecting, unseen, example) -> None:

@@ -1,6 +1,5 @@
 """Tables and notes: summary.json and table.md, from plain data."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -93,7 +92,8 @@ def judge_row(judge) -> dict:
     final = judge["final"]
     row = {"judge": judge["score"]}
     for name in final:
-        row[name] = number(final[name]["fd"])
+        if not name.startswith("random blocks"):  # summary.json has them
+            row[name] = number(final[name]["fd"])
     for model, against in (("global", "base"), ("blockwise", "global"), ("searched", "global")):
         if model in final:
             gain = final[model][f"against_{against}"]
@@ -253,19 +253,7 @@ def publish(texts, plain, out):
     text = "\n\n".join(filter(None, texts))
     write_atomically(out / "table.md", text + "\n")
     write_atomically(out / "summary.json", json.dumps(plain, indent=1, allow_nan=False))
-    show("\n" + text)
-
-
-def show(text):
-    """Print, at no risk: a terminal may be gone (`| head`) or know no accents."""
-    stream = sys.stdout
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except OSError:
-        # Whoever read it has left. Python would complain again when it flushes at exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    print("\n" + text, flush=True)
 
 
 def summarise(c, argv, entries, judges, setup, seconds, processes, begin):

@@ -125,8 +125,8 @@ class Model:
         """The repaired network, in the form the model's users know; path has no suffix yet."""
         raise NotImplementedError
 
-    def own_features(self, base: nn.Module):
-        """A feature network of the model's own (see Judge), or None."""
+    def own_features(self, example: torch.Tensor):
+        """A feature network of the model's own (see Judge), or None. example: uint8 images."""
         return None
 
     def start_check(self, base: nn.Module, c, trained: bool) -> None:

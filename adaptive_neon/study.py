@@ -364,7 +364,10 @@ def trained_base(setup: Setup, net: nn.Module) -> nn.Module:
     if setup.processes.rank == 0:
         state.unlink(missing_ok=True)
     base = model.load_like(net, path)
-    check_model(setup, base, trained=True)
+    try:
+        check_model(setup, base, trained=True)
+    except UserError as error:
+        raise UserError(f"{error} (the trained base is kept: {path})") from error
     return base
 
 

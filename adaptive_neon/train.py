@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -106,12 +107,12 @@ def train(
 
 class Training:
     """A network, its weight average and Adam, one step after the other. Every step has its own
-    seed: what comes after it does not depend on how the run got there. count: training images."""
+    seed: what comes after it does not depend on how the run got there. count: training images;
+    seen: images so far."""
 
     def __init__(self, model, net: nn.Module, count: int, recipe: Recipe, processes: Processes):
         self.model, self.recipe, self.processes = model, recipe, processes
-        self.order = EpochOrder(count, recipe.seed)
-        self.seen = 0  # images
+        self.count, self.seen = count, 0
 
         self.net = net.to(processes.device).train()
         self.parameters = movable_parameters(self.net)
@@ -129,7 +130,7 @@ class Training:
 
         # This rank's share of the batch, and the random stream of this step.
         positions = torch.arange(self.seen, self.seen + recipe.batch)[rank::world]
-        index = self.order.at(positions)
+        index = shuffled(positions, self.count, recipe.seed)
         torch.manual_seed(((recipe.seed * 2**20 + self.seen // recipe.batch) * 64 + rank) % 2**63)
         x = images[index].to(self.processes.device)
         if not self.model.encodes:
@@ -164,14 +165,14 @@ class Training:
 
     def facts(self) -> dict:
         """What a state must agree in with the training that goes on from it."""
-        return {"recipe": dataclasses.asdict(self.recipe), "images": self.order.count}
+        return {"recipe": dataclasses.asdict(self.recipe), "images": self.count}
 
     def save(self, path: Path) -> None:
         save_state(path, self.tensors(), self.facts() | {"seen": self.seen})
 
     def resume(self, path: Path) -> None:
         """Go on where an earlier run stopped."""
-        with reading(f"{path} is damaged, delete it to train from the start"):
+        with reading(f"{path} cannot be used, delete it to train from the start"):
             tensors, facts = load_state(path)
             self.seen = facts.pop("seen")
             if facts != self.facts():
@@ -195,29 +196,21 @@ class Training:
                     tensor.copy_(tensors[name])
 
 
-class EpochOrder:
-    """An endless sequence of permutations of range(count), a new one every epoch. Keeps those of
-    the last batch: to draw one takes longer than a step, with many images."""
+@functools.lru_cache(maxsize=2)  # with many images, drawing one takes longer than a step
+def permutation(count: int, seed: int, epoch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator)
 
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed = count, seed
-        self.epochs: dict[int, torch.Tensor] = {}
 
-    def permutation(self, epoch: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.count, generator=generator)
-
-    def at(self, positions: torch.Tensor) -> torch.Tensor:
-        """Indices at these positions of the sequence, int64 [N] -> int64 [N]."""
-        epoch_of = positions // self.count
-        kept, self.epochs = self.epochs, {}
-        indices = torch.empty_like(positions)
-        for epoch in epoch_of.unique().tolist():
-            order = kept[epoch] if epoch in kept else self.permutation(epoch)
-            self.epochs[epoch] = order
-            here = epoch_of == epoch
-            indices[here] = order[positions[here] % self.count]
-        return indices
+def shuffled(positions: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """Indices at these positions of an endless sequence of permutations of range(count), one an
+    epoch: int64 [N] -> int64 [N]."""
+    epochs = positions // count
+    indices = torch.empty_like(positions)
+    for epoch in epochs.unique().tolist():
+        here = epochs == epoch
+        indices[here] = permutation(count, seed, epoch)[positions[here] % count]
+    return indices
 
 
 def ema_beta(batch: int, half_life: float, seen: int = 0, ramp_ratio: float | None = None) -> float:

@@ -586,11 +586,25 @@ class FrechetReference {
     return neon::distance(side_, gaussian(mu, cov, "frechet_distance", ""));
   }
 
+  Tensor distance_from_features(const Tensor& features) const {  // [N, D] -> []
+    check_features(features, "distance_from_features");
+    const bool differentiable = at::GradMode::is_enabled() && features.requires_grad();
+    if (features.size(0) > features.size(1) || differentiable) {
+      const auto [mean, cov] = feature_moments(features);
+      return distance(mean, cov);
+    }
+    // N centred rows have rank N - 1: a problem of that size.
+    const auto f = features.to(at::kDouble);
+    const auto mean = f.mean(0);
+    const auto rows = without_mean(f - mean) / std::sqrt(static_cast<double>(f.size(0) - 1));
+    return neon::distance(side_, {mean, {}, {rows.mT()}, {}});
+  }
+
   // Contiguous folds as torch.tensor_split makes them: the first N % K have one row more.
   std::tuple<double, std::vector<double>> fold_distances(const Tensor& features,  // [N, D]
                                                          int64_t folds) const {
     TORCH_CHECK_VALUE(folds >= 1, "fold_distances: folds = ", folds, " must be at least 1");
-    check_features(features);
+    check_features(features, "fold_distances");
     const at::NoGradGuard no_grad;
     const int64_t n = features.size(0);
     std::vector<int64_t> ends{0};
@@ -605,18 +619,18 @@ class FrechetReference {
  private:
   using Distances = std::tuple<double, std::vector<double>>;
 
-  void check_features(const Tensor& features) const {
+  void check_features(const Tensor& features,          // [N, D]
+                      const std::string& who) const {  // begins the messages
     TORCH_CHECK_VALUE(features.dim() == 2 && features.size(0) >= 2 && is_dense(features) &&
                           at::isFloatingType(features.scalar_type()),
-                      "fold_distances: features must be [N, D] dense floating point with N >= 2, "
-                      "got ",
+                      who, ": features must be [N, D] dense floating point with N >= 2, got ",
                       features.layout(), " ", describe(features));
     TORCH_CHECK_VALUE(
-        features.size(1) == side_.mu.size(0) && features.device() == side_.mu.device(),
-        "fold_distances: features must be [N, ", side_.mu.size(0), "] on ", side_.mu.device(),
+        features.size(1) == side_.mu.size(0) && features.device() == side_.mu.device(), who,
+        ": features must be [N, ", side_.mu.size(0), "] on ", side_.mu.device(),
         " as the reference, got ", describe(features));
-    TORCH_CHECK_VALUE(at::isfinite(features.detach()).all().item<bool>(),
-                      "fold_distances: features have entries that are not finite");
+    TORCH_CHECK_VALUE(at::isfinite(features.detach()).all().item<bool>(), who,
+                      ": features have entries that are not finite");
   }
 
   // More features than dimensions: moments of all folds, and of all but one.
@@ -717,6 +731,10 @@ void bind_statistics(py::module_& m) {
            "mu [D], cov [D, D].")
       .def("distance", &FrechetReference::distance, arg("mu"), arg("cov"), release(),
            "Distance to mu [..., D], cov [..., D, D] -> [...] float64; differentiable in both.")
+      .def("distance_from_features", &FrechetReference::distance_from_features, arg("features"),
+           release(),
+           "Distance to the moments of features [N, D], N >= 2; differentiable. For N <= D an\n"
+           "(N - 1)-dimensional problem is solved.")
       .def(
           "fold_distances", &FrechetReference::fold_distances, arg("features"), arg("folds") = 20,
           release(),

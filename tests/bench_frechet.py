@@ -95,6 +95,8 @@ def compare(name, n, d, spectrum, device):
         ("ours, prepared reference", lambda: prepared.distance(mu2, c2), 5),
         ("ours, nothing prepared", lambda: neon_ext.frechet_distance(mu1, c1, mu2, c2), 5),
     ]
+    if n <= d:
+        rows.insert(0, ("ours, from features", lambda: prepared.distance_from_features(fake), 5))
     rows += [
         (
             "plain torch, prepared (the floor)",

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import adaptive_neon as neon
+from adaptive_neon.glyphs import draw_glyphs
 
 
 def random_images(n, seed=0, channels=1, height=4, width=4):
@@ -255,13 +256,18 @@ def test_other_weights_are_another_inception(inception, inception_weights, tmp_p
     assert other.kind == inception.kind == "inception"
 
 
-@pytest.mark.parametrize("fault", ["damaged", "missing", "none", "no file"])
+@pytest.mark.parametrize(
+    "fault", ["damaged", "missing", "none", "no file", "a list", "numbers", "negative variance"]
+)
 def test_other_files_are_not_inception(inception_weights, tmp_path, fault):
     pool = "branch_pool.conv.weight"
     contents = {
         "damaged": {**inception_weights, f"Mixed_7c.{pool}": inception_weights[f"Mixed_7b.{pool}"]},
         "missing": {n: w for n, w in inception_weights.items() if "6c.branch7x7_2" not in n},
         "none": {},
+        "a list": list(inception_weights.values()),
+        "numbers": {name: 1.5 for name in inception_weights},
+        "negative variance": {n: -w.abs() for n, w in inception_weights.items()},
     }
     path = tmp_path / "bad.pth"
     path.write_bytes(b"no")
@@ -326,7 +332,7 @@ def test_identity_of_random_convolutions_holds_their_design(monkeypatch):
 
 
 def test_pixels_are_the_leading_principal_components():
-    images = neon.glyphs.draw_glyphs(500, 0)[0]
+    images = draw_glyphs(500, 0)[0]
     features = neon.pixels(images)
     x = (images.flatten(1).double().numpy() - 127.5) / 127.5
     centred = x - x.mean(0)
@@ -368,7 +374,7 @@ def of_file(tmp_path, body, images=None):
     path = tmp_path / "mine.py"
     path.write_text(f"def features(x):\n    {body}\n")
     example = random_images(4) if images is None else images
-    return neon.features.FileFeatures(neon.modelfile.JudgeFile(path), example)
+    return neon.features.FileFeatures(neon.userfile.JudgeFile(path), example)
 
 
 def test_features_of_a_file(tmp_path):
@@ -507,6 +513,6 @@ def test_features_of_many_images_come_in_their_order():
 
 def test_identity_of_a_file_is_its_content(tmp_path):
     features = of_file(tmp_path, "return x.flatten(1)[:, :3].float()")
-    assert features.identity == neon.modelfile.JudgeFile(Path(tmp_path / "mine.py")).identity
+    assert features.identity == neon.userfile.JudgeFile(Path(tmp_path / "mine.py")).identity
     other = of_file(tmp_path, "return x.flatten(1)[:, 1:4].float()")
     assert other.identity != features.identity

@@ -1,9 +1,11 @@
 """What adaptive_neon/files.py promises: messages, whole files, our own states, downloads."""
 
 import argparse
+import contextlib
 import errno
 import fcntl
 import http.server
+import io
 import multiprocessing
 import os
 import pwd
@@ -12,8 +14,10 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 import zlib
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -172,6 +176,66 @@ def test_state_dicts_are_read_whole_or_not(tmp_path, archive):
             neon.files.load_weights(path)
 
 
+# -------------------- statistics of others
+
+
+def header(text):
+    """A file of numpy whose header is this text."""
+    text = text.ljust(117).encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+MU, SIGMA = np.zeros(3), np.eye(3)
+NUMBERS = "no real numbers|not within 1e.100"
+BAD_STATISTICS = {
+    "images NaN": ({"images": np.nan}, NUMBERS),
+    "images as text": ({"images": "many"}, NUMBERS),
+    "images as array": ({"images": np.arange(3)}, "no number of images"),
+    "no images": ({"images": 0}, "no number of images"),
+    "half an image": ({"images": 1.5}, "no number of images"),
+    "a huge mean": ({"mu": MU + 1e300}, NUMBERS),
+    "a huge variance": ({"sigma": SIGMA * -1e300}, NUMBERS),
+    "a complex mean": ({"mu": MU + 1j}, NUMBERS),
+    "an object": ({"mu": np.array([None])}, "allow_pickle"),
+    "a deep header": ({"sigma": header("-" * 9000 + "1")}, ""),
+    "a header of brackets": ({"mu": header("[" * 4000)}, ""),
+    "a huge shape": (
+        {"mu": header("{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000,)}")},
+        "",
+    ),
+    "nothing": (b"", "no npz, but an empty file"),
+    "a page": (b"<html>", "no npz, but an HTML page"),
+    "a pickle": (b"\x80\x04N.", "no npz, but a pickle"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STATISTICS)
+def test_bad_statistics_are_one_line(tmp_path, name):
+    change, message = BAD_STATISTICS[name]
+    path = tmp_path / "ref.npz"
+    if isinstance(change, bytes):
+        path.write_bytes(change)
+    else:
+        arrays = {"mu": MU, "sigma": SIGMA, "images": 7, "features": "x", **change}
+        with zipfile.ZipFile(path, "w") as archive:
+            for key, value in arrays.items():
+                buffer = io.BytesIO()
+                np.save(buffer, value)
+                raw = value if isinstance(value, bytes) else buffer.getvalue()
+                archive.writestr(f"{key}.npy", raw)
+    with pytest.raises(neon.files.UserError, match=f"no usable mu and sigma .*{message}"):
+        neon.files.read_moments(path)
+
+
+def test_statistics_come_back(tmp_path):
+    np.savez(tmp_path / "a.npz", mu=MU + 2, sigma=SIGMA, images=7.0, features="a\x1b" * 99)
+    mean, cov, images, features = neon.files.read_moments(tmp_path / "a.npz")
+    assert np.array_equal(mean, MU + 2) and np.array_equal(cov, SIGMA) and images == 7
+    assert features.startswith(r"a\x1ba") and len(features) == 100
+    np.savez(tmp_path / "b.npz", mu=MU.astype(np.float32), sigma=SIGMA)
+    assert neon.files.read_moments(tmp_path / "b.npz")[2:] == (50_000, "inception")
+
+
 # -------------------- messages and writing
 
 
@@ -293,7 +357,8 @@ def sends(body, status=200, length=None, delay=0):
         handler.send_response(status, "Bad\x1b[31m" if status != 200 else None)
         handler.send_header("Content-Length", str(len(body) if length is None else length))
         handler.end_headers()
-        handler.wfile.write(body)
+        with contextlib.suppress(BrokenPipeError):  # who asked has gone
+            handler.wfile.write(body)
 
     return answer
 

@@ -159,6 +159,7 @@ def test_singular_covariances(device, d, n):
     assert distance(*real, *fake) == pytest.approx(want, rel=1e-9)
     prepared = neon_ext.FrechetReference(*real)
     assert float(prepared.distance(*fake)) == pytest.approx(want, rel=1e-9)
+    assert float(prepared.distance_from_features(f2.to(device))) == pytest.approx(want, rel=1e-9)
 
 
 def test_spectrum_over_twelve_orders(device):
@@ -185,7 +186,8 @@ def test_full_size(device, n):
     traces = float(c1.square().sum() + c2.square().sum())
     prepared = neon_ext.FrechetReference(f1.mean(0), c1.T @ c1)
     by_moments = float(prepared.distance(*neon_ext.feature_moments(f2)))
-    for d in (by_moments, prepared.fold_distances(f2, 2)[0]):
+    by_features = float(prepared.distance_from_features(f2))
+    for d in (by_moments, by_features, prepared.fold_distances(f2, 2)[0]):
         assert (means + traces - d) / 2 == pytest.approx(root, rel=1e-8)
 
 
@@ -537,6 +539,16 @@ def test_prepared_reference(device):
     assert prepared.distance(torch.stack([mu2, mu1]), torch.stack([c2, c1])).shape == (2,)
 
 
+@pytest.mark.parametrize("n", [2, 30, 31, 100])
+def test_distance_from_features(device, n, generator):
+    prepared = neon_ext.FrechetReference(*statistics(30, seed=1, device=device))
+    f = torch.randn(n, 30, generator=generator).to(device)
+    want = float(prepared.distance(*reference.feature_moments(f)))
+    assert float(prepared.distance_from_features(f)) == pytest.approx(want, rel=1e-11)
+    with pytest.raises(ValueError, match="distance_from_features: .* N >= 2"):
+        prepared.distance_from_features(f[:1])
+
+
 def test_prepared_reference_keeps_a_copy(device):
     mu1, c1, mu2, c2 = pairs(5, device)
     prepared = neon_ext.FrechetReference(mu1, c1)
@@ -578,7 +590,7 @@ def test_gradcheck_from_features(n, generator):
     prepared = neon_ext.FrechetReference(*statistics(4, seed=1))
     f = torch.randn(n, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(neon_ext.feature_moments, [f])
-    assert torch.autograd.gradcheck(lambda f: prepared.distance(*neon_ext.feature_moments(f)), [f])
+    assert torch.autograd.gradcheck(prepared.distance_from_features, [f])
 
 
 def test_gradient_large_against_formula(device):

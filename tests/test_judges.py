@@ -260,10 +260,11 @@ def test_a_few_modes_have_precision_and_no_recall(clouds, generator):
     assert precision == 1 and recall < 0.6
 
 
-def test_at_most_so_many_points_count(clouds):
+def test_precision_and_recall_take_at_most_so_many_images(clouds, monkeypatch):
     real, fake = clouds
-    found = neon.judges.precision_recall(real, fake, 3, most=30)
-    assert found == neon.judges.precision_recall(real[:30], fake[:30], 3)
+    want = neon.judges.precision_recall(real[:30], fake[:30], 3)
+    monkeypatch.setattr(neon.judges, "MOST", 30)
+    assert neon.judges.precision_recall(real, fake, 3) == want
 
 
 def test_radii_of_a_reference_are_those_of_five_neighbours(real, clouds):
@@ -324,7 +325,7 @@ def test_kernel_distance_of_equal_distributions_is_zero_on_average():
 
 
 def test_kernel_distance_takes_at_most_so_many_images(monkeypatch):
-    monkeypatch.setattr(neon.judges, "KERNEL_IMAGES", 40)
+    monkeypatch.setattr(neon.judges, "MOST", 40)
     torch.manual_seed(0)
     real, fake = torch.randn(50, 5), torch.randn(60, 5) + 1
     found = neon.judges.kernel_distance(with_features(real), fake)
@@ -468,7 +469,7 @@ def test_gradient_search_needs_the_gradient_of_what_decides(real, tmp_path, plac
     path = judge_file(tmp_path, DETACHED)
     own, select_with = Flat(), (path,)
     if place == "own":
-        file = neon.modelfile.JudgeFile(path)
+        file = neon.userfile.JudgeFile(path)
         own, select_with = neon.features.FileFeatures(file, real.training.images[:4]), ()
     c = config(tmp_path, select_with=select_with, search="gradient")
     with pytest.raises(neon.UserError, match="no gradient comes through the features mine-3"):
@@ -557,9 +558,9 @@ def test_judges_that_no_selection_sees(tmp_path, options, names):
 @pytest.mark.parametrize(
     "options, source",
     [
-        ({"base": edm.BASES["cond"]}, edm.CIFAR10_STATISTICS),
-        ({"base": edm.BASES["uncond"]}, edm.CIFAR10_STATISTICS),
-        ({"base": "mine.pkl", "ref": "cifar10"}, edm.CIFAR10_STATISTICS),
+        ({"base": CIFAR.bases["cond"]}, CIFAR.statistics),
+        ({"base": CIFAR.bases["uncond"]}, CIFAR.statistics),
+        ({"base": "mine.pkl", "ref": "cifar10"}, CIFAR.statistics),
         ({"ref": "mine.npz"}, "mine.npz"),
         ({"base": "mine.pkl"}, None),
         ({"model": "mine.py"}, None),
@@ -574,7 +575,7 @@ def test_cifar10_statistics_are_for_cifar10_networks_or_asked_for(options, sourc
         return
     found, origin = neon.judges.reference_source(c, preset_of(c))
     assert found == source
-    assert origin == (CIFAR.origin if source == edm.CIFAR10_STATISTICS else "")
+    assert origin == (CIFAR.origin if source == CIFAR.statistics else "")
 
 
 # -------------------- keys

@@ -170,10 +170,11 @@ def test_first_step_is_adams_and_epochs_are_saved_when_they_end():
 @pytest.fixture(scope="module")
 def recorded_training():
     """train_models, with the inputs of every training and every sampling."""
-    calls = {"train": [], "ddim": []}
+    calls = {"train": [], "ddim": [], "noise": []}
     train, ddim = toy.train, toy.ddim
 
     def recording_train(theta, data, lr, epochs):
+        calls["noise"].append(torch.get_rng_state())
         saved = train(theta, data, lr, epochs)
         state = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
         calls["train"].append((theta, data, lr, tuple(epochs), saved, state))
@@ -197,6 +198,11 @@ def test_base_starts_from_the_authors_draws(recorded_training):
     assert torch.equal(data, toy.real_data(1000, 42).double())
     assert (lr, epochs) == (1e-4, (200,))
     assert torch.equal(models.theta_r, saved[200].float())
+    torch.manual_seed(42)  # the noise begins where the weights did, as in the recorded study
+    assert torch.equal(calls["noise"][0], torch.get_rng_state())
+    torch.manual_seed(42 + 2**20)
+    torch.randn(1000, 2, dtype=torch.float64)  # the starting noise of the samples
+    assert torch.equal(calls["noise"][1], torch.get_rng_state())
     assert torch.equal(models.data, toy.real_data(1000, 42))
 
 
@@ -289,6 +295,12 @@ def test_sliced_w2_of_known_distributions():
     assert float(toy.sliced_w2(two_points.T.repeat(2**13, 1))) > 0.05
 
 
+def test_sliced_w2_of_a_few_points():
+    """Quantiles and directions, which many points or a symmetric cloud would not tell apart."""
+    x = torch.tensor([[1.0, 2.0], [-1.5, 0.5], [0.2, -3.0], [4.0, 1.0], [0.0, 0.3]]).double()
+    assert float(toy.sliced_w2(x)) == pytest.approx(sw2_again(x), rel=1e-9)
+
+
 def test_scores_follow_the_target(monkeypatch):
     monkeypatch.setattr(toy, "TARGET_MEAN", (3.0, 0.0))
     monkeypatch.setattr(toy, "TARGET_COV", ((4.0, 0.0), (0.0, 1.0)))
@@ -318,23 +330,14 @@ def test_exact_protocol_equals_gauss_hermite(scorer):
 def test_error_is_honest(scorer):
     """It covers the difference to a much finer estimate, in most of ten configurations."""
     rng, covered = np.random.default_rng(0), 0
-    small = with_scoring(scorer, points=2**11)
+    small = with_scoring(scorer, points=2**9, sw2_points=64)
     for _ in range(10):
         w = rng.uniform(-1, 1, 6)
-        fine = float(frechet(small, [w.tolist()], 2**17, seed=77)[0])
+        fine = float(frechet(small, [w.tolist()], 2**15, seed=77)[0])
         score = toy.fresh_score(small, w.tolist())
-        covered += abs(score.fd - fine) <= 3 * score.fd_error + 1e-6
-        assert score.fd_error < 5e-3 * score.fd
+        covered += abs(score.fd - fine) <= 3 * score.fd_error + 1e-5
+        assert score.fd_error < 2e-2 * score.fd
     assert covered >= 8
-
-
-def test_weights_move_as_the_formula_says(scorer):
-    assert torch.equal(scorer.theta([[0.0] * 6])[0], scorer.theta_r)
-    torch.testing.assert_close(scorer.theta([[-1.0] * 6])[0], scorer.theta_s, rtol=0, atol=1e-6)
-    w = [0.5, -0.3, 0.8, 0.1, 1.0, -0.7]
-    steps = torch.tensor(w).repeat_interleave(torch.tensor(toy.SIZES))
-    want = scorer.theta_r - steps * (scorer.theta_s - scorer.theta_r)
-    torch.testing.assert_close(scorer.theta([w])[0], want, rtol=0, atol=1e-6)
 
 
 def test_fresh_scores_use_points_that_no_search_uses(scorer, monkeypatch):
@@ -389,16 +392,6 @@ def test_paper_protocol_draws_anew_for_each_configuration(scorer):
     assert score.fd_error is None
     # 7 sigma of 20,000 points
     assert score.fd == pytest.approx(toy.fresh_score(scorer, [0.3] * 6).fd, rel=0.05)
-
-
-def test_paper_protocol_divides_by_n_minus_1(scorer):
-    paper = with_scoring(scorer, protocol="paper")
-    generator = torch.Generator().manual_seed(42 + 2**21)
-    z = torch.randn(5, 2, dtype=torch.float64, generator=generator).float()
-    x = toy.neon_ext.mlp_ddim(paper.theta([[0.3] * 6]), z, toy.cosine_schedule(20))[0].double()
-    mean, cov = paper.moments([[0.3] * 6], 5, 0)
-    torch.testing.assert_close(mean[0], x.mean(0), rtol=0, atol=1e-6)
-    torch.testing.assert_close(cov[0], torch.cov(x.T), rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture
@@ -481,15 +474,6 @@ def test_what_is_ranked_and_on_how_many_points(
     assert [row[0] for row in W] == pytest.approx(np.linspace(-2, 2, 101).tolist())
 
 
-@pytest.mark.slow
-def test_grid_refinement_finds_the_exhaustive_winner(scorer):
-    grid = toy.layer_grid(scorer, 0.3, 0.6)
-    best = grid.W.tolist().index(grid.w)
-    assert min(grid.points) == 2**9 and grid.points[best] == 2**15
-    exhaustive = frechet(scorer, grid.W, 2**12)
-    assert exhaustive[best] <= exhaustive.min() + 1e-4  # the accuracy 4096 points have
-
-
 @pytest.mark.parametrize("objective", ["fd", "sw2"])
 def test_search_gradient_against_central_differences(scorer, objective):
     small = with_scoring(scorer, points=2**11)
@@ -511,17 +495,12 @@ def test_search_gradient_against_central_differences(scorer, objective):
         assert gradient[i] == pytest.approx(difference, rel=2e-3, abs=1e-3 * scale)
 
 
-@pytest.mark.parametrize("objective, start", [("fd", 0.0), ("sw2", 0.4)])
-def test_search_improves_its_objective_within_its_evaluations(scorer, objective, start):
-    small = with_scoring(scorer, points=2**11)
-    found = toy.descend(small, toy.Search(evaluations=15), objective, start)
-    first = toy.Objective(small, toy.Search(), objective)
-    at_start = first(np.full(6, start))[0]
-    assert found.fd[0] == pytest.approx(first.fds[0], rel=1e-9)  # it starts there
-    assert found.W[0].tolist() == [start] * 6
-    assert len(found.fd) == len(found.W) == len(found.points) == found.evaluations <= 15
-    assert set(found.points) == {2**9}
-    assert toy.Objective(small, toy.Search(), objective)(np.array(found.w))[0] < at_start
+def test_search_stays_within_its_bounds_and_evaluations(scorer):
+    """The best of two steps lies at the bound; the third is never taken."""
+    found = toy.descend(with_scoring(scorer, points=512), toy.Search(bound=0.1), "fd", 0.0)
+    assert found.W.abs().max() == 0.1 and found.W.min() == -0.1 and found.W[0].tolist() == [0.0] * 6
+    few = toy.descend(with_scoring(scorer, points=512), toy.Search(evaluations=3), "fd", 0.4)
+    assert len(few.fd) == len(few.W) == few.evaluations == 3 and few.points == [128] * 3
 
 
 @pytest.mark.parametrize("objective", ["fd", "sw2"])
@@ -584,6 +563,26 @@ def test_alignment_is_a_cosine_of_its_own_seed(monkeypatch):
     torch.manual_seed(99)
     assert toy.gradient_alignment(parameters(), SMALL) == curve
     assert toy.gradient_alignment(parameters(), dataclasses.replace(SMALL, seed=1)) != curve
+
+
+def test_alignment_is_of_the_target_and_of_samples_of_the_base(monkeypatch):
+    """Points and noise of either side, each zeta's samples from the same starting noise."""
+    seen = []
+
+    def recording(theta, data, alignment, seed):
+        seen.append((data, seed))
+        return torch.ones(2, 5, dtype=torch.float64)
+
+    monkeypatch.setattr(toy, "batch_gradients", recording)
+    toy.gradient_alignment(parameters(), dataclasses.replace(SMALL, seed=3))
+    torch.manual_seed(3 + 2**21)
+    z, real_z = torch.randn(2, 500, 2, dtype=torch.float64)
+    want = [real_z @ torch.linalg.cholesky(toy.target()[1]).T]
+    for zeta in SMALL.zetas:
+        want += [reference.mlp_ddim(parameters()[None], z.float(), reference_schedule(20), zeta)[0]]
+    for (data, _), points in zip(seen, want, strict=True):
+        torch.testing.assert_close(data, points, rtol=0, atol=1e-3)
+    assert [seed for _, seed in seen] == [3 + 2**22] + [3 + 2**23] * 3
 
 
 def test_alignment_of_equal_distributions_is_one_and_noise_is_not_shared(monkeypatch):
@@ -733,6 +732,11 @@ ROWS = [
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class FewPoints(toy.Scoring):
+    sw2_points: int = 2**11
+
+
 @dataclasses.dataclass
 class Done:
     code: int
@@ -765,6 +769,7 @@ def small_run(tmp_path_factory):
     before = os.umask(0o022)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "Search", few)
+        patch.setattr(toy, "Scoring", FewPoints)
         done = launch(*args)
         os.umask(before)
         assert done.code == 0, done.stderr
@@ -780,6 +785,8 @@ def paper_run(tmp_path_factory):
     protocol = ("--protocol", "paper", "--points", 700, "--base-steps", 120, "--delta", 0.6)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "Alignment", few)
+        patch.setattr(toy, "Scoring", FewPoints)
+        patch.setattr(toy, "GLOBAL_W", tuple(np.linspace(-2, 2, 11).round(4).tolist()))
         done = launch(*protocol, "--seed", 7, "--seeds", 2, "--alignment", "--out", out)
     assert done.code == 0, done.stderr
     return out, done
@@ -866,7 +873,9 @@ def test_unseen_score_is_of_the_same_weights(small_run, row):
     out, _, _ = small_run
     theta_r, theta_s, _ = models_in(out, 43)
     setting, found = rows_of(summary_in(out)["seeds"][1])[row]
-    x = again(theta_r, theta_s[setting], [found["w"]], toy.sobol_normal(2**15, 1000))[0]
+    x = again(
+        theta_r, theta_s[setting], [found["w"]], toy.sobol_normal(FewPoints.sw2_points, 1000)
+    )[0]
     assert found["sw2"] == pytest.approx(sw2_again(x), rel=1e-4)
 
 
@@ -1072,7 +1081,7 @@ def test_one_draw_a_configuration_in_turn(paper_run, seed, name, n):
     found = stored_search(out, seed, name)
     setting = SETTINGS[2] if "sweep" in name else MAIN
     generator = torch.Generator().manual_seed(seed + 2**21)
-    for i in range(20):
+    for i in range(11):
         z = torch.randn(n, 2, dtype=torch.float64, generator=generator)
         x = again(theta_r, theta_s[setting], [found["W"][i].tolist()], z)[0]
         assert found["fd"][i] == pytest.approx(fd_again(x, correction=1), rel=1e-3)
@@ -1299,16 +1308,22 @@ def test_terminal_that_fails_costs_nothing(small_run, monkeypatch, terminal):
         stream.close()  # as at the exit: what is left in it hurts nobody
 
 
-def test_head_leaves_after_one_line(small_run):
+def test_no_error_stream(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # as Python has it after 2>&-
+    assert list(toy.progress(range(3), "any")) == [0, 1, 2]
+
+
+def test_head_leaves_after_one_line(small_run, tmp_path):
     """A process of its own, with the shell's pipe: `| head -1`."""
-    out, args, _ = small_run
-    (out / "summary.json").unlink()
-    quick = [arg for arg in map(str, args) if arg not in ("--search", "gradient")]
-    python = " ".join(f"'{word}'" for word in (sys.executable, SCRIPT, *quick))
+    (models,) = (small_run[0] / "seed_42").glob("models, *")
+    (tmp_path / "seed_42").mkdir()
+    shutil.copy(models, tmp_path / "seed_42")
+    command = (sys.executable, SCRIPT, *QUICK, "--out", tmp_path)
+    python = " ".join(f"'{word}'" for word in command)
     shell = f"set -o pipefail; {python} | (exec <&-; sleep 0.1)"
     options = {"capture_output": True, "text": True, "env": ONE_THREAD, "timeout": 100}
     done = subprocess.run(["bash", "-c", shell], **options)
-    assert done.returncode == 0 and done.stderr == "" and summary_in(out)["seeds"]
+    assert done.returncode == 0 and done.stderr == "" and summary_in(tmp_path)["seed"] == 42
 
 
 def test_main_in_another_thread(small_run, monkeypatch):
