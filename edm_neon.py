@@ -62,22 +62,11 @@ from adaptive_neon.sampling import Model
 EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm"
 
 
-BASES = {
-    "cond": f"{EDM_URL}/pretrained/edm-cifar10-32x32-cond-vp.pkl",
-    "uncond": f"{EDM_URL}/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
-}
-
-
-CIFAR10_STATISTICS = f"{EDM_URL}/fid-refs/cifar10-32x32.npz"
-
-
 class Cifar10(Preset):
     """EDM on CIFAR-10. The paper's FIDs: base 1.78, best global 1.43 to 1.74, block-wise 1.43 to
     1.71."""
 
     name = "cifar10"
-    defaults: dict = {}
-    threads = 0  # all
     network = {
         "img_resolution": 32,
         "img_channels": 3,
@@ -89,9 +78,12 @@ class Cifar10(Preset):
         "attn_resolutions": [16],
     }
 
-    statistics = CIFAR10_STATISTICS
+    bases = {
+        "cond": f"{EDM_URL}/pretrained/edm-cifar10-32x32-cond-vp.pkl",
+        "uncond": f"{EDM_URL}/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
+    }
+    statistics = f"{EDM_URL}/fid-refs/cifar10-32x32.npz"
     origin = "CIFAR-10's 50,000 training images, which EDM's networks were trained on"
-    bases = BASES
 
     def model(self, c):
         return EdmModel(self, c)
@@ -125,7 +117,6 @@ class Glyphs(Cifar10):
         "train_base": 60.0,
         "base_lr": 3e-3,
         "synthetic": 2000,
-        "steps": 10,
         "ramp_kimg": 0.0,
         "ema_kimg": 0.5,
         "dropout": 0.0,
@@ -244,10 +235,21 @@ class EdmModel(Model):
         return edm_loss(net, x, one_hot(net, labels), self.augment_p)
 
     def block(self, name, net, partition):
-        return edm_block(name, net, partition)
+        """paper: lowest resolution and mapping are mid, else enc or dec; structural: the decoder's
+        blocks after the bottleneck are dec."""
+        side, layer = name.split(".")[1:3]
+        if side not in ("enc", "dec"):
+            return "mid"
+        lowest = min(int(key.split("x")[0]) for key in net.model.enc)
+        if not layer.startswith(f"{lowest}x{lowest}_"):
+            return side
+        after_bottleneck = side == "dec" and "_block" in layer
+        return "dec" if partition == "structural" and after_bottleneck else "mid"
 
     def layer(self, name):
-        return edm_layer(name)
+        """model.enc.8x8_block0.conv0.weight -> enc.8x8_block0; all embeddings are one, map."""
+        side, layer = name.split(".")[1:3]
+        return "map" if side.startswith("map") else f"{side}.{layer}"
 
     def save(self, net, path, recipe):
         save_network(net, path, recipe)
@@ -259,25 +261,6 @@ class EdmModel(Model):
 def one_hot(net, labels):
     """int64 labels [N] -> float32 [N, K]; None for an unconditional network."""
     return F.one_hot(labels, net.label_dim).float() if net.label_dim else None
-
-
-def edm_layer(name):
-    """model.enc.8x8_block0.conv0.weight -> enc.8x8_block0; all embeddings are one layer, map."""
-    side, layer = name.split(".")[1:3]
-    return "map" if side.startswith("map") else f"{side}.{layer}"
-
-
-def edm_block(name, net, partition):
-    """paper: lowest resolution and mapping are mid, else enc or dec; structural: the decoder's
-    blocks after the bottleneck are dec."""
-    side, layer = name.split(".")[1:3]
-    if side not in ("enc", "dec"):
-        return "mid"
-    lowest = min(int(key.split("x")[0]) for key in net.model.enc)
-    if not layer.startswith(f"{lowest}x{lowest}_"):
-        return side
-    after_bottleneck = side == "dec" and "_block" in layer
-    return "dec" if partition == "structural" and after_bottleneck else "mid"
 
 
 # ==================== sampler and loss
@@ -866,7 +849,7 @@ def build_network(options, tensors):
     return net.eval().requires_grad_(False)
 
 
-def load_network(path):
+def load_network(path: str | Path) -> EDMPrecond:
     """EDM's .pkl (parsed, never run) or our .safetensors, told apart by content -> EDMPrecond.
 
     In eval mode on the CPU, float32, without gradients. UserError: what is wrong with the file."""
@@ -883,7 +866,7 @@ def load_network(path):
         raise Refused(f"neither a pickle of EDM nor a .safetensors, but {kind_of(head)}")
 
 
-def save_network(net, path, recipe):
+def save_network(net: EDMPrecond, path: Path, recipe: dict) -> None:
     """.safetensors: weights in float32; options, recipe and SHA-256 in its metadata."""
     config = {}
     for name, value in net.config.items():
@@ -893,7 +876,7 @@ def save_network(net, path, recipe):
     save_state(path, tensors, {**config, "recipe": recipe})
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     cli.main(argv, PRESETS, __doc__)
 
 

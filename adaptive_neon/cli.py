@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +48,7 @@ MAX_HOURS = 2.0  # on a CPU, without --yes
 
 
 # -------------------- a run
-def run(argv: list[str], presets: dict[str, Preset], doc: str) -> None:
+def run(argv: list[str], presets: Mapping[str, Preset], doc: str) -> None:
     """One study, or one for every training seed."""
     begin = time.perf_counter()
     c = parse(argv, presets, doc)
@@ -232,7 +233,7 @@ def in_range(field, text):
     return value
 
 
-def build_parser(doc: str, presets: dict[str, Preset]) -> Parser:
+def build_parser(doc: str, presets: Mapping[str, Preset]) -> Parser:
     parser = Parser(description=doc.split("\n")[0], argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Config):
         how = field.metadata
@@ -260,7 +261,7 @@ def build_parser(doc: str, presets: dict[str, Preset]) -> Parser:
     return parser
 
 
-def parse(argv: list[str], presets: dict[str, Preset], doc: str) -> Config:
+def parse(argv: list[str], presets: Mapping[str, Preset], doc: str) -> Config:
     """Command line -> Config: the class's defaults, then the preset's, then what is given."""
     joined: list[str] = []
     for arg in argv:  # argparse takes the -1:2:0.25 of "--sweep -1:2:0.25" for an option
@@ -335,7 +336,7 @@ def interrupt(number, frame):
     raise KeyboardInterrupt(number)
 
 
-def main(argv: list[str] | None, presets: dict[str, Preset], doc: str) -> None:
+def main(argv: list[str] | None, presets: Mapping[str, Preset], doc: str) -> None:
     """A whole run; what the user can mend is one line and exit code 2."""
     if threading.current_thread() is threading.main_thread():  # no other can catch signals
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -347,7 +348,7 @@ def main(argv: list[str] | None, presets: dict[str, Preset], doc: str) -> None:
         sys.exit(code)
 
 
-def exit_code(argv: list[str], presets: dict[str, Preset], doc: str) -> int:
+def exit_code(argv: list[str], presets: Mapping[str, Preset], doc: str) -> int:
     """Of a run, whose errors are one line."""
     try:
         run(argv, presets, doc)

@@ -23,6 +23,7 @@ from .images import RealData, RealImages
 from .keys import judge_key, reference_key
 from .sampling import allow_tf32
 from .stats import FOLDS
+from .userfile import JudgeFile
 
 NEIGHBOURS = 5  # of precision and recall
 MOST = 10_000  # images of each side for precision, recall and the kernel distance
@@ -263,7 +264,7 @@ def check_judges(c, preset, real: RealData | None) -> None:
             raise UserError(f"{option} {names[0]} compares with real images: give --data")
         for name in names:
             if name not in ("random-conv", "pixels", *preset.judges(c)):
-                open_judge_file(name, option)
+                JudgeFile(name, option)
 
 
 def judge_names(c) -> list[str]:
@@ -281,14 +282,7 @@ def feature_network(name: str, c, preset, real: RealData, option: str = "--judge
         return random_conv(images.shape[1])
     if name == "pixels":
         return pixels(images)
-    return FileFeatures(open_judge_file(name, option), images[:4].to(c.device))
-
-
-def open_judge_file(path, option):
-    # The module of model files stands above this one; only this class of it is needed here.
-    from .modelfile import JudgeFile
-
-    return JudgeFile(path, option)
+    return FileFeatures(JudgeFile(name, option), images[:4].to(c.device))
 
 
 def check_networks(c, selecting, unseen, example) -> None:

@@ -1,13 +1,11 @@
 """EDM's pickled networks, read as plain data: nothing in them is imported or called.
 
-A pickle is a program for Python's unpickler. Here none runs: PickleReader walks over its opcodes
-and builds plain data. Safe by construction, whatever the file says:
+A pickle is a program for Python's unpickler. None runs here: PickleReader walks over its opcodes.
   opcodes   those of EDM's files (protocols 2 to 5), at most MOST_OPCODES of them
   names     those in the tables below; each stands for a type or a method here
   bytes     text is hardly larger than the file; tensors are views of the file itself
   nesting   nothing follows the data's own nesting: no recursion, hash or repr of a container"""
 
-import dataclasses
 import io
 import itertools
 import mmap
@@ -26,68 +24,75 @@ MOST_SIZE = 1 << 40  # of a tensor in one direction, and of its strides and offs
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save's old format begins with it
 
 
-@dataclasses.dataclass(eq=False)
 class Inert:
     """An object that a pickle names, as data: EDM's modules, torch's containers, numpy numbers."""
 
-    name: str = ""
-    state: dict = dataclasses.field(default_factory=dict)
+    def __init__(self, name="", state=None):
+        self.name, self.state = name, state or {}
 
 
+# Nothing is done for PROTO, FRAME, STOP and BINPERSID: storage() knows what the latter's tuple is.
+ADMITTED = {
+    *"""PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
+SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_TUPLE EMPTY_LIST
+EMPTY_DICT EMPTY_SET TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS MEMOIZE BINPUT
+LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID""".split()
+}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 CONTAINERS = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": Inert}
-
+ITEMS = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}  # others: to the mark
 STORAGE_NAMES = {
-    ("torch", "DoubleStorage"): torch.float64,
-    ("torch", "FloatStorage"): torch.float32,
-    ("torch", "HalfStorage"): torch.float16,
-    ("torch", "BFloat16Storage"): torch.bfloat16,
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
 }
-
 NETWORK_NAMES = {
-    ("collections", "OrderedDict"): "plain_dict",
-    ("dnnlib.util", "EasyDict"): "plain_dict",
-    ("torch._utils", "_rebuild_parameter"): "parameter",
-    ("torch._utils", "_rebuild_tensor_v2"): "tensor",
-    ("torch.storage", "_load_from_bytes"): "storage",
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): "persistent_object",
-    ("torch.nn.modules.container", "ModuleDict"): "other_object",
-    ("numpy", "dtype"): "other_object",
-    ("numpy.core.multiarray", "scalar"): "other_object",
-    ("numpy._core.multiarray", "scalar"): "other_object",
-    ("builtins", "set"): "other_object",
-    ("__builtin__", "set"): "other_object",
-    ("_codecs", "encode"): "encoded",
+    "collections.OrderedDict": "plain_dict",
+    "dnnlib.util.EasyDict": "plain_dict",
+    "torch._utils._rebuild_parameter": "parameter",
+    "torch._utils._rebuild_tensor_v2": "tensor",
+    "torch.storage._load_from_bytes": "storage",
+    "torch_utils.persistence._reconstruct_persistent_obj": "persistent_object",
+    "_codecs.encode": "encoded",
 }
+OTHER_OBJECTS = """torch.nn.modules.container.ModuleDict builtins.set __builtin__.set numpy.dtype
+numpy.core.multiarray.scalar numpy._core.multiarray.scalar""".split()
+NETWORK_NAMES |= dict.fromkeys(OTHER_OBJECTS, "other_object")
 
 
 class PickleReader:
     """The pickles of a stream, one after the other, as plain data.
 
     stream: binary file; data: writable memoryview of the same bytes. names: what a pickle may name,
-    {(module, name): a type, or the name of a method}. Values: None, bool, int, float, str,
+    {its name: a type, or the name of a method}. Values: None, bool, int, float, str,
     memoryview (for bytes), tuple, list, dict, torch.dtype, Tensor and Inert."""
 
-    def __init__(self, stream, data, names):
+    def __init__(self, stream, data, names, opcodes=MOST_OPCODES):
         self.stream, self.data, self.names = stream, data, names
-        self.opcodes, self.text = MOST_OPCODES, len(data) + SPARE_BYTES  # what is left of them
+        self.opcodes, self.text = opcodes, len(data) + SPARE_BYTES  # what is left of them
 
     def load(self):
         """The next pickle; the stream then stands behind it."""
         self.stack, self.marks, self.memo = [], [], {}
-        for opcode, arg, _ in pickletools.genops(self.stream):
+        name = ""
+        while name != "STOP":
             self.opcodes -= 1
             if self.opcodes < 0:
                 raise Refused("it needs more opcodes than a network")
-            self.step(opcode.name, arg)
+            code = self.stream.read(1).decode("latin1")
+            name = pickletools.code2op[code].name if code in pickletools.code2op else code
+            if name not in ADMITTED:
+                problem = f"opcode {printable(name)}, which EDM's files do not have"
+                raise Refused(problem if code else "it ends in the middle, the file is cut off")
+            operand = pickletools.code2op[code].arg
+            self.step(name, operand.reader(self.stream) if operand else None)
         return self.stack.pop()
 
     def step(self, opcode, arg):
         stack, memo = self.stack, self.memo
         match opcode:
             # Values, and what was there before
-            case "PROTO" | "FRAME" | "STOP" | "BINPERSID":
-                pass  # the last: storage() knows what its tuple means
             case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
                 stack.append(CONSTANTS[opcode])
             case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
@@ -107,19 +112,11 @@ class PickleReader:
             # Items of containers
             case "MARK":
                 self.marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(self.since_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                items = [stack.pop() for _ in range(int(opcode[-1]))]
-                stack.append(tuple(reversed(items)))
-            case "APPEND" | "APPENDS":
-                items = [stack.pop()] if opcode == "APPEND" else self.since_mark()
-                if type(stack[-1]) is not list:
-                    raise Refused("items for something that is not a list")
-                stack[-1].extend(items)
-            case "SETITEM" | "SETITEMS":
-                items = [stack.pop(-2), stack.pop()] if opcode == "SETITEM" else self.since_mark()
-                self.set_items(stack[-1], items)
+            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(self.taken(ITEMS.get(opcode))))
+            case "APPEND" | "APPENDS" | "SETITEM" | "SETITEMS":
+                items = self.taken(ITEMS.get(opcode))
+                self.put_into(stack[-1], items)
 
             # Names, and calls of what they stand for
             case "GLOBAL":
@@ -139,33 +136,34 @@ class PickleReader:
                     stack[-1].state = state if type(state) is dict else {}
                 elif type(stack[-1]) is not dict:
                     raise Refused("BUILD would change something that has no attributes")
-            case _:
-                raise Refused(f"opcode {opcode}, which EDM's files do not have")
 
     def counted(self, text):
-        """One wide character makes all of a text wide."""
-        self.text -= sys.getsizeof(text)
+        self.text -= sys.getsizeof(text)  # one wide character makes all of them wide
         if self.text < 0:
             raise Refused("it needs more memory for its text than a network")
         return text
 
     def named(self, module, name):
-        found = self.names.get((module, name)) if type(module) is type(name) is str else None
-        if found is None:
-            name = ".".join(part for part in (module, name) if type(part) is str)
+        name = ".".join(part for part in (module, name) if type(part) is str)
+        if name not in self.names:
             raise Refused(f"it wants to call {printable(name)}")
+        found = self.names[name]
         return getattr(self, found) if type(found) is str else found
 
-    def since_mark(self):
-        start = self.marks.pop()
+    def taken(self, count):
+        """The last items of the stack: so many, or all since the last mark."""
+        start = len(self.stack) - count if count else self.marks.pop()
         items = self.stack[start:]
         del self.stack[start:]
         return items
 
-    def set_items(self, target, items):
-        """items: key, value, key, value, ...; a key that is long or deep could be slow to hash."""
+    def put_into(self, target, items):
+        """Of a dict: key, value, key, value, ...; a key long or deep could be slow to hash."""
+        if type(target) is list:
+            target.extend(items)
+            return
         if type(target) is not dict:
-            raise Refused("items for something that is not a dictionary")
+            raise Refused("items for something that is neither list nor dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not (type(key) is str and len(key) <= 200):
                 raise Refused("a dictionary's key is not a short text")
@@ -197,10 +195,9 @@ class PickleReader:
 
     def tensor(self, elements, offset, size, stride, *_):
         """A view of a storage's elements [count]."""
-        if type(elements) is not torch.Tensor or elements.ndim != 1:
-            raise Refused("a tensor without a storage")
-        if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride):
-            raise Refused("a tensor without a size")
+        sized = type(size) is type(stride) is tuple and len(size) == len(stride)
+        if not sized or type(elements) is not torch.Tensor or elements.ndim != 1:
+            raise Refused("a tensor without a size or a storage")
         numbers = (*size, *stride, offset)
         if len(numbers) > 20 or not all(type(n) is int and 0 <= n < MOST_SIZE for n in numbers):
             raise Refused("the size of a tensor is not a few non-negative integers")
@@ -215,28 +212,25 @@ class PickleReader:
         if type(blob) is not memoryview:
             raise Refused("a storage that is not bytes")
         stream = io.BytesIO(blob[:4096])
-        reader = PickleReader(stream, blob, STORAGE_NAMES)
-        magic, _, system, saved, keys = (reader.load() for _ in range(5))
-        if type(magic) is not int or magic != LEGACY_MAGIC or type(saved) is not tuple:
-            raise Refused("a storage that is not in the old format of torch.save")
-        if type(system) is not dict or system.get("little_endian") is not True:
-            raise Refused("written on a big-endian machine")
+        reader = PickleReader(stream, blob, STORAGE_NAMES, self.opcodes)
+        magic, _, system, saved, _ = (reader.load() for _ in range(5))
+        self.opcodes = reader.opcodes
+        little = type(system) is dict and system.get("little_endian") is True
+        if type(magic) is not int or magic != LEGACY_MAGIC or not little:
+            raise Refused("a storage that is not in the old format of torch.save, little-endian")
 
-        _, dtype, key, _, count, *_ = saved
+        _, dtype, _, _, count, *_ = saved
         start = stream.tell() + 8
         elements = blob[start:]
-        if type(dtype) is not torch.dtype or type(key) is not str or keys != [key]:
-            raise Refused("a storage without type and name")
-        whole = type(count) is int and len(elements) == count * dtype.itemsize > 0
+        typed = type(dtype) is torch.dtype and type(count) is int
+        whole = typed and len(elements) == count * dtype.itemsize > 0
         if not whole or int.from_bytes(blob[start - 8 : start], "little") != count:
             raise Refused("a storage of another size than it says, the file is cut off or damaged")
         return torch.frombuffer(elements, dtype=dtype)
 
 
 def read_pickle(path: Path):
-    """The pickle of an EDM network in a file, as plain data: see PickleReader for its values.
-
-    Refused or another of FILE_ERRORS: use it inside reading()."""
+    """The pickle of an EDM network in a file, with PickleReader's values; use inside reading()."""
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # tensors are views of it
     return PickleReader(mapped, memoryview(mapped), NETWORK_NAMES).load()

@@ -172,7 +172,7 @@ class Training:
 
     def resume(self, path: Path) -> None:
         """Go on where an earlier run stopped."""
-        with reading(f"{path} is damaged, delete it to train from the start"):
+        with reading(f"{path} cannot be used, delete it to train from the start"):
             tensors, facts = load_state(path)
             self.seen = facts.pop("seen")
             if facts != self.facts():

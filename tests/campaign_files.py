@@ -23,10 +23,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import edm_pickles as t
 import numpy as np
 import safetensors
 import safetensors.torch
-import test_files as t
 import torch
 
 import adaptive_neon as neon
@@ -93,10 +93,6 @@ def originals(folder):
     for options in ({}, t.NCSN):
         edm.save_network(t.network(**SMALL, **options), folder / "net", {"w": {"enc": 1.5}})
         files += [("own .safetensors", (folder / "net").read_bytes())] * 2
-    for archive in (True, False):
-        torch.save(t.training_state(), folder / "s", _use_new_zipfile_serialization=archive)
-        family = "state archive" if archive else "state, old format"
-        files += [(family, (folder / "s").read_bytes())] * 2
     return files
 
 
@@ -143,17 +139,14 @@ __main__.main""".split()
 
 def handwritten():
     for name in t.HOSTILE:
-        yield "hostile pickle", name, t.content(t.HOSTILE[name]), None
-    for name in t.STATES:
-        yield "hostile state", name, t.content(t.STATES[name]), None
+        yield "hostile pickle", name, t.content(name), None
     for name in NAMES:
         module, _, attribute = name.rpartition(".")
         call = f"c{module}\n{attribute}\n".encode() + b"X\4\0\0\0true\x85R."
         yield "name in a pickle", name, b"\x80\x02" + call, None
-        yield "name in a state", name, t.archive_of(b"\x80\x02" + call), None
     net = t.network(**SMALL)
     weights = net.state_dict()
-    for option, value in itertools.product(edm.OPTIONS, VALUES):
+    for option, value in itertools.product([*edm.NUMBERS, *edm.WORDS], VALUES):
         label = f"{option} = {value!r}"
         if option in ("sigma_min", "sigma_max", "sigma_data"):
             yield "option in a pickle", label, t.snapshot(net, **{option: value}), "any"
@@ -217,8 +210,6 @@ def right(family, path, result, original):
         return all(torch.equal(result.state_dict()[name], tensors[name]) for name in tensors)
     for data in (path.read_bytes(), original):
         try:
-            if family.startswith("state"):
-                return t.equal(result, torch.load(io.BytesIO(data), weights_only=True))
             return same_network(result, *as_torch_reads(data))
         except (
             Exception
@@ -258,11 +249,7 @@ def try_file(path, family, data, original):
     limit(len(data))
     SEEN.append("reading")
     try:
-        if "state" in family:
-            with neon.files.reading("refused"):
-                result = neon.pickles.checked_torch_load(path)
-        else:
-            result = edm.load_network(path)
+        result = edm.load_network(path)
         outcome = "loaded"
     except neon.files.UserError as error:
         outcome = "refused" if str(error).isprintable() and len(str(error)) < 700 else "traceback"
@@ -336,12 +323,7 @@ def main():
             data for _, data in originals(folder)
         }:  # everything is imported before the hook
             (folder / "first").write_bytes(data)
-            try:
-                edm.load_network(folder / "first")
-            except neon.files.UserError:
-                neon.pickles.checked_torch_load(folder / "first")
-        (folder / "first").write_bytes(t.archive_of(b"\x80\x02N."))
-        neon.pickles.checked_torch_load(folder / "first")
+            edm.load_network(folder / "first")
         written = [] if args.no_handwritten else handwritten()
         cases = itertools.chain(written, mutated(args.mutated, args.seed, folder))
         for (family, name, _, _), outcome, seconds in run(cases, folder, deadline):

@@ -374,7 +374,7 @@ def of_file(tmp_path, body, images=None):
     path = tmp_path / "mine.py"
     path.write_text(f"def features(x):\n    {body}\n")
     example = random_images(4) if images is None else images
-    return neon.features.FileFeatures(neon.modelfile.JudgeFile(path), example)
+    return neon.features.FileFeatures(neon.userfile.JudgeFile(path), example)
 
 
 def test_features_of_a_file(tmp_path):
@@ -513,6 +513,6 @@ def test_features_of_many_images_come_in_their_order():
 
 def test_identity_of_a_file_is_its_content(tmp_path):
     features = of_file(tmp_path, "return x.flatten(1)[:, :3].float()")
-    assert features.identity == neon.modelfile.JudgeFile(Path(tmp_path / "mine.py")).identity
+    assert features.identity == neon.userfile.JudgeFile(Path(tmp_path / "mine.py")).identity
     other = of_file(tmp_path, "return x.flatten(1)[:, 1:4].float()")
     assert other.identity != features.identity

@@ -1,6 +1,7 @@
 """What adaptive_neon/files.py promises: messages, whole files, our own states, downloads."""
 
 import argparse
+import contextlib
 import errno
 import fcntl
 import http.server
@@ -356,7 +357,8 @@ def sends(body, status=200, length=None, delay=0):
         handler.send_response(status, "Bad\x1b[31m" if status != 200 else None)
         handler.send_header("Content-Length", str(len(body) if length is None else length))
         handler.end_headers()
-        handler.wfile.write(body)
+        with contextlib.suppress(BrokenPipeError):  # who asked has gone
+            handler.wfile.write(body)
 
     return answer
 

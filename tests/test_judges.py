@@ -469,7 +469,7 @@ def test_gradient_search_needs_the_gradient_of_what_decides(real, tmp_path, plac
     path = judge_file(tmp_path, DETACHED)
     own, select_with = Flat(), (path,)
     if place == "own":
-        file = neon.modelfile.JudgeFile(path)
+        file = neon.userfile.JudgeFile(path)
         own, select_with = neon.features.FileFeatures(file, real.training.images[:4]), ()
     c = config(tmp_path, select_with=select_with, search="gradient")
     with pytest.raises(neon.UserError, match="no gradient comes through the features mine-3"):
@@ -558,9 +558,9 @@ def test_judges_that_no_selection_sees(tmp_path, options, names):
 @pytest.mark.parametrize(
     "options, source",
     [
-        ({"base": edm.BASES["cond"]}, edm.CIFAR10_STATISTICS),
-        ({"base": edm.BASES["uncond"]}, edm.CIFAR10_STATISTICS),
-        ({"base": "mine.pkl", "ref": "cifar10"}, edm.CIFAR10_STATISTICS),
+        ({"base": CIFAR.bases["cond"]}, CIFAR.statistics),
+        ({"base": CIFAR.bases["uncond"]}, CIFAR.statistics),
+        ({"base": "mine.pkl", "ref": "cifar10"}, CIFAR.statistics),
         ({"ref": "mine.npz"}, "mine.npz"),
         ({"base": "mine.pkl"}, None),
         ({"model": "mine.py"}, None),
@@ -575,7 +575,7 @@ def test_cifar10_statistics_are_for_cifar10_networks_or_asked_for(options, sourc
         return
     found, origin = neon.judges.reference_source(c, preset_of(c))
     assert found == source
-    assert origin == (CIFAR.origin if source == edm.CIFAR10_STATISTICS else "")
+    assert origin == (CIFAR.origin if source == CIFAR.statistics else "")
 
 
 # -------------------- keys

@@ -28,6 +28,7 @@ import adaptive_neon as neon
 import edm_neon as edm
 
 MODELS = ["base", "collapsed", "global", "blockwise", "searched"]
+CONTROLS = ["base, twice the steps", "guided"]
 
 
 SEARCHED = (
@@ -65,7 +66,11 @@ def prepared(small_run, tmp_path):
 
 def test_models_of_a_run(summary):
     (entry,) = summary["snapshots"]
-    assert [*entry["final"]] == MODELS and len(entry["grid"]) == 8 and len(entry["placebo"]) == 1
+    assert (
+        [*entry["final"]] == MODELS + CONTROLS
+        and len(entry["grid"]) == 8
+        and len(entry["placebo"]) == 1
+    )
     assert all(set(entry[name]["w"]) == {"enc", "mid", "dec"} for name in MODELS)
 
 

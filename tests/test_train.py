@@ -545,7 +545,7 @@ def test_state_of_another_training_is_refused(tmp_path, changes, count):
     other = neon.train.Training(
         WalkerModel(), Walker(), count, recipe(**changes), neon.processes.Processes()
     )
-    with pytest.raises(neon.UserError, match="state is damaged, delete it .*another training"):
+    with pytest.raises(neon.UserError, match="state cannot be used, delete it .*another training"):
         other.resume(tmp_path / "state")
 
 
@@ -561,7 +561,7 @@ def test_state_of_another_network_is_refused(tmp_path, change):
         net.there = net.at
         del net.at
     other = neon.train.Training(WalkerModel(), net, 40, recipe(), neon.processes.Processes())
-    with pytest.raises(neon.UserError, match="state is damaged, delete it .*another network"):
+    with pytest.raises(neon.UserError, match="state cannot be used, delete it .*another network"):
         other.resume(tmp_path / "state")
 
 
@@ -620,7 +620,7 @@ def test_version_of_the_training_is_in_the_keys_of_networks(monkeypatch, name):
 
 def test_damaged_state_is_refused(tmp_path):
     (tmp_path / "state").write_bytes(b"no")
-    with pytest.raises(neon.files.UserError, match="state is damaged, delete it"):
+    with pytest.raises(neon.files.UserError, match="state cannot be used, delete it"):
         walk(tmp_path)
 
 
