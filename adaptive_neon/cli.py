@@ -20,7 +20,7 @@ from .blocks import Merger
 from .config import Config, Preset, grid_values, judge_name
 from .diffusers import is_pipeline
 from .extension import neon_ext
-from .files import UserError, printable, reading
+from .files import UserError, printable, reading, unfailing_terminal
 from .judges import check_judges
 from .plots import figures_of, plot_report, plot_seeds
 from .processes import start_processes
@@ -341,22 +341,28 @@ def main(argv: list[str] | None, presets: dict[str, Preset], doc: str) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
                 signal.signal(number, interrupt)
-    code = 0
+    with unfailing_terminal():
+        code = exit_code(sys.argv[1:] if argv is None else argv, presets, doc)
+    if code:
+        sys.exit(code)
+
+
+def exit_code(argv: list[str], presets: dict[str, Preset], doc: str) -> int:
+    """Of a run, whose errors are one line."""
     try:
-        run(sys.argv[1:] if argv is None else argv, presets, doc)
+        run(argv, presets, doc)
     except UserError as error:
-        code = complain(error)
+        return complain(error)
     except OSError as error:
-        code = complain(f"{error}; what was finished stays")
+        return complain(f"{error}; what was finished stays")
     except KeyboardInterrupt as stop:
         if not stop.args:
             complain("stopped; finished parts are kept, the same command goes on")
-        code = 128 + (stop.args[0] if stop.args else signal.SIGINT)  # as shells report a signal
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)  # as shells report a signal
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-    if code:
-        sys.exit(code)
+    return 0
 
 
 def complain(message) -> int:

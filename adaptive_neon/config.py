@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from .features import INCEPTION
+from .files import read_json, reason_of
 from .images import RealData
 from .sampling import Model
 from .search import BOUNDS
@@ -92,9 +92,11 @@ def read_partition(text):
         return text
     message = f"{text} is not paper, structural, layers or a JSON file {{glob: block}}"
     try:
-        table = json.loads(Path(text).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        table = read_json(text)
+    except OSError:
         raise argparse.ArgumentTypeError(message) from None
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{message} ({reason_of(error)})") from None
     if not isinstance(table, dict) or not all(isinstance(block, str) for block in table.values()):
         raise argparse.ArgumentTypeError(f"{message}: its blocks must be strings")
     return table

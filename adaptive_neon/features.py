@@ -26,10 +26,10 @@ INCEPTION = (
 INCEPTION_SHA256 = "6726825d"  # its start
 
 
-def inception(source: str = "") -> "InceptionFeatures":
+def inception(source: str | Path = INCEPTION) -> "InceptionFeatures":
     """FID's Inception: its public weights, or another file or address of the same form."""
-    check = "" if source and source != INCEPTION else INCEPTION_SHA256
-    return InceptionFeatures(fetch(source or INCEPTION, "the Inception weights", check))
+    check = INCEPTION_SHA256 if source == INCEPTION else ""
+    return InceptionFeatures(fetch(str(source), "the Inception weights", check))
 
 
 def random_conv(channels: int) -> "RandomConvFeatures":

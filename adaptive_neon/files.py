@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import struct
+import sys
 import tempfile
 import urllib.parse
 import zipfile
@@ -75,6 +76,49 @@ def reason_of(error):
     return f"{type(error).__name__}: {printable(line)}"
 
 
+class Terminal:
+    """A stream whose failure costs nothing: it may be gone (`| head`) or know no accents."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        encoding = self.stream.encoding or "utf-8"
+        known = text.encode(encoding, "backslashreplace").decode(encoding)
+        self.attempt(lambda: self.stream.write(known))
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, work) -> None:
+        try:
+            work()
+        except OSError:
+            # Whoever read it has left. Python would complain again when it flushes at exit.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def unfailing_terminal():
+    """Prints and progress bars in this block cannot end it."""
+    with contextlib.ExitStack() as stack:
+        for name, redirect in (
+            ("stdout", contextlib.redirect_stdout),
+            ("stderr", contextlib.redirect_stderr),
+        ):
+            stream = getattr(sys, name)
+            if stream is not None:  # as without a console
+                terminal = Terminal(stream)
+                stack.enter_context(redirect(terminal))
+                stack.callback(terminal.flush)
+        yield
+
+
 @contextlib.contextmanager
 def reading(what):
     """Whatever is wrong with a file ends in one line that begins with `what`; the cause is kept."""
@@ -103,6 +147,36 @@ def write_atomically(path, write):
         if part.is_file():
             shutil.copymode(plain, part)
         os.replace(part, path)
+
+
+def parse_json(raw: bytes):
+    """What JSON says, in UTF-8, UTF-16 or UTF-32; Refused: where it is none."""
+
+    def without_repeats(pairs):
+        table = {}
+        for name, value in pairs:
+            if name in table:
+                raise Refused(f"it has {printable(name)} twice")
+            table[name] = value
+        return table
+
+    try:
+        text = raw.decode(json.detect_encoding(raw))
+        return json.loads(text, object_pairs_hook=without_repeats)
+    except json.JSONDecodeError as error:
+        raise Refused(
+            f"no JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from error
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise Refused(f"line {line} is not {error.encoding.upper()}") from error
+    except RecursionError as error:
+        raise Refused("it is nested too deeply") from error
+
+
+def read_json(path: Path | str):
+    """What a JSON file says; use it inside reading(), or catch Refused and OSError."""
+    return parse_json(Path(path).read_bytes())
 
 
 def remove_orphans(folder):

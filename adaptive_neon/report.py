@@ -1,6 +1,5 @@
 """Tables and notes: summary.json and table.md, from plain data."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -268,19 +267,7 @@ def publish(texts, plain, out):
     text = "\n\n".join(filter(None, texts))
     write_atomically(out / "table.md", text + "\n")
     write_atomically(out / "summary.json", json.dumps(plain, indent=1, allow_nan=False))
-    show("\n" + text)
-
-
-def show(text):
-    """Print, at no risk: a terminal may be gone (`| head`) or know no accents."""
-    stream = sys.stdout
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except OSError:
-        # Whoever read it has left. Python would complain again when it flushes at exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    print("\n" + text, flush=True)
 
 
 def summarise(c, argv, entries, judges, setup, seconds, processes, begin):

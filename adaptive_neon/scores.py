@@ -42,6 +42,10 @@ class Score:
     real_folds: list | None = None  # the distance without each of FOLDS folds of the real images
     kernel_real_folds: list | None = None
 
+    def lacks_shares(self) -> bool:
+        """Whether precision and recall may still be taken."""
+        return self.precision is None and math.isfinite(self.fd)
+
     def as_line(self) -> str:
         """One line of JSON, which knows no infinity."""
         row = dataclasses.asdict(self)
@@ -238,7 +242,7 @@ class Scorer:
             for judge, key in zip(judges, keys, strict=True):
                 score = self.log.find(key, w)
                 wanted = shares and judge is self.judge and self.has_shares(judge, seeds)
-                if score is not None and wanted and score.precision is None:
+                if score is not None and wanted and score.lacks_shares():
                     score = None
                 found.append(score)
             return found

@@ -15,7 +15,7 @@ from .config import Config, Preset
 from .controls import guided, with_steps
 from .diffusers import DiffusersModel, is_pipeline
 from .files import UserError, remove_orphans, write_atomically
-from .images import RealData, read_dataset, write_dataset
+from .images import RealData, read_dataset, refuse_empty_classes, write_dataset
 from .judges import Judge, build_judges
 from .keys import base_key, self_training_key, synthetic_key, weights_hash
 from .modelfile import FileModel
@@ -216,6 +216,7 @@ def first_network(setup: Setup) -> nn.Module:
             raise UserError("--train-base needs --data ZIP or folder of images")
         torch.manual_seed(c.seed)
         net = model.create(real.training.images, real.training.labels, c)
+        refuse_empty_classes(real.training, model.classes(net))
     check_model(setup, net, trained=not c.train_base)
     return net
 
@@ -476,7 +477,7 @@ def synthetic_set(setup: Setup, sampler: Sampler, path: Path):
         if processes.rank == 0:
             write_dataset(path, images, labels)
         processes.barrier()
-    return read_dataset(path)
+    return read_dataset(path, quiet=True)
 
 
 def train_once(

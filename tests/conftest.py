@@ -1,12 +1,14 @@
 """The extension must be built; without a GPU the CUDA twins of tests are left out, and counted."""
 
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from adaptive_neon.extension import Missing, neon_ext
+from adaptive_neon.processes import Processes
 
 if isinstance(neon_ext, Missing):
     pytest.exit(neon_ext.reason, returncode=2)
@@ -62,3 +64,46 @@ def signals():
     yield
     for number, handler in zip(numbers, handlers, strict=True):
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Two ranks, each in a thread: what `share` gives or raises on each of them. Networks are made
+    before, since threads share torch's generator."""
+    meeting = threading.Barrier(2, timeout=20)
+    local, said = threading.local(), {}
+
+    def exchange(mine):
+        said[local.rank] = mine
+        meeting.wait()
+        everything = [said[rank] for rank in (0, 1)]
+        meeting.wait()
+        return everything
+
+    def gather(gathered, mine):
+        gathered[:] = exchange(mine)
+
+    def broadcast(outcome):
+        outcome[:] = exchange(list(outcome))[0]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+
+    def run(share):
+        found = [None, None]
+
+        def on_rank(rank):
+            local.rank = rank
+            try:
+                found[rank] = share(Processes("cpu", rank, 2))
+            except Exception as error:
+                found[rank] = error
+
+        threads = [threading.Thread(target=on_rank, args=(rank,)) for rank in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
+    return run

@@ -1,6 +1,8 @@
 """Networks and a small study that the tests of edm_neon.py share."""
 
+import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import few_glyphs
 import numpy as np
+import pytest
 import safetensors.torch
 import torch
 from torch import nn
@@ -225,6 +228,7 @@ def config(out, **options):
     return neon.config.Config(**{"out": Path(out), **settings, **options})
 
 
+@functools.cache
 def real_toys(first=77_000):
     """Real images in three parts, the final one after the others."""
     parts = [toy_images(first=first + 1000 * k, count=400) for k in range(3)]
@@ -342,6 +346,29 @@ def gaussian_score(reference, features, **changes):
 
 def standard_reference(dim=3):
     return neon_ext.FrechetReference(torch.zeros(dim), torch.eye(dim))
+
+
+@contextlib.contextmanager
+def toy_preset():
+    """The preset's model, images and features are the toy's in this block."""
+    real = real_toys()
+    with pytest.MonkeyPatch.context() as patch:
+        replace(patch, "open_model", lambda c, preset, processes: ToyModel())
+        patch.setattr(preset, "real_images", lambda c: real)
+        patch.setattr(preset, "features", lambda c: ToyFeatures())
+        yield
+
+
+def toy_network_files(folder):
+    """Files of a base and of two networks that have drifted from it, the second further."""
+    base, near = toy_pair()
+    far = blend(base, near, weights(-2.5, -3, -2), lambda name: name[:3])
+    far.offset.fill_(-0.4)
+    paths = []
+    for name, net in (("base", base), ("near", near), ("far", far)):
+        paths.append(folder / f"{name}.safetensors")
+        ToyModel().save(net, paths[-1], {})
+    return paths
 
 
 # -------------------- the script

@@ -1,15 +1,28 @@
-"""edm_neon.py: partitions, merging, seeds, stages, the study of a snapshot, and its report."""
+"""adaptive_neon.cli: options, plan, estimate, several training seeds, the process."""
 
-from pathlib import Path
+import io
+import json
+import os
+import signal
+import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from edm_helpers import (
     PRESET,
+    ToyFeatures,
+    ToyModel,
+    ToyNet,
     config,
-    edm_model,
-    network,
+    lines,
     parse,
+    preset,
+    replace,
+    toy_network_files,
+    toy_preset,
+    toy_setup,
 )
 
 import adaptive_neon as neon
@@ -17,74 +30,111 @@ import edm_neon as edm
 
 BLOCKS = ("enc", "mid", "dec")
 
+# Unequal numbers, and as little of everything as there may be.
+TOY = (
+    *("--preset", PRESET, "--train-base", "0.2", "--batch", "50", "--lr", "0.01"),
+    *("--grid", "0.5,1.0", "--synthetic", "60", "--select-images", "50", "--final-images", "40"),
+    *("--judge", "pixels", "--controls", "none", "--snapshot", "1"),
+)
+GIVEN = ("--train-base", "0", "--base")
 
-CPU = neon.processes.Processes("cpu")
+
+@pytest.fixture(scope="module", autouse=True)
+def toys():
+    with toy_preset():
+        yield
 
 
 # -------------------- what it will cost
 
 
-@pytest.mark.parametrize(
-    "options, counts",
-    [
-        ({}, (8 + 3, 4)),
-        ({"sweep": (-1.0, 0.5)}, (8 + 4, 4)),
-        ({"search": "cobyqa", "evaluations": 5}, (8 + 3 + 5, 5)),
-        ({"search": "coordinate", "evaluations": 5}, (8 + 3 + 5, 5)),
-        ({"search": "gradient", "evaluations": 5}, (8 + 3 + 30, 5)),
-        ({"placebo": 2}, (24 + 3, 6)),
-        ({"final_repeats": 3}, (8 + 3, 12)),
-        ({"search": "cobyqa", "final_repeats": 3, "placebo": 1, "evaluations": 1}, (20, 18)),
-    ],
-    ids=str,
-)
-def test_number_of_scores(options, counts):
-    c = config(Path("."), **options)
-    scores, images, final, final_images = neon.cli.count_images(c, BLOCKS)
-    assert (scores, final) == counts
-    assert (images, final_images) == (100 * scores, 120 * final)
+@pytest.fixture
+def cost_of(tmp_path, monkeypatch):
+    """cost(**options) of a toy study, of whose images each takes 3.6 s, after 36 s of
+    compilation."""
+    monkeypatch.setattr(
+        neon.sampling.Sampler, "seconds_per_image", lambda sampler, precision: (3.6, 36.0)
+    )
+
+    def cost(world=1, **options):
+        setup = toy_setup(tmp_path, **{"controls": ()} | options)
+        setup.processes.world = world
+        net = ToyNet()
+        return neon.cli.Cost.of(setup, net, neon.sampling.Sampler(setup.model, net))
+
+    return cost
 
 
 @pytest.mark.parametrize(
-    "seconds, options, refused",
+    "options, scores, finals",
     [
-        (1.0, {}, False),
-        (6.0, {}, True),
-        (6.0, {"yes": True}, False),
-        (6.0, {"plan": True}, False),
-        (6.0, {"device": "cuda"}, False),
+        # A grid of 2^3, and base, collapsed and eight even weights, of which the base is one.
+        ({}, 8 + 9, 4),
+        ({"sweep": (-1.0, 0.5, 3.0)}, 8 + 11, 4),
+        ({"search": "cobyqa", "evaluations": 5}, 8 + 9 + 5, 5),
+        ({"search": "gradient", "evaluations": 5}, 8 + 9 + 30, 5),
+        ({"placebo": 2}, 24 + 9, 6),
+        ({"final_repeats": 3}, 8 + 9, 12),
+        ({"controls": ("steps",)}, 8 + 9, 6),
+        ({"controls": ("guided",)}, 8 + 9 + 2 * 7, 6),
+        ({"continue_on_data": 1.0}, 8 + 9, 5),
+        ({"search": "cobyqa", "final_repeats": 3, "placebo": 1, "evaluations": 1}, 26, 18),
     ],
     ids=str,
 )
-def test_hours_without_a_gpu_are_refused(seconds, options, refused):
-    """11 scores of 100 images, 4 of 120 and 100 synthetic ones: 1,680 images."""
-    c = config(Path("."), **options)
+def test_number_of_scores(cost_of, options, scores, finals):
+    cost = cost_of(**options)
+    assert (cost.scores, cost.finals) == (scores, finals)
+
+
+@pytest.mark.parametrize(
+    "options, images",
+    [
+        ({}, 17 * 100 + 4 * 120 + 100),
+        ({"snapshot": (1, 2, 5)}, 3 * (17 * 100 + 4 * 120) + 100),
+        ({"synthetic": 1000, "final_images": 500}, 17 * 100 + 4 * 500 + 1000),
+        ({"world": 4}, (17 * 100 + 4 * 120 + 100) / 4),
+    ],
+    ids=str,
+)
+def test_hours_of_sampling(cost_of, options, images):
+    assert cost_of(**options).sampling_hours == pytest.approx(images / 1000 + 0.01)
+
+
+def test_hours_grow_with_the_blocks_of_the_partition(cost_of):
+    """Eight layers: 256 points, and as many global weights; base and collapsed are two."""
+    cost = cost_of(partition="layers")
+    assert len(cost.blocks) == 8 and cost.scores == 256 + 257
+
+
+@pytest.mark.parametrize(
+    "hours, options, refused",
+    [
+        (1.9, {}, False),
+        (3.1, {}, True),
+        (3.1, {"yes": True}, False),
+        (3.1, {"device": "cuda"}, False),
+        (1.04, {"training_seeds": 3}, True),
+    ],
+    ids=str,
+)
+def test_hours_without_a_gpu_are_refused(tmp_path, hours, options, refused):
+    cost = SimpleNamespace(sampling_hours=hours)
     if refused:
-        with pytest.raises(
-            neon.files.UserError, match="about 3 hours of sampling alone: add --yes"
-        ):
-            neon.cli.refuse_hours(c, seconds, BLOCKS)
+        with pytest.raises(neon.files.UserError, match="about 3 hours of sampling .*--yes"):
+            neon.cli.refuse_hours(config(tmp_path, **options), cost)
     else:
-        neon.cli.refuse_hours(c, seconds, BLOCKS)
+        neon.cli.refuse_hours(config(tmp_path, **options), cost)
 
 
-def test_hours_grow_with_the_blocks_of_the_partition():
-    """Eight blocks: 256 points of 100 images instead of 8."""
-    c = config(Path("."))
-    neon.cli.refuse_hours(c, 1.0, BLOCKS)
-    with pytest.raises(neon.files.UserError, match="about 7 hours of sampling alone"):
-        neon.cli.refuse_hours(c, 1.0, tuple("abcdefgh"))
+def test_hours_are_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    replace(monkeypatch, "MAX_HOURS", 0.0)
+    replace(monkeypatch, "experiment", pytest.fail)
+    with pytest.raises(neon.files.UserError, match="--yes"):
+        run(tmp_path)
 
 
-def test_measuring_time_changes_no_setting():
-    base, model = network(), edm_model()
-    sampler = neon.sampling.Sampler(model, base, CPU, 5, 32)
-    threads = torch.get_num_threads()
-    assert neon.sampling.time_sampling(sampler, "fp32")[0] > 0
-    assert torch.get_num_threads() == threads and (sampler.steps, sampler.batch) == (5, 32)
-
-
-# -------------------- command line
+# -------------------- options
 
 
 def parsed(tmp_path, *argv):
@@ -103,17 +153,25 @@ def test_options_are_the_presets_unless_given(tmp_path):
     [
         (["--grid", "1,0.5,1"], "grid", (0.5, 1.0)),
         (["--grid", "-1,0.5"], "grid", (-1.0, 0.5)),
+        (["--grid", "1,2", "--grid", "0.5,0"], "grid", (0.0, 0.5)),
         (["--snapshot", "1551,550"], "snapshot", (550, 1551)),
         (["--sweep", "-1:0.5:0.5"], "sweep", (-1.0, -0.5, 0.0, 0.5)),
         (["--sweep", "0:0.3:0.1"], "sweep", (0.0, 0.1, 0.2, 0.3)),
         (["--bounds", "-2,3"], "bounds", (-2.0, 3.0)),
+        (["--judge", "mlp", "--judge", "pixels"], "judge", ("mlp", "pixels")),
+        (["--select-with", "pixels"], "select_with", ("pixels",)),
         (["--protocol", "paper"], "select_images", 2000),
         (["--protocol", "paper"], "labels", "random"),
         (["--protocol", "paper", "--labels", "balanced"], "labels", "balanced"),
-        (["--race"], "labels", "balanced"),
+        (["--protocol", "paper", "--select-images", "500"], "select_images", 500),
         (["--precision", "tf32", "--device", "cpu"], "precision", "fp32"),
         (["--precision", "bf16"], "precision", "bf16"),
         (["--race"], "race", True),
+        (["--race"], "labels", "balanced"),
+        (["--controls", "none"], "controls", ()),
+        (["--controls", "guided,steps"], "controls", ("guided", "steps")),
+        (["--partition", "layers"], "partition", "layers"),
+        (["--search-partition", "layers"], "search_partition", "layers"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -123,7 +181,404 @@ def test_values_of_options(tmp_path, argv, name, value):
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_grid_of_a_block(tmp_path, block):
-    c = parsed(tmp_path, "--grid", "1,2", f"--grid-{block}", "3")
-    assert {name: c.grid_of(name) for name in BLOCKS} == dict.fromkeys(BLOCKS, (1.0, 2.0)) | {
-        block: (3.0,)
+    c = parsed(tmp_path, "--grid", f"{block}=3,2.5", "--grid", "1,2")
+    want = dict.fromkeys(BLOCKS, (1.0, 2.0)) | {block: (2.5, 3.0)}
+    assert {name: c.grid_of(name) for name in BLOCKS} == want
+
+
+def test_grids_of_two_blocks(tmp_path):
+    c = parsed(tmp_path, "--grid", "dec=3", "--grid", "enc=-1,0.5")
+    assert c.block_grid == {"dec": (3.0,), "enc": (-1.0, 0.5)}
+    assert c.grid == edm.PRESETS[PRESET].defaults["grid"]
+
+
+def test_partition_of_a_file(tmp_path):
+    path = tmp_path / "blocks.json"
+    path.write_text('{"model.enc.*": "down", "*": "rest"}')
+    assert parsed(tmp_path, "--partition", str(path)).partition == {
+        "model.enc.*": "down",
+        "*": "rest",
     }
+
+
+def test_given_base_is_not_trained(tmp_path):
+    """Though the preset trains one."""
+    c = parsed(tmp_path, "--base", "net.pkl")
+    assert c.train_base == 0 and c.base == "net.pkl"
+
+
+def test_preset_trains_its_base(tmp_path):
+    assert parsed(tmp_path).train_base == edm.PRESETS[PRESET].defaults["train_base"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--base", "net.pkl", "--train-base", "3"],
+        ["--grid", "top=1"],
+        ["--bounds", "1"],
+        ["--placebo", "2", "--partition", "layers"],
+        ["--guidance", "2"],
+        ["--guidance", "2", "--model", "mine.py"],
+        ["--grid", "enc=1e7"],
+    ],
+    ids=" ".join,
+)
+def test_options_that_contradict_each_other(tmp_path, argv):
+    with pytest.raises(neon.files.UserError, match=argv[0].strip("-")):
+        parsed(tmp_path, *argv)
+
+
+@pytest.mark.parametrize("name, address", edm.PRESETS["cifar10"].bases.items())
+def test_names_of_a_presets_networks(tmp_path, name, address):
+    assert parse(["--base", name, "--out", str(tmp_path)]).base == address
+
+
+def test_first_of_a_presets_networks_is_its_base(tmp_path):
+    assert parse(["--out", str(tmp_path)]).base == [*edm.PRESETS["cifar10"].bases.values()][0]
+
+
+# -------------------- a run
+
+
+def run(out, *argv):
+    neon.cli.run([*TOY, "--out", str(out), *map(str, argv)], edm.PRESETS, edm.__doc__)
+
+
+def test_large_grid_is_remarked_upon_once(tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        replace(patch, "experiment", stop)
+        with pytest.raises(neon.files.UserError, match="stopped here"):
+            run(tmp_path, "--grid", "0,0.5,1,1.5,2", "--yes")
+    assert capsys.readouterr().out.count("the grid has 125 points") == 1
+
+
+def stop(*args):
+    raise neon.files.UserError("stopped here")
+
+
+def test_other_ranks_remark_nothing(tmp_path, capsys, monkeypatch):
+    other = neon.processes.Processes("cpu", rank=1, world=1)
+    replace(monkeypatch, "start_processes", lambda *args: other)
+    replace(monkeypatch, "experiment", stop)
+    with pytest.raises(neon.files.UserError, match="stopped here"):
+        run(tmp_path, "--grid", "0,0.5,1,1.5,2", "--yes")
+    assert capsys.readouterr().out == ""
+
+
+def test_base_and_aux_of_files(tmp_path):
+    """--aux is exchanged between two runs in one folder: no score of the first serves the
+    second, but the base's."""
+    base, *auxes = toy_network_files(tmp_path)
+    out, firsts = tmp_path / "out", []
+    for aux in auxes:
+        (tmp_path / "aux.safetensors").write_bytes(aux.read_bytes())
+        with pytest.MonkeyPatch.context() as patch:
+            replace(patch, "plot_report", lambda *args: None)
+            run(out, *GIVEN, base, "--aux", tmp_path / "aux.safetensors")
+        (entry,) = json.loads((out / "summary.json").read_text())["snapshots"]
+        firsts.append([entry[name]["fd"] for name in ("base", "collapsed", "blockwise")])
+    assert firsts[0][0] == firsts[1][0]
+    assert firsts[0][1:] != firsts[1][1:] and len(lines(out / "grid.jsonl")) > 8 + 8
+
+
+# -------------------- the plan
+
+
+def test_plan_leaves_nothing(tmp_path, capsys):
+    run(tmp_path, "--plan", "--snapshot", "2,1")
+    text = capsys.readouterr().out
+    assert [*tmp_path.iterdir()] == []
+    assert text.count("not trained yet") == 2 * 3 and "hours" in text
+
+
+def test_plan_of_several_training_seeds_leaves_nothing(tmp_path, capsys):
+    run(tmp_path, "--plan", "--training-seeds", "3")
+    text = capsys.readouterr().out
+    assert [*tmp_path.iterdir()] == []
+    assert "this 3 times" in text and text.count("not trained yet") == 3
+
+
+def test_plan_tells_the_drift_of_what_is_there(tmp_path, capsys):
+    base, near, far = toy_network_files(tmp_path)
+    merger = neon.blocks.Merger(ToyModel().load(base), ToyModel().load(far), lambda name: name[:3])
+    run(tmp_path / "out", *GIVEN, base, "--aux", far, "--plan")
+    text = capsys.readouterr().out
+    for block, row in merger.table().items():
+        (line,) = [line for line in text.splitlines() if line.startswith(block)]
+        assert line.split() == [
+            block,
+            str(row["tensors"]),
+            str(row["parameters"]),
+            f"{row['drift']:.5f}",
+        ]
+
+
+# -------------------- several training seeds
+
+SEEDS = ("--training-seeds", "3", "--seed", "7", "--snapshot", "2,1", "--final-repeats", "2")
+SEARCHED = ("--search", "gradient", "--evaluations", "2", "--search-partition", "layers")
+
+
+@pytest.fixture(scope="module")
+def several(toys, tmp_path_factory):
+    """Three training seeds of two snapshots -> folder, summary over the seeds, one for each; names
+    of the pictures, which are not drawn, and of their folders are left in pictures.json."""
+    out, pictures = tmp_path_factory.mktemp("several"), []
+    with pytest.MonkeyPatch.context() as patch:
+        replace(patch, "plot_report", lambda figures, to: pictures.append([to.name, *figures]))
+        run(out, *SEEDS, *SEARCHED, "--placebo", "1")
+    (out / "pictures.json").write_text(json.dumps(pictures))
+    folders = [out, *(out / f"seed-{k}" for k in range(3))]
+    summary, *own = [json.loads((path / "summary.json").read_text()) for path in folders]
+    return out, summary, own
+
+
+def test_every_training_seed_has_a_folder(several):
+    out, summary, own = several
+    assert summary["seeds"] == [{"folder": f"seed-{k}", "seed": 7 + 2 * k} for k in range(3)]
+    assert [one["config"]["seed"] for one in own] == [7, 9, 11]
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_networks_of_a_training_seed_are_those_of_a_run_with_it(several, k):
+    """Base and self-trained network."""
+    out = several[0] / f"seed-{k}"
+    setup = toy_setup(out)
+    c = parse([*TOY, "--snapshot", "2,1", "--seed", str(7 + 2 * k), "--out", str(out)])
+    setup = neon.study.Setup(c, preset, ToyModel(), setup.processes, setup.real, setup.seeds)
+    path = neon.study.base_path(setup, neon.study.first_network(setup))
+    assert [*out.glob("base-*")] == [path]
+    paths, _, _ = neon.study.self_training(setup, ToyModel().load(path))
+    assert sorted(out.glob("self-*/network-*")) == sorted(paths.values())
+
+
+def test_final_comparisons_are_those_of_the_seeds(several):
+    _, summary, own = several
+    assert summary["kimg"] == [1, 2]
+    for finals, one in zip(summary["final"], own, strict=True):
+        assert finals == [entry["final"] for entry in one["snapshots"]]
+    distances = [final["global"]["fd"] for finals in summary["final"] for final in finals]
+    assert len(set(distances)) > 3
+
+
+def test_claims_over_the_seeds_count_those_of_the_seeds(several):
+    _, summary, own = several
+    for row in summary["over_seeds"]:
+        claims = []
+        for one in own:
+            (entry,) = [entry for entry in one["snapshots"] if entry["kimg"] == row["kimg"]]
+            for claim in entry["claims"]:
+                sides = [claim[side].removesuffix(" 1") for side in ("model", "against")]
+                if sides == [row["model"], row["against"]]:
+                    claims.append(claim)
+        assert row["own_verdicts"] == [claim["own"]["verdict"] for claim in claims]
+        assert len(claims) == 3
+
+
+@pytest.mark.parametrize("kimg", [1, 2])
+@pytest.mark.parametrize(
+    "model, against",
+    [("blockwise", "global"), ("searched", "blockwise"), ("random blocks", "global")],
+)
+def test_questions_over_the_seeds(several, kimg, model, against):
+    rows = [(row["kimg"], row["model"], row["against"]) for row in several[1]["over_seeds"]]
+    assert rows.count((kimg, model, against)) == 1
+
+
+def test_table_over_the_seeds_has_every_model_of_every_seed(several):
+    out, summary, _ = several
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (out / "table.md").read_text().split("\n\n")[0].splitlines()
+    ]
+    found = [dict(zip(head, row, strict=True)) for row in rows]
+    wanted = []
+    for seed, finals in zip((7, 9, 11), summary["final"], strict=True):
+        for kimg, final in zip(("1", "2"), finals, strict=True):
+            for name, result in final.items():
+                number = neon.verdicts.number(result["fd"])
+                wanted.append((str(seed), kimg, name, number))
+    keys = ("training seed", "snapshot (kimg)", "model", f"final {summary['score']}")
+    assert [tuple(row[key] for key in keys) for row in found] == wanted
+
+
+def test_search_over_layers_beside_a_grid_over_blocks(several):
+    for one in several[2]:
+        for entry in one["snapshots"]:
+            assert set(entry["blockwise"]["w"]) == set(BLOCKS)
+            assert len(entry["searched"]["w"]) == 8
+
+
+def test_pictures_over_the_seeds(several):
+    out = several[0]
+    *own, over = json.loads((out / "pictures.json").read_text())
+    assert over == [out.name, "seeds.png"]
+    assert [folder for folder, *_ in own] == ["seed-0", "seed-1", "seed-2"]
+    assert all("samples_000001.png" in names and "scores.png" in names for _, *names in own)
+
+
+def test_training_seeds_of_given_networks_are_refused(tmp_path):
+    with pytest.raises(neon.files.UserError, match="--aux is trained already"):
+        run(tmp_path, "--training-seeds", "2", "--aux", "aux.safetensors")
+
+
+# -------------------- the process
+
+
+@pytest.fixture
+def outcome(monkeypatch, tmp_path):
+    """code(error): the exit code of main() where the run ends with this error."""
+
+    def code(error):
+        def ending(*args):
+            raise error
+
+        replace(monkeypatch, "run", ending)
+        with pytest.raises(SystemExit) as stop:
+            edm.main([])
+        return stop.value.code
+
+    return code
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (neon.files.UserError("a wrong file"), 2),
+        (OSError(28, "No space left on device"), 2),
+        (KeyboardInterrupt(signal.SIGTERM), 143),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_exit_codes(outcome, error, code):
+    assert outcome(error) == code
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (neon.files.UserError("a wrong file"), "a wrong file"),
+        (OSError(28, "No space left on device"), "No space left"),
+        (KeyboardInterrupt(), "the same command goes on"),
+    ],
+    ids=["user", "disk", "stopped"],
+)
+def test_errors_are_one_line(outcome, capsys, error, words):
+    outcome(error)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("edm_neon: ") and words in line
+
+
+def test_faults_of_ours_are_traced_back(monkeypatch):
+    def broken(*args):
+        raise NameError("a fault of ours")
+
+    replace(monkeypatch, "run", broken)
+    with pytest.raises(NameError):
+        edm.main([])
+
+
+def test_a_run_that_ends_well_has_no_exit_code(monkeypatch):
+    replace(monkeypatch, "run", lambda *args: None)
+    assert edm.main([]) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_answered_with_a_line_at_once(capfd, number):
+    """Before the interrupt reaches what runs."""
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        neon.cli.interrupt(number, None)
+    assert stopped.value.args == (number,)
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("edm_neon: stopped") and "the same command goes on" in line
+
+
+def test_signals_are_taken_over(monkeypatch):
+    found = {}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    replace(
+        monkeypatch,
+        "run",
+        lambda *args: found.update((number, signal.getsignal(number)) for number in numbers),
+    )
+    edm.main([])
+    assert found == {
+        signal.SIGINT: neon.cli.interrupt,
+        signal.SIGTERM: neon.cli.interrupt,
+        signal.SIGHUP: signal.SIG_IGN,
+    }
+
+
+def test_a_signal_is_said_once(monkeypatch, capfd):
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    replace(monkeypatch, "run", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        edm.main([])
+    assert stopped.value.code == 143 and capfd.readouterr().err.count("stopped") == 1
+
+
+def test_main_in_a_thread(tmp_path):
+    """Where signals cannot be caught."""
+    outcome = []
+
+    def work():
+        try:
+            edm.main([*TOY, "--plan", "--out", str(tmp_path)])
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert outcome == []
+
+
+def gone():
+    """A terminal whose reader has left."""
+    read, write = os.pipe()
+    os.close(read)
+    return open(write, "w", buffering=1)
+
+
+def without_accents():
+    return io.TextIOWrapper(io.BytesIO(), encoding="ascii", line_buffering=True)
+
+
+@pytest.mark.parametrize("terminal", [gone, without_accents])
+def test_a_terminal_that_fails_costs_nothing(terminal, tmp_path, monkeypatch):
+    """All files are there, whatever was said on the way."""
+    out = tmp_path / "Grüße"
+    with terminal() as one, terminal() as other, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", one)
+        patch.setattr(sys, "stderr", other)
+        replace(patch, "plot_report", lambda figures, to: (to / "drawn").touch())
+        edm.main([*TOY, "--out", str(out), "--protocol", "paper", "--select-images", "50"])
+        print("and what follows", flush=True)
+    names = {path.name for path in out.iterdir()}
+    assert {"table.md", "summary.json", "drawn", "adaptive-neon-000001.safetensors"} <= names
+
+
+def test_terminal_is_the_users_again(monkeypatch, tmp_path):
+    replace(monkeypatch, "run", lambda *args: None)
+    before = sys.stdout, sys.stderr
+    edm.main([])
+    assert (sys.stdout, sys.stderr) == before
+
+
+def test_measuring_time_changes_no_setting():
+    sampler = neon.sampling.Sampler(ToyModel(), ToyNet(), 5, 32)
+    threads = torch.get_num_threads()
+    assert sampler.seconds_per_image()[0] > 0
+    assert torch.get_num_threads() == threads and (sampler.steps, sampler.batch) == (5, 32)
+
+
+def test_features_of_the_toy_decide(several):
+    """The fixtures' own: no classifier is trained here."""
+    assert several[1]["score"] == ToyFeatures.score

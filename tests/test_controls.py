@@ -208,3 +208,29 @@ def test_a_network_with_parts_of_its_own_name_is_guided():
     net.w.fill_(1.0)
     x = torch.randn(3, 2)
     torch.testing.assert_close(net(x), 2 * one(x) - other(x))
+
+
+# -------------------- like with like
+@pytest.mark.parametrize(
+    "options, blocks, count",
+    [
+        ({"grid": (0.5, 1.0, 1.5)}, 3, 27),
+        ({"grid": (0.5, 1.0)}, 3, 8),
+        ({"grid": (0.5, 1.0), "block_grid": {"enc": (0.0, 1.0, 2.0)}}, 3, 12),
+        ({"grid": (0.5, 1.0), "search": "cobyqa", "evaluations": 30}, 3, 30),
+        ({"grid": (0.5, 1.0, 1.5), "search": "gradient", "evaluations": 9}, 14, 9),
+    ],
+    ids=["grid", "two", "own", "search", "search alone"],
+)
+def test_as_many_global_weights_as_anything_else_tries(tmp_path, options, blocks, count):
+    c = dataclasses.replace(toy_setup(tmp_path).c, **options)
+    names = ["enc", "mid", "dec"] if blocks == 3 else [str(k) for k in range(blocks)]
+    values = neon.study.global_weights(c, names)
+    inside = sorted(value for value in values if min(c.grid) <= value <= max(c.grid))
+    assert {-1.0, 0.0} <= values and len(inside) >= count
+    assert inside[0] == min(c.grid) and inside[-1] == max(c.grid)
+
+
+def test_the_sweep_is_among_the_global_weights(tmp_path):
+    c = dataclasses.replace(toy_setup(tmp_path).c, grid=(0.5, 1.0), sweep=(-0.5, 3.0))
+    assert {-0.5, 3.0} <= neon.study.global_weights(c, ["enc", "mid", "dec"])

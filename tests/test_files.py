@@ -1,5 +1,6 @@
 """What adaptive_neon/files.py promises: messages, whole files, our own states, downloads."""
 
+import argparse
 import errno
 import fcntl
 import http.server
@@ -33,6 +34,46 @@ def equal(a, b):
     if isinstance(a, (list, tuple)):
         return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
     return a == b
+
+
+# -------------------- JSON
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_json_is_read_in_the_encoding_of_its_mark(tmp_path, encoding):
+    (tmp_path / "x.json").write_bytes('{"é": [1, "ü"]}'.encode(encoding))
+    assert neon.files.read_json(tmp_path / "x.json") == {"é": [1, "ü"]}
+
+
+BAD_JSON = {
+    "a trailing comma": (b'{"a": 1,\n "b": 2,}', "line 2, column 9"),
+    "in a list": (b"[1,\n 2,\n]", "line 3, column 1"),
+    "a comment": (b"\xef\xbb\xbf{} // no", "line 1, column 4"),
+    "single quotes": (b"{'a': 1}", "line 1, column 2"),
+    "nothing": (b"", "line 1, column 1"),
+    "Latin-1": (b'{"a": 1,\n"b": "\xe9"}', "line 2 is not UTF-8"),
+    "half of UTF-16": (b"\xff\xfe{", "is not UTF-16"),
+    "a name twice": (b'{"a": 1, "b": 2, "a": 3}', "has a twice"),
+    "nesting": (b"[" * 100_000, "nested too deeply"),
+    "a huge number": (b"[" + b"9" * 5000 + b"]", ""),
+}
+
+
+@pytest.mark.parametrize("name", BAD_JSON)
+def test_what_is_no_json_is_placed(tmp_path, name):
+    content, message = BAD_JSON[name]
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(neon.files.UserError, match=f"bad .*{message}"), neon.files.reading("bad"):
+        neon.files.read_json(tmp_path / "x.json")
+
+
+def test_partitions_are_read_so(tmp_path):
+    path = tmp_path / "blocks.json"
+    path.write_text('{"*": "a"}', "utf-16")
+    assert neon.config.read_partition(str(path)) == {"*": "a"}
+    path.write_text('{"*": "a",}')
+    with pytest.raises(argparse.ArgumentTypeError, match="line 1, column 11"):
+        neon.config.read_partition(str(path))
 
 
 # -------------------- our own states

@@ -1,11 +1,14 @@
 """What adaptive_neon/images.py promises."""
 
+import dataclasses
 import hashlib
 import io
 import json
 import os
 import struct
 import time
+import types
+import unicodedata
 import zipfile
 import zlib
 
@@ -16,6 +19,8 @@ import torch
 
 import adaptive_neon as neon
 import edm_neon as edm
+
+torch.set_num_threads(1)
 
 
 def hashes(images):
@@ -71,44 +76,6 @@ def test_origin_says_whether_the_base_may_have_seen_the_images(tmp_path, base, u
     neon.images.write_dataset(tmp_path / "x.zip", random_images(800), None)
     config = neon.config.Config(data=str(tmp_path / "x.zip"), base=base, train_base=1.0)
     assert ("unknown" in edm.Cifar10().real_images(config).origin) == unknown
-
-
-# -------------------- references
-
-
-@pytest.fixture
-def real():
-    return neon.images.split(random_images(800), None, "x.zip")
-
-
-torch.set_num_threads(1)
-
-
-# -------------------- networks that are refused
-
-
-def content(case):
-    """The bytes of a case; the larger ones are made when they are needed."""
-    return case() if callable(case) else case
-
-
-def text(value):
-    return b"\x8c" + bytes([len(value)]) + value.encode()
-
-
-def long_get(index):
-    return b"j" + struct.pack("<I", index)
-
-
-def long_put(index):
-    return b"r" + struct.pack("<I", index)
-
-
-# A tuple of two tuples of two tuples ...: 2^60 leaves in 900 bytes, put into the memo at 1060.
-DOUBLING = b")" + long_put(1000)
-
-
-DOUBLING += b"".join(2 * long_get(1000 + i) + b"\x86" + long_put(1001 + i) for i in range(60))
 
 
 # -------------------- images
@@ -237,18 +204,118 @@ def test_images_come_in_the_order_of_their_names(tmp_path):
     assert images[:, 0, 0, 0].tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("name", ["__MACOSX/a/._1.png", "a/._1.png", ".DS_Store", "a/Thumbs.db"])
-def test_what_operating_systems_add_is_skipped(tmp_path, capsys, name):
-    images, _ = neon.images.read_dataset(
-        zipped(tmp_path / "set.zip", {"1.png": encoded(RGB), name: b"no image"})
+CLUTTER = [
+    "__MACOSX/a/._1.png",
+    "a/.ipynb_checkpoints/1-checkpoint.png",
+    ".Trash-1000/files/1.png",
+    "a/@eaDir/1.png",
+    "$RECYCLE.BIN/1.png",
+    "#recycle/1.png",
+    "lost+found/1.png",
+    "a/.hidden.png",
+    "a/Thumbs.db",
+]
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("name", CLUTTER)
+def test_hidden_and_system_files_are_skipped_aloud(tmp_path, capsys, maker, name):
+    files = {"1.png": encoded(RGB), name: encoded(GREY)}
+    images, _ = neon.images.read_dataset(MAKERS[maker](tmp_path, files))
+    said = capsys.readouterr().err
+    assert len(images) == 1 and "1 images [3, 8, 8] from 1 folder;" in said
+    assert "left out: 1 hidden or system files and folders, the first is " in said
+
+
+def test_one_line_says_what_was_read(tmp_path, capsys):
+    files = {f"{name}/{i}.png": encoded(RGB) for name in "ab" for i in range(3)}
+    files |= {
+        "README.md": b"text",
+        "x\x1b[31m.csv": b"text",
+        ".git/config": b"",
+        "a/.DS_Store": b"",
+    }
+    index = {"labels": [[name, 1] for name in files if name.endswith("png")] + [["c/0.png", 2]]}
+    files["dataset.json"] = json.dumps(index).encode()
+    path = zipped(tmp_path / "set.zip", files)
+    neon.images.read_dataset(path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"{path}: 6 images [3, 8, 8] from 2 folders; left out: 2 hidden or system files and "
+        "folders, the first is .git; left out: 2 files that are no images, the first is README.md; "
+        "left out: 1 labels without an image, the first is c/0.png"
     )
-    assert len(images) == 1 and capsys.readouterr().err == ""
 
 
-def test_other_files_are_counted_aloud(tmp_path, capsys):
-    files = {"1.png": encoded(RGB), "README.md": b"text", "x\x1b[31m.csv": b"text"}
-    images, _ = neon.images.read_dataset(zipped(tmp_path / "set.zip", files))
-    assert len(images) == 1 and "2 files that are no images" in capsys.readouterr().err
+def test_a_quiet_reading_says_nothing(tmp_path, capsys):
+    neon.images.read_dataset(zipped(tmp_path / "set.zip", {"1.png": encoded(RGB)}), quiet=True)
+    assert capsys.readouterr().err == ""
+
+
+def tree(folder):
+    """train/cats and elsewhere/dogs of two images each; beside train, a folder of others."""
+    for name, images in {"train/cats": 2, "elsewhere/dogs": 2, "others": 5}.items():
+        files = {f"{name}/{i}.png": encoded(RGB) for i in range(images)}
+        in_folder(folder, files)
+    return folder / "train"
+
+
+LINKS = {
+    "a class": ({"dogs": "../elsewhere/dogs"}, 4, ["cats", "dogs"]),
+    "a folder of classes": ({"more": "../elsewhere"}, 4, ["cats", "more/dogs"]),
+    "the same twice": ({"dogs": "../elsewhere/dogs", "hunde": "../elsewhere/dogs"}, 4, None),
+    "before the folder itself": ({"animals": "cats"}, 2, ["cats"]),
+    "a link to a link": ({"a": "b", "b": "../elsewhere/dogs"}, 4, None),
+    "a loop": ({"cats/loop": "../cats"}, 2, ["cats"]),
+    "a loop to the top": ({"loop": "."}, 2, ["cats"]),
+    "a loop around it": ({"loop": ".."}, 2, ["cats"]),
+    "an image": ({"cats/dog.png": "../../elsewhere/dogs/0.png"}, 3, ["cats"]),
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_links_are_followed_once(tmp_path, capsys, name):
+    root = tree(tmp_path)
+    links, count, folders = LINKS[name]
+    for link, target in links.items():
+        (root / link).symlink_to(target)
+    images, _ = neon.images.read_dataset(root)
+    assert len(images) == count
+    if folders:
+        listed = neon.images.DatasetFiles(root).files
+        assert sorted({name.rpartition("/")[0] for name in listed}) == folders
+    back = "links that lead back" in capsys.readouterr().err
+    assert back == (name not in ("a class", "a folder of classes", "an image"))
+
+
+# Orientation, and what numpy does to stored pixels.
+TURNS = {
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    6: lambda x: np.rot90(x, -1),
+    8: lambda x: np.rot90(x),
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_pictures_are_turned_as_their_orientation_says(tmp_path, capsys, kind, orientation):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    plain, turned = encoded(RGB, kind), encoded(RGB, kind, exif=exif)
+    images, _ = neon.images.read_dataset(in_folder(tmp_path, {"0": plain, "1": turned}))
+    want = TURNS[orientation](images[0].permute(1, 2, 0).numpy())
+    assert np.array_equal(images[1].permute(1, 2, 0).numpy(), want)
+    assert "; 1 turned as their EXIF orientation says" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("orientation", [1, 0, 9])
+def test_other_orientations_turn_nothing(tmp_path, capsys, orientation):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    images, _ = neon.images.read_dataset(in_folder(tmp_path, {"1": encoded(RGB, exif=exif)}))
+    assert np.array_equal(images[0].permute(1, 2, 0).numpy(), PIXELS)
+    assert "turned" not in capsys.readouterr().err
 
 
 def test_a_set_without_images_is_refused(tmp_path):
@@ -392,7 +459,7 @@ def test_labels_are_read(tmp_path, index, labels):
         (b"{", "JSON"),
         (b"", "JSON"),
         (b"\xff\xfe\0", ""),
-        (b"[" * 100_000, "RecursionError"),
+        (b"[" * 100_000, "nested too deeply"),
         (b'{"labels": [["0.png", ' + b"9" * 5000 + b"]]}", ""),
     ],
     ids="bool list negative fraction NaN large text null missing none repeated dictionary "
@@ -404,9 +471,64 @@ def test_bad_labels_are_one_line(tmp_path, index, message):
     assert str(error.value).isprintable()
 
 
-def test_labels_without_images_are_counted_aloud(tmp_path, capsys):
-    _, labels = neon.images.read_dataset(labelled(tmp_path, rows(0, 1, 2, 3, 4)))
-    assert labels.tolist() == [0, 1, 2] and "2 labels without an image" in capsys.readouterr().err
+INDEX = json.dumps({"labels": [["a/1.png", 0], ["b/2.png", 1], ["é.png", 2]]})
+FOREIGN = {
+    "Windows": (["a\\1.png", "b\\2.png", "é.png"], INDEX),
+    "Windows, labels": (["a\\1.png", "b\\2.png", "é.png"], INDEX.replace("/", "\\\\")),
+    "dots": (["./a/1.png", "./b/2.png", "./é.png"], INDEX.replace('"a/', '"./a/')),
+    "macOS": (["a/1.png", "b/2.png", unicodedata.normalize("NFD", "é.png")], INDEX),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_names_of_other_systems_keep_their_labels(tmp_path, name):
+    names, index = FOREIGN[name]
+    files = {each: encoded(PIL.Image.new("L", (2, 2), i)) for i, each in enumerate(names)}
+    path = zipped(tmp_path / "set.zip", files | {"dataset.json": index.encode()})
+    if name.startswith("Windows"):
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("a\\", b"")  # a folder
+    images, labels = neon.images.read_dataset(path)
+    assert images[:, 0, 0, 0].tolist() == labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("names", [("a/1.png", "a\\1.png"), ("1.png", "./1.png")])
+def test_one_name_in_two_spellings_is_refused(tmp_path, names):
+    path = zipped(tmp_path / "set.zip", dict.fromkeys(names, encoded(RGB)))
+    with pytest.raises(neon.files.UserError, match="1.png is in it twice"):
+        neon.images.read_dataset(path)
+
+
+@pytest.mark.parametrize(
+    "labels, problem",
+    [
+        ([1, 2, 3], r"no image of 1 of 4 classes \(0\)"),
+        ([0, 1, 3], r"no image of 1 of 4 classes \(2\)"),
+        ([0, 40, 40], r"no image of 39 of 41 classes \(1, 2, 3, 4, 5, ...\)"),
+        ([0, 1, 2, 3, 4], "the network has only 4 classes"),
+    ],
+    ids=["from 1", "gap", "large gap", "too large"],
+)
+def test_classes_without_images_are_refused(labels, problem):
+    real = neon.images.RealImages(random_images(len(labels)), torch.tensor(labels), "x.zip")
+    classes = 4 if "only" in problem else max(labels) + 1
+    with pytest.raises(neon.files.UserError, match=f"x.zip: labels from .*{problem}: number the"):
+        neon.images.refuse_empty_classes(real, classes)
+
+
+def test_a_base_is_not_trained_without_a_class(tmp_path):
+    images = torch.randint(0, 256, (400, 3, 8, 8), dtype=torch.uint8)
+    real = neon.images.split(images, torch.arange(400) % 4 + 1, "x.zip")
+    c = neon.config.Config(train_base=1.0)
+    setup = types.SimpleNamespace(c=c, real=real, model=edm.EdmModel(edm.PRESETS["glyphs"], c))
+    with pytest.raises(neon.files.UserError, match=r"no image of 1 of 5 classes \(0\)"):
+        neon.study.first_network(setup)
+
+
+def test_classes_with_images_are_accepted():
+    real = neon.images.RealImages(random_images(5), torch.tensor([2, 0, 1, 1, 0]), "x.zip")
+    neon.images.refuse_empty_classes(real, 3)
+    neon.images.refuse_empty_classes(dataclasses.replace(real, labels=None), 0)
 
 
 def test_labels_that_are_not_at_the_top_are_refused(tmp_path):

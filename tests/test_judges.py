@@ -1,300 +1,28 @@
 """What adaptive_neon/judges.py promises."""
 
+import inspect
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
-from edm_helpers import (
-    ToyFeatures,
-    judge_of,
-    preset_of,
-    toy_images,
-    toy_judge,
-    toy_scorer,
-)
+from edm_helpers import parse, preset_of, score_of
 
 import adaptive_neon as neon
 import edm_neon as edm
-import neon_ext
 
+CIFAR = edm.PRESETS["cifar10"]
+CPU = neon.processes.Processes("cpu")
+FOLDS = neon.stats.FOLDS
 SELECTION = neon.seeds.SeedSet("selection", 10_000, 100)
-
-
+SEARCH = neon.seeds.SeedSet("search", 10_000_000, 100)
 FINAL = neon.seeds.SeedSet("final 1", 50_000, 100)
 
 
-# -------------------- keys hold the content
-
-
-def key(scorer, seeds=SELECTION):
-    return scorer.key(seeds)
-
-
-@pytest.fixture
-def scorer(tmp_path):
-    return toy_scorer(tmp_path)
-
-
-# -------------------- reference
-
-
-def reference(tmp_path, images, labels=None):
-    real = neon.images.RealImages(images, labels, "images.zip")
-    return neon.judges.reference_of_images(real, ToyFeatures(), "cpu", "")
-
-
-def test_reference_of_images(tmp_path):
-    images, labels = toy_images(count=300)
-    found = reference(tmp_path, images)
-    features = ToyFeatures()(images)
-    assert torch.equal(found.real, features)
-    assert found.facts == {"features": "toy-6", "source": "images.zip", "images": 300}
-    want = neon_ext.FrechetReference(*neon_ext.feature_moments(features))
-    other = ToyFeatures()(toy_images(first=5, count=100)[0])
-    moments = neon_ext.feature_moments(other)
-    distances = [float(r.distance(*moments)) for r in (found.prepared, want)]
-    assert distances[0] == pytest.approx(distances[1], rel=1e-9)
-
-
-def test_other_images_at_the_same_path_are_another_reference(tmp_path):
-    images, _ = toy_images(count=300)
-    changed = images.clone()
-    changed[17] = 255 - changed[17]
-    assert reference(tmp_path, images).identity == reference(tmp_path, images.clone()).identity
-    assert reference(tmp_path, images).identity != reference(tmp_path, changed).identity
-
-
-def test_judge_is_its_features_and_its_reference(tmp_path):
-    judge = toy_judge(tmp_path)
-    other = ToyFeatures()
-    other.identity = "other"
-    features = judge_of(other, judge.selection, judge.final)
-    selection = judge_of(judge.features, judge.final)
-    for seeds, changed in ((SELECTION, True), (FINAL, False)):
-        assert features.identity(seeds) != judge.identity(seeds)
-        assert (selection.identity(seeds) != judge.identity(seeds)) == changed
-
-
-def npz(tmp_path, **changes):
-    content = {"mu": np.zeros(6), "sigma": np.eye(6), "features": "toy-6", "images": 900}
-    content = {key: value for key, value in (content | changes).items() if value is not None}
-    np.savez(tmp_path / "ref.npz", **content)
-    return neon.judges.reference_of_file(tmp_path / "ref.npz", ToyFeatures(), "cpu", "")
-
-
-def test_reference_of_a_file(tmp_path):
-    found = npz(tmp_path)
-    assert found.real is None and found.facts["images"] == 900
-    assert float(found.prepared.distance(torch.ones(6).double(), torch.eye(6).double())) == (
-        pytest.approx(6)
-    )
-
-
-@pytest.mark.parametrize(
-    "change", [{"mu": np.full(6, 0.1)}, {"sigma": 2 * np.eye(6)}, {"images": 901}], ids=str
-)
-def test_identity_of_a_file_is_its_content(tmp_path, change):
-    assert npz(tmp_path).identity != npz(tmp_path, **change).identity
-
-
-def test_file_without_names_is_of_50_000_inception_features(tmp_path):
-    np.savez(tmp_path / "ref.npz", mu=np.zeros(4), sigma=np.eye(4))
-    features = SimpleNamespace(name="inception-0-tf1", kind="inception", dim=4)
-    found = neon.judges.reference_of_file(tmp_path / "ref.npz", features, "cpu", "")
-    assert found.facts["images"] == 50_000
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"features": "other-6"}, "of other-6, the features are toy-6"),
-        ({"mu": np.zeros(3)}, r"has \(3,\)"),
-        ({"sigma": np.full((6, 6), np.nan)}, "no usable mu and sigma"),
-        ({"sigma": np.eye(3)}, "no usable mu and sigma"),
-        ({"mu": None}, "no usable mu and sigma"),
-    ],
-    ids=["features", "size", "nan", "shape", "missing"],
-)
-def test_statistics_that_do_not_fit_are_refused(tmp_path, change, message):
-    with pytest.raises(neon.files.UserError, match=message):
-        npz(tmp_path, **change)
-
-
-def test_floor_is_the_final_score_of_the_selections_images(tmp_path):
-    judge = toy_judge(tmp_path)
-    moments = neon_ext.feature_moments(judge.selection.real[:150])
-    want = float(judge.final.prepared.distance(*moments))
-    assert judge.floor(150) == {"images": 150, "fd": pytest.approx(want, rel=1e-6)}
-
-
-@pytest.mark.parametrize(
-    "options, source",
-    [
-        ({"base": edm.BASES["cond"]}, edm.CIFAR10_STATISTICS),
-        ({"base": edm.BASES["uncond"]}, edm.CIFAR10_STATISTICS),
-        ({"base": "mine.pkl", "ref": "cifar10"}, edm.CIFAR10_STATISTICS),
-        ({"ref": "mine.npz"}, "mine.npz"),
-        ({"base": "mine.pkl"}, None),
-        ({"model": "mine.py"}, None),
-    ],
-    ids=str,
-)
-def test_cifar10_statistics_are_for_cifar10_networks_or_asked_for(options, source):
-    c = neon.config.Config(**options)
-    if source:
-        assert neon.judges.reference_source(c, preset_of(c))[0] == source
-    else:
-        with pytest.raises(neon.files.UserError, match="--ref cifar10"):
-            neon.judges.reference_source(c, preset_of(c))
-
-
-# -------------------- precision and recall
-
-
-@pytest.fixture
-def cloud(generator):
-    return torch.randn(200, 4, generator=generator)
-
-
-def test_precision_and_recall_of_the_same_points(cloud):
-    assert neon.judges.precision_recall(cloud, cloud) == (1, 1)
-
-
-def test_precision_and_recall_of_points_far_away(cloud):
-    assert neon.judges.precision_recall(cloud, cloud + 100) == (0, 0)
-
-
-def test_a_few_modes_have_precision_and_no_recall(cloud, generator):
-    few = cloud[:20].repeat(10, 1) + 1e-4 * torch.randn(200, 4, generator=generator)
-    precision, recall = neon.judges.precision_recall(cloud, few)
-    assert precision == 1 and recall < 0.6
-
-
-def inside(points, manifold, k):
-    """Share of points within the distance of some point's k-th neighbour, one by one."""
-    points, manifold = points.double().numpy(), manifold.double().numpy()
-    hits = []
-    for point in points:
-        hit = False
-        for centre in manifold:
-            others = np.sort(np.linalg.norm(manifold - centre, axis=1))[1:]  # without itself
-            hit |= np.linalg.norm(point - centre) <= others[k - 1]
-        hits.append(hit)
-    return float(np.mean(hits))
-
-
-@pytest.mark.parametrize("k", [1, 3, 5])
-def test_precision_and_recall_use_the_kth_other_neighbour(cloud, k, generator):
-    real, fake = cloud[:40], 1.3 * torch.randn(50, 4, generator=generator) + 0.4
-    found = neon.judges.precision_recall(real, fake, k)
-    assert found == (inside(fake, real, k), inside(real, fake, k)) and found[0] != found[1]
-
-
-def test_precision_and_recall_use_five_neighbours(cloud, generator):
-    fake = 1.3 * torch.randn(200, 4, generator=generator)
-    assert neon.judges.precision_recall(cloud, fake) == neon.judges.precision_recall(cloud, fake, 5)
-    assert neon.judges.precision_recall(cloud, fake) != neon.judges.precision_recall(cloud, fake, 4)
-
-
-# -------------------- Inception: names and shapes of the public port
-
-
-def inception_shapes():
-    """{layer: weight shape}, written out from the published graph (94 convolutions)."""
-    shapes = {
-        "Conv2d_1a_3x3": (32, 3, 3, 3),
-        "Conv2d_2a_3x3": (32, 32, 3, 3),
-        "Conv2d_2b_3x3": (64, 32, 3, 3),
-        "Conv2d_3b_1x1": (80, 64, 1, 1),
-        "Conv2d_4a_3x3": (192, 80, 3, 3),
-    }
-
-    def chain(block, branch, channels, *layers):
-        for i, (out, kernel) in enumerate(layers, 1):
-            end = branch if len(layers) == 1 else f"{branch}_{i}"
-            size = (kernel, kernel) if isinstance(kernel, int) else kernel
-            shapes[f"Mixed_{block}.{end}"] = (out, channels, *size)
-            channels = out
-
-    for block, channels, pool in (("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64)):
-        chain(block, "branch1x1", channels, (64, 1))
-        chain(block, "branch5x5", channels, (48, 1), (64, 5))
-        chain(block, "branch3x3dbl", channels, (64, 1), (96, 3), (96, 3))
-        chain(block, "branch_pool", channels, (pool, 1))
-    shapes["Mixed_6a.branch3x3"] = (384, 288, 3, 3)
-    chain("6a", "branch3x3dbl", 288, (64, 1), (96, 3), (96, 3))
-    for block, c in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
-        chain(block, "branch1x1", 768, (192, 1))
-        chain(block, "branch_pool", 768, (192, 1))
-        chain(block, "branch7x7", 768, (c, 1), (c, (1, 7)), (192, (7, 1)))
-        double = [(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))]
-        chain(block, "branch7x7dbl", 768, *double)
-    chain("7a", "branch3x3", 768, (192, 1), (320, 3))
-    chain("7a", "branch7x7x3", 768, (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3))
-    for block, channels in (("7b", 1280), ("7c", 2048)):
-        chain(block, "branch1x1", channels, (320, 1))
-        chain(block, "branch_pool", channels, (192, 1))
-        shapes[f"Mixed_{block}.branch3x3_1"] = (384, channels, 1, 1)
-        shapes[f"Mixed_{block}.branch3x3dbl_1"] = (448, channels, 1, 1)
-        shapes[f"Mixed_{block}.branch3x3dbl_2"] = (384, 448, 3, 3)
-        for end, kernel in (
-            ("_2a", (1, 3)),
-            ("_2b", (3, 1)),
-            ("dbl_3a", (1, 3)),
-            ("dbl_3b", (3, 1)),
-        ):
-            shapes[f"Mixed_{block}.branch3x3{end}"] = (384, 384, *kernel)
-    return shapes
-
-
-@pytest.fixture(scope="module")
-def inception_weights():
-    torch.manual_seed(0)
-    found = {"fc.weight": torch.randn(1008, 2048), "fc.bias": torch.randn(1008)}
-    for name, shape in inception_shapes().items():
-        found[f"{name}.conv.weight"] = torch.randn(*shape) * (2 / np.prod(shape[1:])) ** 0.5
-        found[f"{name}.bn.weight"] = 1 + 0.1 * torch.randn(shape[0])
-        found[f"{name}.bn.bias"] = 0.1 * torch.randn(shape[0])
-        found[f"{name}.bn.running_mean"] = 0.1 * torch.randn(shape[0])
-        found[f"{name}.bn.running_var"] = 1 + 0.1 * torch.randn(shape[0]).abs()
-    return found
-
-
-@pytest.fixture(scope="module")
-def inception(inception_weights, tmp_path_factory):
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(inception_weights, path)
-    return neon.features.InceptionFeatures(path)
-
-
-def score(fd, folds=None, w=None, **changes):
-    folds = folds if folds is not None else [fd] * neon.stats.FOLDS
-    fields = {
-        "snapshot": 1,
-        "w": w or {"a": 0.0},
-        "images": 100,
-        "first_seed": 0,
-        "fd": fd,
-        "folds": list(folds),
-        "precision": None,
-        "recall": None,
-        "arithmetic": "fp32",
-        "seconds": 0.0,
-        "key": "k",
-    }
-    return neon.scores.Score(**{**fields, **changes})
-
-
-# -------------------- real images in three parts
-
-
-def random_images(n, seed=0):
+def random_images(n, seed=0, least=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(256, (n, 1, 4, 4), generator=generator).to(torch.uint8)
-
-
-# -------------------- references
+    return torch.randint(least, 256, (n, 1, 4, 4), generator=generator).to(torch.uint8)
 
 
 class Flat:
@@ -311,107 +39,566 @@ class Flat:
 
 @pytest.fixture
 def real():
-    return neon.images.split(random_images(800), None, "x.zip")
+    """Three parts of unequal size and distribution."""
+    parts = []
+    for seed, (count, least) in enumerate(((300, 0), (170, 40), (110, 90))):
+        parts.append(
+            neon.images.RealImages(random_images(count, seed, least), None, f"part {seed}")
+        )
+    return neon.images.RealData(*parts, origin="of the test")
 
 
-def test_selection_and_final_scores_have_their_own_reference(real, tmp_path):
-    judge = neon.judges.Judge(Flat(), real)
-    selection, final = (
-        neon.seeds.SeedSet("selection", 0, 40),
-        neon.seeds.SeedSet("final 1", 50, 40),
-    )
-    fresh = neon.seeds.SeedSet("search", 10_000_000, 40)
-    assert judge.reference(selection) is judge.selection is judge.reference(fresh)
-    assert judge.reference(final) is judge.final
+def moments(images):
+    """Mean and covariance of the features of images, from their definition."""
+    x = images.flatten(1)[:, :4].double().numpy()
+    mean = x.sum(0) / len(x)
+    cov = sum(np.outer(row - mean, row - mean) for row in x) / (len(x) - 1)
+    return mean, cov
+
+
+def distance(one, other):
+    """Squared Fréchet distance of two (mean, covariance)."""
+    (mean, cov), (mean2, cov2) = one, other
+    root = scipy.linalg.sqrtm(cov @ cov2).real
+    return float(((mean - mean2) ** 2).sum() + np.trace(cov) + np.trace(cov2) - 2 * np.trace(root))
+
+
+def distance_to(reference, images):
+    mean, cov = (torch.from_numpy(part) for part in moments(images))
+    return float(reference.prepared.distance(mean, cov))
+
+
+# -------------------- the references of a judge
+
+
+def test_weights_are_selected_against_one_part_and_judged_against_another(real):
+    judge = neon.Judge(Flat(), real)
+    assert judge.reference(SELECTION) is judge.reference(SEARCH) is judge.selection
+    assert judge.reference(FINAL) is judge.final
     assert torch.equal(judge.selection.real, Flat()(real.selection.images))
     assert torch.equal(judge.final.real, Flat()(real.final.images))
-    assert judge.identity(selection) != judge.identity(final)
 
 
-def test_floor_is_the_final_score_of_real_images(real):
-    judge = neon.judges.Judge(Flat(), real)
-    few = judge.selection.real[:50]
-    moments = (*neon_ext.feature_moments(few), *neon_ext.feature_moments(judge.final.real))
-    expected = float(neon_ext.frechet_distance(*moments))
-    assert judge.floor(50) == {"images": 50, "fd": pytest.approx(expected)}
+@pytest.mark.parametrize("part", ["selection", "final"])
+def test_reference_is_that_of_its_images(real, part):
+    judge, images = neon.Judge(Flat(), real), random_images(90, 7)
+    want = distance(moments(images), moments(getattr(real, part).images))
+    assert distance_to(getattr(judge, part), images) == pytest.approx(want, rel=1e-6)
 
 
-def statistics_file(tmp_path, images):
-    mean, cov = neon_ext.feature_moments(Flat()(images))
-    np.savez(tmp_path / "ref.npz", mu=mean, sigma=cov, images=len(images), features="flat")
-    return str(tmp_path / "ref.npz")
+def test_facts_of_a_judge_are_those_of_both_parts(real):
+    features = Flat()
+    features.facts = {"accuracy": 0.5}
+    part = {"features": "flat", "origin": "of the test"}
+    assert neon.Judge(features, real).facts == {
+        **part,
+        **{"source": "part 2", "images": 110, "accuracy": 0.5},
+        "selection": {**part, "source": "part 1", "images": 170},
+    }
 
 
-def test_statistics_of_a_file_are_said_to_be_of_unknown_origin(tmp_path):
-    path = statistics_file(tmp_path, random_images(300, 5))
-    judge = neon.judges.Judge.of_statistics(Flat(), path)
+def test_floor_is_the_final_score_of_the_selections_first_images(real):
+    want = distance(moments(real.selection.images[:50]), moments(real.final.images))
+    assert neon.Judge(Flat(), real).floor(50) == {"images": 50, "fd": pytest.approx(want, rel=1e-6)}
+
+
+def test_identity_of_a_judge_is_its_features_and_the_images_of_the_purpose(real):
+    judge = neon.Judge(Flat(), real)
+    assert judge.identity(SELECTION) == neon.Judge(Flat(), real).identity(SELECTION)
+    assert judge.identity(SELECTION) != judge.identity(FINAL)
+
+    other = Flat()
+    other.identity = "other"
+    renamed = neon.Judge(other, real)
+    assert renamed.identity(SELECTION) != judge.identity(SELECTION)
+    assert renamed.identity(FINAL) != judge.identity(FINAL)
+
+    real.selection.images[17] = 255 - real.selection.images[17]
+    changed = neon.Judge(Flat(), real)
+    assert changed.identity(SELECTION) != judge.identity(SELECTION)
+    assert changed.identity(FINAL) == judge.identity(FINAL)
+
+
+def test_features_go_to_the_device_of_the_judge(real):
+    class Moved(Flat):
+        def to(self, device):
+            self.device = device
+            return self
+
+    assert neon.Judge(Moved(), real, "cpu").features.device == "cpu"
+
+
+# -------------------- statistics of a file
+
+
+@pytest.fixture
+def npz(tmp_path):
+    """Writes one; None leaves a part out."""
+
+    def write(**changes):
+        content = {"mu": np.arange(4.0), "sigma": np.eye(4) * 3, "features": "flat", "images": 900}
+        content = {key: value for key, value in (content | changes).items() if value is not None}
+        np.savez(tmp_path / "ref.npz", **content)
+        return tmp_path / "ref.npz"
+
+    return write
+
+
+def test_statistics_of_a_file_serve_both_purposes(npz):
+    judge = neon.Judge.of_statistics(Flat(), npz(), "by hand")
+    images = random_images(90, 7)
+    want = distance(moments(images), (np.arange(4.0), np.eye(4) * 3))
     assert judge.selection is judge.final and judge.final.real is None
+    assert distance_to(judge.final, images) == pytest.approx(want, rel=1e-6)
+    source = str(npz())
+    assert judge.facts == dict(features="flat", source=source, images=900, origin="by hand")
+
+
+def test_images_beside_a_file_serve_precision_and_recall(npz, real):
+    judge = neon.Judge.of_statistics(Flat(), npz(), "by hand", real=real)
+    images = random_images(90, 7)
+    want = distance(moments(images), (np.arange(4.0), np.eye(4) * 3))
+    for reference, part in ((judge.selection, real.selection), (judge.final, real.final)):
+        assert torch.equal(reference.real, Flat()(part.images))
+        assert distance_to(reference, images) == pytest.approx(want, rel=1e-6)
+    assert judge.identity(SELECTION) != judge.identity(FINAL)
+
+
+def test_statistics_of_a_file_are_said_to_be_of_unknown_origin(npz):
+    judge = neon.Judge.of_statistics(Flat(), npz())
     assert "unknown origin" in judge.facts["origin"] and "selection" not in judge.facts
 
 
-def test_file_gives_the_distance_and_data_the_images(real, tmp_path):
-    images = random_images(300, 5)
-    path = statistics_file(tmp_path, images)
-    judge = neon.judges.Judge.of_statistics(Flat(), path, real=real)
-    moments = neon_ext.feature_moments(Flat()(images))
-    assert float(judge.final.prepared.distance(*moments)) == pytest.approx(0, abs=1e-6)
-    assert torch.equal(judge.final.real, Flat()(real.final.images))
-    assert torch.equal(judge.selection.real, Flat()(real.selection.images))
+@pytest.mark.parametrize(
+    "change", [{"mu": np.full(4, 0.1)}, {"sigma": 2 * np.eye(4)}, {"images": 901}], ids=str
+)
+def test_identity_of_a_file_is_its_content(npz, change):
+    before = neon.Judge.of_statistics(Flat(), npz()).identity(FINAL)
+    assert neon.Judge.of_statistics(Flat(), npz(**change)).identity(FINAL) != before
 
 
-def test_precision_and_recall_with_radii_of_before():
-    real, fake = torch.randn(300, 3), torch.randn(200, 3) * 0.7
-    radii = neon.judges.neighbour_radii(real)
-    assert neon.judges.precision_recall(
-        real, fake, real_radii=radii
-    ) == neon.judges.precision_recall(real, fake)
-    distances = torch.cdist(real.double(), real.double()).sort(1).values
-    torch.testing.assert_close(radii, distances[:, 5])
+def test_file_without_names_is_of_50_000_inception_features(npz):
+    features = Flat()
+    features.name, features.kind = "inception-0-tf1", "inception"
+    judge = neon.Judge.of_statistics(features, npz(features=None, images=None))
+    assert judge.facts["images"] == 50_000
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"features": "other-4"}, "of other-4, the features are flat"),
+        ({"features": None}, "of inception, the features are flat"),
+        ({"mu": np.zeros(3)}, r"has \(3,\)"),
+        ({"sigma": np.full((4, 4), np.nan)}, "no usable mu and sigma"),
+        ({"sigma": np.eye(3)}, "no usable mu and sigma"),
+        ({"mu": None}, "no usable mu and sigma"),
+        ({"images": "many"}, "no usable mu and sigma"),
+    ],
+    ids=["features", "no features", "size", "nan", "shape", "missing", "count"],
+)
+def test_statistics_that_do_not_fit_are_refused(npz, change, message):
+    with pytest.raises(neon.UserError, match=message):
+        neon.Judge.of_statistics(Flat(), npz(**change))
+
+
+def test_features_that_are_not_finite_are_refused(real):
+    class Broken(Flat):
+        def __call__(self, images):
+            return super().__call__(images).log()
+
+    real.final.images[3] = 0
+    with pytest.raises(neon.UserError, match="part 2"):
+        neon.Judge(Broken(), real)
+
+
+# -------------------- precision and recall
+
+
+@pytest.fixture
+def clouds(generator):
+    """Unequal in number and spread: every order of the two gives other shares."""
+    real = torch.randn(60, 4, generator=generator)
+    return real, 1.3 * torch.randn(45, 4, generator=generator) + 0.4
+
+
+def inside(points, manifold, k):
+    """Share of points within the distance of some point's k-th neighbour, one by one."""
+    points, manifold = points.double().numpy(), manifold.double().numpy()
+    hits = 0
+    for point in points:
+        for centre in manifold:
+            others = sorted(np.linalg.norm(other - centre) for other in manifold)
+            if np.linalg.norm(point - centre) <= others[k]:  # others[0] is itself
+                hits += 1
+                break
+    return hits / len(points)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_precision_and_recall_use_the_kth_other_neighbour(clouds, k):
+    real, fake = clouds
+    found = neon.judges.precision_recall(real, fake, k)
+    assert found == (inside(fake, real, k), inside(real, fake, k)) and found[0] != found[1]
+
+
+def test_precision_and_recall_use_five_neighbours(clouds):
+    found = [neon.judges.precision_recall(*clouds, **how) for how in ({}, {"k": 5}, {"k": 4})]
+    assert found[0] == found[1] != found[2]
+
+
+def test_precision_and_recall_of_points_far_away(clouds):
+    real, _ = clouds
+    assert neon.judges.precision_recall(real, real + 100) == (0, 0)
+    assert neon.judges.precision_recall(real, real) == (1, 1)
+
+
+def test_a_few_modes_have_precision_and_no_recall(clouds, generator):
+    real, _ = clouds
+    few = real[:6].repeat(10, 1) + 1e-4 * torch.randn(60, 4, generator=generator)
+    precision, recall = neon.judges.precision_recall(real, few)
+    assert precision == 1 and recall < 0.6
+
+
+def test_at_most_so_many_points_count(clouds):
+    real, fake = clouds
+    found = neon.judges.precision_recall(real, fake, 3, most=30)
+    assert found == neon.judges.precision_recall(real[:30], fake[:30], 3)
+
+
+def test_radii_of_a_reference_are_those_of_five_neighbours(real, clouds):
+    reference = neon.Judge(Flat(), real).final
+    x = reference.real.double().numpy()
+    want = [sorted(np.linalg.norm(x - row, axis=1))[5] for row in x]
+    np.testing.assert_allclose(reference.radii, want, rtol=1e-9)
+    assert reference.radii is reference.radii  # computed once
+
+    fake = Flat()(random_images(90, 7))
+    known = neon.judges.precision_recall(reference.real, fake, real_radii=reference.radii)
+    assert known == neon.judges.precision_recall(reference.real, fake)
 
 
 # -------------------- kernel distance
 
 
-def reference_with(real):
+def with_features(real):
     return neon.judges.Reference(None, real, {}, "")
 
 
 def naive_kernel_distance(real, fake):
-    def kernel(x, y):
-        return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
+    """Pair by pair."""
 
+    def kernel(x, y):
+        return (float(np.dot(x, y)) / len(x) + 1) ** 3
+
+    real, fake = real.double().numpy(), fake.double().numpy()
     n, m = len(fake), len(real)
-    fakes, reals = kernel(fake, fake), kernel(real, real)
-    fakes = (fakes.sum() - fakes.trace()) / (n * (n - 1))
-    reals = (reals.sum() - reals.trace()) / (m * (m - 1))
-    return float(fakes + reals - 2 * kernel(fake, real).mean())
+    fakes = sum(kernel(fake[i], fake[j]) for i in range(n) for j in range(n) if i != j)
+    reals = sum(kernel(real[i], real[j]) for i in range(m) for j in range(m) if i != j)
+    between = sum(kernel(x, y) for x in fake for y in real)
+    return fakes / (n * (n - 1)) + reals / (m * (m - 1)) - 2 * between / (n * m)
 
 
 def test_kernel_distance_is_the_unbiased_estimate_and_its_folds_leave_one_out():
+    """47 images: folds of three and of two."""
     torch.manual_seed(0)
-    real, fake = torch.randn(130, 5), torch.randn(90, 5) * 1.3 + 0.2
-    value, folds = neon.judges.kernel_distance(reference_with(real), fake)
+    real, fake = torch.randn(31, 5), torch.randn(47, 5) * 1.3 + 0.2
+    value, folds = neon.judges.kernel_distance(with_features(real), fake)
     assert value == pytest.approx(naive_kernel_distance(real, fake), rel=1e-9)
-    parts = fake.tensor_split(neon.stats.FOLDS)
-    for k in (0, 7, neon.stats.FOLDS - 1):
+    assert len(folds) == FOLDS
+    parts = fake.tensor_split(FOLDS)
+    assert {len(part) for part in parts} == {2, 3}
+    for k in (0, 7, FOLDS - 1):
         rest = torch.cat([part for j, part in enumerate(parts) if j != k])
         assert folds[k] == pytest.approx(naive_kernel_distance(real, rest), rel=1e-9)
 
 
 def test_kernel_distance_of_equal_distributions_is_zero_on_average():
     torch.manual_seed(0)
-    values = [
-        neon.judges.kernel_distance(reference_with(torch.randn(60, 4)), torch.randn(60, 4))[0]
-        for _ in range(200)
-    ]
+    values = []
+    for _ in range(200):
+        real, fake = torch.randn(60, 4), torch.randn(40, 4)
+        values.append(neon.judges.kernel_distance(with_features(real), fake)[0])
     error = np.std(values) / len(values) ** 0.5
     assert abs(np.mean(values)) < 4 * error  # the biased estimate is 13 errors away
 
 
+def test_kernel_distance_takes_at_most_so_many_images(monkeypatch):
+    monkeypatch.setattr(neon.judges, "KERNEL_IMAGES", 40)
+    torch.manual_seed(0)
+    real, fake = torch.randn(50, 5), torch.randn(60, 5) + 1
+    found = neon.judges.kernel_distance(with_features(real), fake)
+    assert found == neon.judges.kernel_distance(with_features(real[:40]), fake[:40])
+
+
 def test_kernel_interval_is_the_jackknife_of_its_folds():
     rng = np.random.default_rng(0)
-    folds = rng.standard_normal((2, neon.stats.FOLDS))
-    scores = [score(1.0, kernel=float(k), kernel_folds=list(f)) for k, f in enumerate(folds)]
+    folds = rng.standard_normal((2, FOLDS))
+    scores = [score_of(1.0, kernel=float(k), kernel_folds=list(row)) for k, row in enumerate(folds)]
     half, _ = neon.stats.jackknife(0.5, folds)
     found = neon.stats.kernel_interval(scores)
     assert found == {"value": 0.5, "low": 0.5 - half, "high": 0.5 + half} and half > 0
+
+
+# -------------------- the judges of a study
+
+
+def config(tmp_path, **options):
+    return neon.config.Config(device="cpu", out=tmp_path, **options)
+
+
+def judge_file(tmp_path, body="return x.flatten(1)[:, :3].float()"):
+    path = tmp_path / "mine.py"
+    path.write_text(f"import torch\n\n\ndef features(x):\n    {body}\n")
+    return str(path)
+
+
+def model_with(features):
+    return SimpleNamespace(own_features=lambda example: features)
+
+
+def build(c, real, features=None, example=None):
+    return neon.judges.build_judges(c, CIFAR, model_with(features or Flat()), real, CPU, example)
+
+
+def test_all_judges_in_order_with_their_references(real, tmp_path):
+    c = config(tmp_path, judge=("random-conv", "pixels", "random-conv"))
+    judges = build(c, real)
+    assert [judge.name for judge in judges] == ["flat", "random-conv", "pixels"]
+    assert [judge.is_part for judge in judges] == [False] * 3
+    for judge in judges:
+        assert torch.equal(judge.final.real, judge.features(real.final.images))
+        assert torch.equal(judge.selection.real, judge.features(real.selection.images))
+
+
+def test_joined_features_decide_their_parts_follow_and_the_others_are_unseen(real, tmp_path):
+    options = {"judge": ("pixels", "random-conv"), "select_with": ("pixels", "pixels")}
+    judges = build(config(tmp_path, **options), real)
+    assert [judge.name for judge in judges] == ["flat+pixels", "flat", "pixels", "random-conv"]
+    assert [judge.is_part for judge in judges] == [False, True, True, False]
+    parts = [Flat(), neon.pixels(real.training.images)]
+    joint = neon.features.JointFeatures(parts, real.training.images)
+    assert torch.equal(judges[0].final.real, joint(real.final.images))
+    assert torch.equal(judges[0].selection.real, joint(real.selection.images))
+
+
+def test_own_features_of_a_model_see_four_training_images(real, tmp_path):
+    seen = []
+
+    def own_features(example):
+        seen.append(example)
+        return Flat()
+
+    model = SimpleNamespace(own_features=own_features)
+    neon.judges.build_judges(config(tmp_path), CIFAR, model, real, CPU)
+    assert torch.equal(seen[0], real.training.images[:4])
+
+
+def test_own_features_of_a_model_see_the_example_where_nothing_is_real(tmp_path, npz):
+    example, seen = random_images(4, 9), []
+
+    def own_features(example):
+        seen.append(example)
+        return Flat()
+
+    model = SimpleNamespace(own_features=own_features)
+    c = config(tmp_path, ref=str(npz()))
+    (judge,) = neon.judges.build_judges(c, CIFAR, model, None, CPU, example)
+    assert seen[0] is example and judge.facts["images"] == 900
+
+
+def test_preset_decides_where_the_model_has_no_features(real, tmp_path):
+    class Preset(edm.Cifar10):
+        def features(self, c):
+            return Flat()
+
+    model = model_with(None)
+    (judge,) = neon.judges.build_judges(config(tmp_path), Preset(), model, real, CPU)
+    assert judge.name == "flat"
+
+
+def test_statistics_of_a_file_go_before_images(real, tmp_path, npz):
+    c = config(tmp_path, ref=str(npz()), judge=("pixels",))
+    judge, pixels = build(c, real)
+    assert judge.facts["images"] == 900 and pixels.facts["images"] == 110
+    assert torch.equal(judge.final.real, Flat()(real.final.images))
+
+
+def test_statistics_that_do_not_fit_are_refused_before_they_are_kept(tmp_path, npz, monkeypatch):
+    checked = []
+
+    def fetch(source, what, check):
+        checked.append(check)
+        return npz()
+
+    monkeypatch.setattr(neon.judges, "fetch", fetch)
+    build(config(tmp_path, ref="https://example.org/ref.npz"), None)
+    with pytest.raises(neon.UserError, match="other-4"):
+        checked[0](npz(features="other-4"))
+
+
+@pytest.mark.parametrize("option", ["judge", "select_with"])
+def test_two_feature_networks_of_one_name_are_refused(real, tmp_path, option):
+    c = config(tmp_path, **{option: ("pixels",)})
+    with pytest.raises(neon.UserError, match="two feature networks named pixels"):
+        build(c, real, neon.pixels(real.training.images))
+
+
+def test_pixels_are_fitted_on_the_training_part(real, tmp_path):
+    found = neon.judges.feature_network("pixels", config(tmp_path), CIFAR, real)
+    assert found.identity == neon.pixels(real.training.images).identity
+
+
+def test_random_convolutions_take_the_channels_of_the_images(real, tmp_path):
+    found = neon.judges.feature_network("random-conv", config(tmp_path), CIFAR, real)
+    assert found.identity == neon.random_conv(1).identity
+
+
+def test_file_is_a_judge(real, tmp_path):
+    judges = build(config(tmp_path, judge=(judge_file(tmp_path),)), real)
+    assert [judge.name for judge in judges] == ["flat", "mine-3"]
+
+
+DETACHED = "return x.detach().flatten(1)[:, :3].float()"
+
+
+@pytest.mark.parametrize("place", ["joined", "own"])
+def test_gradient_search_needs_the_gradient_of_what_decides(real, tmp_path, place):
+    """Joined with others, a network without gradient would be left out in silence."""
+    path = judge_file(tmp_path, DETACHED)
+    own, select_with = Flat(), (path,)
+    if place == "own":
+        file = neon.modelfile.JudgeFile(path)
+        own, select_with = neon.features.FileFeatures(file, real.training.images[:4]), ()
+    c = config(tmp_path, select_with=select_with, search="gradient")
+    with pytest.raises(neon.UserError, match="no gradient comes through the features mine-3"):
+        build(c, real, own)
+
+
+@pytest.mark.parametrize(
+    "body, options",
+    [
+        (DETACHED, {"search": "cobyqa", "select_with": True}),
+        (DETACHED, {"search": "gradient", "judge": True}),
+        ("return x.flatten(1)[:, :3].float()", {"search": "gradient", "select_with": True}),
+    ],
+    ids=["another search", "only judges", "sound"],
+)
+def test_other_networks_need_no_gradient(real, tmp_path, body, options):
+    path = judge_file(tmp_path, body)
+    options = {key: (path,) if value is True else value for key, value in options.items()}
+    assert "mine-3" in [judge.name for judge in build(config(tmp_path, **options), real)]
+
+
+# -------------------- options that cannot be
+
+
+@pytest.mark.parametrize("option", ["--judge", "--select-with"])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "mine.py is no file"),
+        ("x = 1", "lacks features"),
+        ("def features(:", "cannot be imported: line 1"),
+    ],
+    ids=["missing", "no features", "syntax"],
+)
+def test_files_are_checked_before_anything_is_trained(real, tmp_path, option, text, message):
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    field = option.strip("-").replace("-", "_")
+    c = config(tmp_path, **{field: ("pixels", str(path))})
+    with pytest.raises(neon.UserError, match=f"^{option} .*{message}"):
+        neon.judges.check_judges(c, CIFAR, real)
+
+
+@pytest.mark.parametrize("option", ["judge", "select_with"])
+def test_judges_need_real_images(tmp_path, option):
+    c = config(tmp_path, **{option: ("pixels",)})
+    with pytest.raises(neon.UserError, match="pixels .* give --data"):
+        neon.judges.check_judges(c, CIFAR, None)
+
+
+def test_selecting_with_more_needs_images_and_no_statistics(real, tmp_path):
+    c = config(tmp_path, select_with=("pixels",), ref="x.npz")
+    with pytest.raises(neon.UserError, match="--select-with needs real images.* leave --ref out"):
+        neon.judges.check_judges(c, CIFAR, real)
+    neon.judges.check_judges(config(tmp_path, ref="x.npz", judge=("pixels",)), CIFAR, real)
+
+
+@pytest.mark.parametrize("judge", [("none",), ()], ids=str)
+def test_no_judges_need_no_images(tmp_path, judge):
+    neon.judges.check_judges(config(tmp_path, judge=judge), CIFAR, None)
+
+
+def test_judges_of_one_preset_are_files_to_another(real, tmp_path):
+    c = config(tmp_path, judge=("mlp",))
+    with pytest.raises(neon.UserError, match="--judge mlp is no file"):
+        neon.judges.check_judges(c, CIFAR, real)
+    neon.judges.check_judges(c, edm.PRESETS["glyphs"], real)
+
+
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        ((), ["classifier-2", "mlp", "random-conv", "pixels"]),
+        (("--judge", "pixels", "--judge", "random-conv"), ["pixels", "random-conv"]),
+        (("--judge", "none"), []),
+        (("--select-with", "mlp"), ["classifier-2", "random-conv", "pixels"]),
+    ],
+    ids=str,
+)
+def test_judges_that_no_selection_sees(tmp_path, options, names):
+    c = parse(["--preset", "glyphs", *options, "--out", str(tmp_path)])
+    assert neon.judges.judge_names(c) == names
+
+
+@pytest.mark.parametrize(
+    "options, source",
+    [
+        ({"base": edm.BASES["cond"]}, edm.CIFAR10_STATISTICS),
+        ({"base": edm.BASES["uncond"]}, edm.CIFAR10_STATISTICS),
+        ({"base": "mine.pkl", "ref": "cifar10"}, edm.CIFAR10_STATISTICS),
+        ({"ref": "mine.npz"}, "mine.npz"),
+        ({"base": "mine.pkl"}, None),
+        ({"model": "mine.py"}, None),
+    ],
+    ids=str,
+)
+def test_cifar10_statistics_are_for_cifar10_networks_or_asked_for(options, source):
+    c = neon.config.Config(**options)
+    if source is None:
+        with pytest.raises(neon.UserError, match="--ref cifar10"):
+            neon.judges.reference_source(c, preset_of(c))
+        return
+    found, origin = neon.judges.reference_source(c, preset_of(c))
+    assert found == source
+    assert origin == (CIFAR.origin if source == edm.CIFAR10_STATISTICS else "")
+
+
+# -------------------- keys
+
+KEYS = {
+    "design_key": {"design": "a", "weights": "b"},
+    "joint_key": {"parts": ["a", "b"], "images": torch.zeros(2, 3)},
+    "classifier_key": {"design": "a", "seed": 0, "stream": 3, "images": 10, "epochs": 2},
+    "reference_key": {"mean": torch.zeros(2), "cov": torch.eye(2), "count": 9, "real": None},
+    "judge_key": {"features": "a", "reference": "b"},
+}
+
+
+def another(value):
+    if isinstance(value, torch.Tensor):
+        return value + 1
+    return {str: "c", int: 77, list: ["b", "a"], type(None): torch.ones(2, 2)}[type(value)]
+
+
+@pytest.mark.parametrize(
+    "name, changed", [(name, key) for name, inputs in KEYS.items() for key in inputs], ids=str
+)
+def test_every_input_of_a_key_is_in_it(name, changed):
+    make, inputs = getattr(neon.keys, name), KEYS[name]
+    assert set(inspect.signature(make).parameters) == set(inputs)
+    assert make(**inputs) == make(**inputs)
+    assert make(**inputs | {changed: another(inputs[changed])}) != make(**inputs)

@@ -1,5 +1,6 @@
 """Every key: what decides a result is in it, by content, and nothing else is."""
 
+import dataclasses
 import hashlib
 import inspect
 
@@ -9,6 +10,17 @@ from edm_helpers import toy_scorer, weights
 from torch import nn
 
 from adaptive_neon import keys
+
+
+@dataclasses.dataclass
+class Plan:
+    number: int
+
+
+@dataclasses.dataclass
+class Scheme:
+    number: int
+
 
 # {function: its inputs, and others of the same kind}
 INPUTS: dict[str, dict[str, tuple]] = {
@@ -68,6 +80,11 @@ INPUTS: dict[str, dict[str, tuple]] = {
         "real": (None, torch.zeros(50, 2)),
     },
     "judge_key": {"features": ("a", "b"), "reference": ("a", "b")},
+    "part_key": {
+        "name": ("run", "score"),
+        "constants": ({"dim": 2}, {"dim": 3}),
+        "inputs": ((1, torch.ones(2), Plan(1)), (1, torch.zeros(2), Plan(1))),
+    },
 }
 
 VERSIONS = {
@@ -81,12 +98,13 @@ VERSIONS = {
     "classifier_key": {"TRAINING_VERSION"},
     "reference_key": set(),
     "judge_key": set(),
+    "part_key": set(),
 }
 
 
-def key(name, **changes):
-    inputs = {argument: value for argument, (value, _) in INPUTS[name].items()}
-    return getattr(keys, name)(**inputs | changes)
+def key(function, /, **changes):
+    inputs = {argument: value for argument, (value, _) in INPUTS[function].items()}
+    return getattr(keys, function)(**inputs | changes)
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -266,3 +284,22 @@ def test_hash_of_a_folder_is_of_names_and_content(folder, change):
 
 def test_data_that_json_does_not_know_is_hashed_as_text(tmp_path):
     assert keys.key_of(tmp_path) == keys.key_of(str(tmp_path)) != keys.key_of(str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("other", [Plan(2), Scheme(1), 1], ids=["field", "class", "no dataclass"])
+def test_dataclasses_of_a_part_are_hashed_by_class_and_content(other):
+    assert key("part_key", inputs=(Plan(1),)) == key("part_key", inputs=(Plan(1),))
+    assert key("part_key", inputs=(Plan(1),)) != key("part_key", inputs=(other,))
+
+
+def test_part_of_what_has_no_content_has_no_key():
+    with pytest.raises(TypeError):
+        key("part_key", inputs=(object(),))
+
+
+def test_hash_of_weights_includes_the_networks_options():
+    one, other = with_buffer("a", 1.0), with_buffer("a", 1.0)
+    one.config, other.config = {"sigma_data": 0.5, "a": 1}, {"a": 1, "sigma_data": 0.5}
+    assert keys.weights_hash(one) == keys.weights_hash(other)
+    other.config = {"sigma_data": 0.6, "a": 1}
+    assert keys.weights_hash(one) != keys.weights_hash(other)

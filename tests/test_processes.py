@@ -2,7 +2,6 @@
 
 import math
 import os
-import threading
 
 import numpy as np
 import pytest
@@ -14,48 +13,6 @@ from adaptive_neon.files import UserError
 from adaptive_neon.processes import Diverged, Processes
 
 CPU = Processes("cpu")
-
-
-@pytest.fixture
-def ranks(monkeypatch):
-    """Two ranks, each in a thread: what `share` gives or raises on each of them."""
-    meeting = threading.Barrier(2, timeout=20)
-    local, said = threading.local(), {}
-
-    def exchange(mine):
-        said[local.rank] = mine
-        meeting.wait()
-        everything = [said[rank] for rank in (0, 1)]
-        meeting.wait()
-        return everything
-
-    def gather(gathered, mine):
-        gathered[:] = exchange(mine)
-
-    def broadcast(outcome):
-        outcome[:] = exchange(list(outcome))[0]
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
-
-    def run(share):
-        found = [None, None]
-
-        def on_rank(rank):
-            local.rank = rank
-            try:
-                found[rank] = share(Processes("cpu", rank, 2))
-            except Exception as error:
-                found[rank] = error
-
-        threads = [threading.Thread(target=on_rank, args=(rank,)) for rank in (0, 1)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return found
-
-    return run
 
 
 # -------------------- batches of seeds

@@ -2,86 +2,118 @@
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import math
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
 from edm_helpers import (
     BEST,
     ToyFeatures,
+    ToyModel,
+    config,
     judge_of,
+    network_distance,
+    real_toys,
     replace,
     score_of,
+    scorer_of,
     toy_distance,
-    toy_images,
+    toy_judge,
+    toy_pair,
     toy_scorer,
     weights,
 )
 
 import adaptive_neon as neon
-import neon_ext
+from adaptive_neon.files import UserError
+from adaptive_neon.processes import Processes
+from adaptive_neon.scores import Score, ScoreLog, Scorer
+from adaptive_neon.seeds import SeedSet
 
-SELECTION = neon.scores.SeedSet("selection", 10_000, 100)
-
-
-FINAL = neon.scores.SeedSet("final 1", 50_000, 100)
-
-
+# Those of toy_scorer() are as many and begin there too.
+SELECTION = SeedSet("selection", 10_000, 100)
+FINAL = SeedSet("final 1", 50_000, 120)
 BASE = weights(0, 0, 0)
+MIXED = weights(-1, 2, 0.25)
+
+
+@pytest.fixture
+def scorer(tmp_path):
+    return toy_scorer(tmp_path)
+
+
+def sampled(scorer, monkeypatch):
+    """The seeds that the scorer samples from now on."""
+    seen = []
+    real = scorer.sampler.batch_images
+
+    def watched(seeds, batch=None):
+        seen.extend(int(seed) for seed in seeds)
+        return real(seeds, batch)
+
+    monkeypatch.setattr(scorer.sampler, "batch_images", watched)
+    return seen
 
 
 # -------------------- a score
 
 
-@pytest.mark.parametrize("w", [BASE, BEST, weights(-1, -1, -1), weights(0.3, 2, -0.5)], ids=str)
-def test_score_is_the_distance_of_images_at_its_seeds(tmp_path, w):
-    scorer = toy_scorer(tmp_path)
-    want = toy_distance(scorer, w, range(10_000, 10_100))
-    assert scorer.score(w, SELECTION).fd == pytest.approx(want, rel=1e-6)
+@pytest.mark.parametrize("seeds", [SELECTION, FINAL], ids=["selection", "final"])
+@pytest.mark.parametrize("w", [BASE, BEST, MIXED], ids=["base", "best", "mixed"])
+def test_score_is_the_distance_of_images_at_its_seeds(scorer, w, seeds):
+    """To the real images of the selection, or of the final comparison."""
+    want = toy_distance(scorer, w, seeds.seeds)
+    assert scorer.score(w, seeds).fd == pytest.approx(want, rel=1e-6)
+
+
+def test_score_at_minus_one_is_the_self_trained_networks(scorer):
+    want = network_distance(toy_pair()[1], SELECTION.seeds, scorer.judge.selection)
+    assert scorer.score(-1).fd == pytest.approx(want, rel=1e-6)
+
+
+def test_one_number_is_the_weight_of_all_blocks(scorer):
+    assert scorer.score(0.5) == scorer.score(weights(0.5, 0.5, 0.5))
+
+
+def test_score_is_taken_on_the_selections_seeds(scorer):
+    score = scorer.score(BEST)
+    assert (score.first_seed, score.images) == (10_000, 100)
 
 
 def test_score_does_not_depend_on_the_batch(tmp_path):
-    one = toy_scorer(tmp_path / "one", sample_batch=7).score(BEST, SELECTION)
-    other = toy_scorer(tmp_path / "other", sample_batch=100).score(BEST, SELECTION)
+    one = toy_scorer(tmp_path / "one", sample_batch=7).score(BEST)
+    other = toy_scorer(tmp_path / "other", sample_batch=100).score(BEST)
     assert one.fd == pytest.approx(other.fd, rel=1e-6)
     assert one.folds == pytest.approx(other.folds, rel=1e-6)
 
 
 @pytest.mark.parametrize("fold", [0, 7, 19])
-def test_folds_leave_out_one_twentieth_of_the_seeds(tmp_path, fold):
-    scorer = toy_scorer(tmp_path)
-    others = [seed for seed in range(10_000, 10_100) if (seed - 10_000) // 5 != fold]
+def test_folds_leave_out_one_twentieth_of_the_seeds(scorer, fold):
+    others = [seed for seed in SELECTION.seeds if (seed - 10_000) // 5 != fold]
     want = toy_distance(scorer, BEST, others)
-    assert scorer.score(BEST, SELECTION).folds[fold] == pytest.approx(want, rel=1e-6)
+    assert scorer.score(BEST).folds[fold] == pytest.approx(want, rel=1e-6)
 
 
-def test_score_says_what_it_is_of(tmp_path):
-    score = toy_scorer(tmp_path).score(BEST, SELECTION)
-    assert (score.snapshot, score.w, score.images, score.first_seed) == (1, BEST, 100, 10_000)
-    assert score.arithmetic == "fp32" and len(score.folds) == neon.stats.FOLDS == 20
+def test_score_says_what_it_is_of(scorer):
+    scorer.snapshot = 1551
+    score = scorer.score(weights(1 / 3, 2, -1))
+    assert (score.snapshot, score.arithmetic, score.judge) == (1551, "fp32", "toy-6")
+    assert score.w == weights(0.333333, 2, -1)  # as a line of the log holds it
+    assert len(score.folds) == neon.stats.FOLDS == 20 and score.seconds > 0
 
 
-def test_precision_and_recall_of_a_score(tmp_path):
-    scorer = toy_scorer(tmp_path)
-    score = scorer.score(BEST, SELECTION)
-    (found,) = scorer.features(BEST, SELECTION, [scorer.judge])
-    want = neon.judges.precision_recall(scorer.judge.selection.real, found)
-    assert (score.precision, score.recall) == want
-
-
-def test_without_real_images_there_is_no_precision(tmp_path):
-    score = toy_scorer(tmp_path, real=False).score(BEST, SELECTION)
-    assert score.precision is None and score.recall is None
+def test_scores_come_in_the_order_of_the_weights(scorer):
+    scores = scorer.score_all([1.0, BASE, BEST], "some")
+    assert [score.w for score in scores] == [weights(1, 1, 1), BASE, BEST]
+    assert {score.images for score in scores} == {100}
 
 
 @pytest.mark.parametrize("seeds, precision", [(SELECTION, "fp32"), (FINAL, "bf16")], ids=str)
-def test_final_scores_are_taken_in_the_confirming_precision(
-    tmp_path, monkeypatch, seeds, precision
-):
-    scorer = toy_scorer(tmp_path, confirm_precision="bf16")
+def test_final_scores_are_taken_in_the_final_precision(scorer, monkeypatch, seeds, precision):
+    scorer.final_precision = "bf16"
     asked, real = [], neon.sampling.network_calls
 
     def watched(net, precision, **options):
@@ -92,26 +124,61 @@ def test_final_scores_are_taken_in_the_confirming_precision(
     assert scorer.score(BEST, seeds).arithmetic == precision and asked == [precision]
 
 
-def test_without_a_confirming_precision_final_scores_use_the_selections(tmp_path):
+def test_without_a_final_precision_final_scores_use_the_selections(tmp_path):
     assert toy_scorer(tmp_path, precision="bf16").score(BEST, FINAL).arithmetic == "bf16"
 
 
-def test_weights_are_rounded_to_what_a_line_of_the_log_holds(tmp_path):
-    assert toy_scorer(tmp_path).weights([1 / 3, 2, -1]) == weights(0.333333, 2, -1)
+# -------------------- precision and recall
+
+
+def test_precision_and_recall_are_of_the_images_that_were_scored(scorer):
+    score = scorer.score(BEST, shares=True)
+    (found,) = scorer.features(BEST, SELECTION, [scorer.judge])
+    want = neon.judges.precision_recall(scorer.judge.selection.real, found)
+    assert (score.precision, score.recall) == want
+
+
+def test_precision_and_recall_are_taken_on_request(scorer):
+    score = scorer.score(BEST)
+    assert score.precision is None and score.recall is None
+
+
+def test_without_real_images_there_is_no_precision(tmp_path):
+    score = toy_scorer(tmp_path, real=False).score(BEST, shares=True)
+    assert score.precision is None and score.recall is None
+
+
+def test_a_score_without_precision_is_taken_again_with_it(tmp_path):
+    before = toy_scorer(tmp_path).score(BEST)
+    after = toy_scorer(tmp_path).score(BEST, shares=True)
+    assert after.precision is not None and (after.fd, after.key) == (before.fd, before.key)
+    assert toy_scorer(tmp_path).score(BEST) == after
+
+
+def test_a_score_with_precision_serves_without_it(scorer):
+    assert scorer.score(BEST, shares=True) is not None
+    assert scorer.score(BEST).precision is not None
+
+
+@pytest.mark.parametrize("real", [True, False], ids=["with real images", "without"])
+def test_what_is_complete_is_not_taken_again(tmp_path, monkeypatch, real):
+    score = toy_scorer(tmp_path, real).score(BEST, shares=True)
+    again = toy_scorer(tmp_path, real)
+    seen = sampled(again, monkeypatch)
+    assert again.score(BEST, shares=True) == score and not seen
 
 
 # -------------------- a sampler that diverges
 
 
-def diverging(tmp_path, monkeypatch):
-    """A scorer whose sampler diverges at 2, 2, 2."""
-    bad = weights(2, 2, 2)
-    scorer = toy_scorer(tmp_path)
+@pytest.fixture
+def diverging(scorer, monkeypatch):
+    """The sampler diverges at 2, 2, 2."""
     real = scorer.merger.set
 
     def poisoned(w):
         net = real(w)
-        if w == bad:
+        if w == weights(2, 2, 2):
             net.dec[1].bias.data[0] = math.nan
         return net
 
@@ -119,44 +186,163 @@ def diverging(tmp_path, monkeypatch):
     return scorer
 
 
-def test_weights_that_make_the_sampler_diverge_score_infinity(tmp_path, monkeypatch, capsys):
-    scorer = diverging(tmp_path, monkeypatch)
-    score = scorer.score(weights(2, 2, 2), SELECTION)
+def test_weights_that_make_the_sampler_diverge_score_infinity(diverging, capsys):
+    score = diverging.score(2, FINAL, shares=True)
     assert score.fd == math.inf and score.folds == [math.inf] * neon.stats.FOLDS
-    assert score.precision is None and "diverges" in capsys.readouterr().out
+    assert (score.precision, score.recall, score.kernel) == (None, None, None)
+    assert capsys.readouterr().out.count("diverges") == 1
 
 
-def test_scores_go_on_after_a_divergence(tmp_path, monkeypatch):
-    scorer = diverging(tmp_path, monkeypatch)
-    scores = scorer.score_all([weights(2, 2, 2), BEST], SELECTION, "grid")
-    assert scores[1].fd == pytest.approx(toy_distance(scorer, BEST, SELECTION.seeds), rel=1e-6)
+def test_scores_go_on_after_a_divergence(diverging):
+    scores = diverging.score_all([2, BEST], "grid")
+    want = toy_distance(diverging, BEST, SELECTION.seeds)
+    assert scores[1].fd == pytest.approx(want, rel=1e-6)
 
 
-def test_a_divergence_is_read_back(tmp_path, monkeypatch):
-    score = diverging(tmp_path, monkeypatch).score(weights(2, 2, 2), SELECTION)
+@pytest.mark.parametrize("shares", [False, True], ids=["distance", "shares"])
+def test_a_divergence_is_read_back(diverging, tmp_path, monkeypatch, shares):
+    score = diverging.score(2, shares=shares)
     (line,) = (tmp_path / "grid.jsonl").read_text().splitlines()
     assert json.loads(line)["fd"] is None
-    assert neon.scores.ScoreLog(tmp_path).find(score.key, score.w, SELECTION) == score
+    again = toy_scorer(tmp_path)
+    seen = sampled(again, monkeypatch)
+    assert again.score(2, shares=shares) == score and not seen
 
 
-# -------------------- keys hold the content
+# -------------------- several judges
 
 
-def key(scorer, seeds=SELECTION):
-    return scorer.key(seeds)
+class Other(ToyFeatures):
+    kind = name = "other-6"
+    identity = "other features"
+
+    def __call__(self, images):
+        return super().__call__(images).flip(1) ** 3
 
 
 @pytest.fixture
-def scorer(tmp_path):
-    return toy_scorer(tmp_path)
+def judged(tmp_path):
+    """A scorer of two judges with two final sets."""
+    c = config(tmp_path, final_repeats=2)
+    judges = [toy_judge(tmp_path), neon.judges.Judge(Other(), real_toys())]
+    return scorer_of(c, ToyModel(), *toy_pair(), judges)
+
+
+def features_of(scorer, w, seeds, judge):
+    """Of the images at these seeds."""
+    scorer.merger.set(w)
+    images, _ = scorer.sampler.batch_images(seeds)
+    return judge.features(images)
+
+
+def test_every_judge_scores_every_final_set(judged):
+    found = judged.finals(BEST)
+    assert [*found] == ["toy-6", "other-6"]
+    for name, scores in found.items():
+        assert [score.judge for score in scores] == [name] * 2
+        assert [score.first_seed for score in scores] == [50_000, 50_120]
+
+
+def test_final_images_are_sampled_once_for_all_judges(judged, monkeypatch):
+    seen = sampled(judged, monkeypatch)
+    judged.finals(BEST)
+    assert sorted(seen) == list(range(50_000, 50_240))
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["deciding", "unseen"])
+def test_distance_of_every_judge_is_to_its_final_reference(judged, number):
+    judge = judged.judges[number]
+    features = features_of(judged, BEST, range(50_120, 50_240), judge)
+    want = judge.final.prepared.fold_distances(features, neon.stats.FOLDS)[0]
+    assert judged.finals(BEST)[judge.name][1].fd == pytest.approx(want, rel=1e-6)
+
+
+def naive_kernel_distance(real, fake):
+    def kernel(x, y):
+        return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
+
+    n, m = len(fake), len(real)
+    fakes, reals = kernel(fake, fake), kernel(real, real)
+    fakes = (fakes.sum() - fakes.trace()) / (n * (n - 1))
+    reals = (reals.sum() - reals.trace()) / (m * (m - 1))
+    return float(fakes + reals - 2 * kernel(fake, real).mean())
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["deciding", "unseen"])
+def test_every_judge_has_the_kernel_distance(judged, number):
+    judge = judged.judges[number]
+    score = judged.finals(BEST)[judge.name][0]
+    want = naive_kernel_distance(
+        judge.final.real, features_of(judged, BEST, range(50_000, 50_120), judge)
+    )
+    assert score.kernel == pytest.approx(want, rel=1e-6)
+    assert len(score.kernel_folds) == neon.stats.FOLDS
+
+
+def test_selection_has_no_kernel_distance(scorer):
+    assert scorer.score(BEST, shares=True).kernel is None
+
+
+def test_the_deciding_judge_alone_has_precision_and_recall(judged):
+    shares = {name: scores[0].precision for name, scores in judged.finals(BEST).items()}
+    assert shares["toy-6"] is not None and shares["other-6"] is None
+
+
+def test_selection_is_the_first_judges(judged):
+    judge = judged.judges[0]
+    features = features_of(judged, BEST, SELECTION.seeds, judge)
+    want = judge.selection.prepared.fold_distances(features, neon.stats.FOLDS)[0]
+    score = judged.score(BEST)
+    assert score.judge == "toy-6" and score.fd == pytest.approx(want, rel=1e-6)
+
+
+def test_finished_judges_are_read_back_and_only_a_new_one_is_scored(judged, monkeypatch):
+    one = scorer_of(
+        config(judged.log.folder, final_repeats=2), ToyModel(), *toy_pair(), [judged.judges[0]]
+    )
+    first = one.finals(BEST)["toy-6"]
+    judged.log = ScoreLog(judged.log.folder)
+    seen = sampled(judged, monkeypatch)
+    both = judged.finals(BEST)
+    assert both["toy-6"] == first and len(seen) == 240
+    lines = (judged.log.folder / "final.jsonl").read_text().splitlines()
+    assert [json.loads(line)["judge"] for line in lines] == ["toy-6"] * 2 + ["other-6"] * 2
+    assert judged.finals(BEST) == both and len(seen) == 240
+
+
+def test_a_divergence_is_infinite_in_every_judge(judged, monkeypatch, capsys):
+    def diverge(part, batch=None):
+        raise neon.processes.Diverged
+
+    monkeypatch.setattr(judged.sampler, "batch_images", diverge)
+    found = judged.finals(BEST)
+    assert {score.fd for scores in found.values() for score in scores} == {math.inf}
+
+
+@pytest.mark.parametrize("level", [0.05, 0.01])
+def test_weights_are_compared_in_every_judge_on_the_final_seeds(judged, level):
+    found = judged.compare(BEST, 0, level)
+    ours, theirs = judged.finals(BEST), judged.finals(0)
+    assert found == {
+        name: neon.stats.compare(ours[name], theirs[name], level) for name in ("toy-6", "other-6")
+    }
+    assert found["toy-6"].verdict == "better"
+
+
+# -------------------- the key holds all that decides a score
 
 
 def with_base(scorer):
-    scorer.parents = scorer.parents | {"base_weights": "other"}
+    scorer.merger.base_hash = "other"
 
 
 def with_aux(scorer):
-    scorer.parents = scorer.parents | {"aux_weights": "other"}
+    scorer.merger.aux_hash = "other"
+
+
+def with_networks_exchanged(scorer):
+    merger = scorer.merger
+    merger.base_hash, merger.aux_hash = merger.aux_hash, merger.base_hash
 
 
 def with_model(scorer):
@@ -175,16 +361,6 @@ def with_precision(scorer):
     scorer.selection_precision = "bf16"
 
 
-def with_owners(scorer):
-    scorer.merger = scorer.merger.with_owners(
-        {name: "mid" if "1" in name else block for name, block in scorer.merger.owners.items()}
-    )
-
-
-def with_snapshot(scorer):
-    scorer.kimg = 2
-
-
 def with_feature_weights(scorer):
     scorer.judge.features.identity = "other"
 
@@ -195,18 +371,17 @@ def with_reference(scorer):
 
 
 def with_device(scorer):
-    scorer.sampler.processes.device = "cuda"
+    scorer.sampler.processes = Processes("cuda")
 
 
 CHANGES = [
     with_base,
     with_aux,
+    with_networks_exchanged,
     with_model,
     with_steps,
     with_labels,
     with_precision,
-    with_owners,
-    with_snapshot,
     with_feature_weights,
     with_reference,
     with_device,
@@ -214,74 +389,96 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_key_depends_on(scorer, change):
-    before = key(scorer)
+def test_key_depends_on_what_decides_the_score(scorer, change):
+    before = scorer.key(MIXED, SELECTION)
     change(scorer)
-    assert key(scorer) != before
-
-
-def test_key_depends_on_torch(scorer, monkeypatch):
-    before = key(scorer)
-    monkeypatch.setattr(torch, "__version__", "0.1")
-    assert key(scorer) != before
-
-
-@pytest.mark.parametrize("version", ["SAMPLING_VERSION", "SCORING_VERSION"])
-def test_key_depends_on_the_version_of_the_code(scorer, monkeypatch, version):
-    before = key(scorer)
-    replace(monkeypatch, version, "other")
-    assert key(scorer) != before
-
-
-def test_key_of_final_scores_depends_on_the_confirming_precision(scorer):
-    before = key(scorer, FINAL), key(scorer, SELECTION)
-    scorer.final_precision = "bf16"
-    assert key(scorer, FINAL) != before[0] and key(scorer, SELECTION) == before[1]
-
-
-def test_key_does_not_depend_on_batch_or_folder(scorer, tmp_path):
-    assert key(toy_scorer(tmp_path / "other", sample_batch=7)) == key(scorer)
-
-
-def test_parents_are_hashes_of_the_weights():
-    a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    b.load_state_dict(a.state_dict())
-    assert neon.keys.weights_hash(a) == neon.keys.weights_hash(b)
-    b.bias.data[1] += 1e-6
-    assert neon.keys.weights_hash(a) != neon.keys.weights_hash(b)
-
-
-def test_hash_of_weights_includes_buffers_and_names():
-    net, other = torch.nn.Module(), torch.nn.Module()
-    for module, name in ((net, "a"), (other, "b")):
-        module.register_buffer(name, torch.ones(2))
-    assert neon.keys.weights_hash(net) != neon.keys.weights_hash(other)
-    other = torch.nn.Module()
-    other.register_buffer("a", torch.zeros(2))
-    assert neon.keys.weights_hash(net) != neon.keys.weights_hash(other)
+    assert scorer.key(MIXED, SELECTION) != before
 
 
 @pytest.mark.parametrize(
-    "other",
+    "w, seeds",
     [
-        torch.ones(3, 2),
-        torch.ones(2, 3).double(),
-        torch.ones(6),
-        torch.ones(2, 3).index_fill(1, torch.tensor([2]), 0),
+        (weights(-1, 2, 0.250001), SELECTION),
+        (weights(2, -1, 0.25), SELECTION),
+        (MIXED, SeedSet("selection", 10_001, 100)),
+        (MIXED, SeedSet("selection", 10_000, 99)),
+        (MIXED, FINAL),
     ],
-    ids=["shape", "dtype", "flat", "content"],
+    ids=["weight", "exchanged", "first seed", "images", "final"],
 )
-def test_hash_of_a_tensor(other):
-    assert neon.keys.tensor_hash(torch.ones(2, 3)) == neon.keys.tensor_hash(torch.ones(3, 2).T)
-    assert neon.keys.tensor_hash(torch.ones(2, 3)) != neon.keys.tensor_hash(other)
+def test_key_depends_on_weights_and_seeds(scorer, w, seeds):
+    assert scorer.key(w, seeds) != scorer.key(MIXED, SELECTION)
 
 
-# -------------------- reference
+def test_key_depends_on_the_number_of_folds(scorer, monkeypatch):
+    before = scorer.key(MIXED, SELECTION)
+    replace(monkeypatch, "FOLDS", 10)
+    assert scorer.key(MIXED, SELECTION) != before
 
 
-def reference(tmp_path, images, labels=None):
-    real = neon.images.RealImages(images, labels, "images.zip")
-    return neon.judges.reference_of_images(real, ToyFeatures(), "cpu", "")
+def test_key_of_final_scores_depends_on_the_final_precision_alone(scorer):
+    before = [scorer.key(MIXED, seeds) for seeds in (SELECTION, FINAL)]
+    scorer.final_precision = "bf16"
+    after = [scorer.key(MIXED, seeds) for seeds in (SELECTION, FINAL)]
+    assert after[0] == before[0] and after[1] != before[1]
+
+
+def test_keys_tell_judges_and_references_apart(judged):
+    sets = (SELECTION, FINAL)
+    keys = {judged.key(BEST, *both) for both in itertools.product(sets, judged.judges)}
+    assert len(keys) == 4
+    assert judged.key(BEST, FINAL) == judged.key(BEST, FINAL, judged.judges[0])
+
+
+def with_batch(scorer):
+    scorer.sampler.batch = 7
+
+
+def with_snapshot(scorer):
+    scorer.snapshot = 2
+
+
+@pytest.mark.parametrize("change", [with_batch, with_snapshot], ids=lambda change: change.__name__)
+def test_key_does_not_depend_on_what_decides_nothing(scorer, change):
+    before = scorer.key(MIXED, SELECTION)
+    change(scorer)
+    assert scorer.key(MIXED, SELECTION) == before
+
+
+def test_networks_of_the_key_are_those_of_the_merger(scorer):
+    base, aux = toy_pair()
+    hashes = neon.keys.weights_hash(base), neon.keys.weights_hash(aux)
+    assert (scorer.merger.base_hash, scorer.merger.aux_hash) == hashes
+
+
+# -------------------- partitions of the same networks
+
+
+def of_layers(scorer):
+    return scorer.with_blocks(lambda name: name.rsplit(".", 1)[0])
+
+
+def test_two_partitions_of_one_network_share_a_score(scorer, monkeypatch):
+    score = scorer.score(MIXED)
+    layers = of_layers(scorer)
+    w = {block: MIXED[block[:3]] for block in layers.merger.blocks}
+    seen = sampled(scorer, monkeypatch)
+    assert layers.score(w) == dataclasses.replace(score, w=w) and not seen
+
+
+def test_another_partition_scores_its_own_networks(scorer):
+    layers = of_layers(scorer)
+    w = dict.fromkeys(layers.merger.blocks, 0.0) | {"dec.1": 1.5}
+    found = layers.score(w)
+    assert found.w == w and found.fd != scorer.score(0).fd
+    assert found.fd != scorer.score(weights(0, 0, 1.5)).fd
+
+
+def test_scorer_of_other_blocks_leaves_the_first_alone(scorer):
+    before = scorer.score(BEST)
+    of_layers(scorer).score(0.25)
+    assert scorer.merger.blocks == ["enc", "mid", "dec"]
+    assert toy_scorer(scorer.log.folder.with_name("fresh")).score(BEST).fd == before.fd
 
 
 # -------------------- the log
@@ -291,14 +488,14 @@ def reference(tmp_path, images, labels=None):
     "seeds, name",
     [
         (SELECTION, "grid.jsonl"),
-        (neon.scores.SeedSet("search", 10_000_000, 100), "grid.jsonl"),
+        (SeedSet("search", 10_000_000, 100), "grid.jsonl"),
         (FINAL, "final.jsonl"),
-        (neon.scores.SeedSet("final 2", 60_000, 100), "final.jsonl"),
+        (SeedSet("final 2", 60_000, 100), "final.jsonl"),
     ],
     ids=["selection", "search", "final", "second final"],
 )
-def test_file_of_a_score(tmp_path, seeds, name):
-    toy_scorer(tmp_path).score(BASE, seeds)
+def test_file_of_a_score(scorer, tmp_path, seeds, name):
+    scorer.score(BASE, seeds)
     assert [path.name for path in tmp_path.glob("*.jsonl")] == [name]
 
 
@@ -306,49 +503,69 @@ def test_file_of_a_score(tmp_path, seeds, name):
 def test_finished_score_is_read_back_and_not_taken_again(tmp_path, monkeypatch, seeds):
     score = toy_scorer(tmp_path).score(BEST, seeds)
     again = toy_scorer(tmp_path)
-    monkeypatch.setattr(again, "features", None)
-    assert again.score(dict(BEST), seeds) == score
+    seen = sampled(again, monkeypatch)
+    assert again.score(dict(BEST), seeds) == score and not seen
 
 
-@pytest.mark.parametrize(
-    "w, seeds",
-    [
-        (weights(1, 0.5, 1.4), SELECTION),
-        (weights(0.5, 1, 1.5), SELECTION),
-        (BEST, neon.scores.SeedSet("selection", 10_001, 100)),
-        (BEST, neon.scores.SeedSet("selection", 10_000, 60)),
-    ],
-    ids=["weight", "blocks", "first seed", "images"],
-)
-def test_another_score_is_taken(tmp_path, w, seeds):
-    score = toy_scorer(tmp_path).score(BEST, SELECTION)
-    assert toy_scorer(tmp_path).score(w, seeds).fd != score.fd
+def test_another_score_is_taken(scorer, monkeypatch):
+    scorer.score(BEST)
+    seen = sampled(scorer, monkeypatch)
+    scorer.score(weights(1, 0.5, 1.4))
+    assert len(seen) == 100
 
 
-def test_another_judge_scores_again(tmp_path):
-    scorer = toy_scorer(tmp_path)
-    before = scorer.score(BEST, SELECTION)
-    images, labels = toy_images(BASE)
-    again = toy_scorer(tmp_path)
-    real = neon.images.RealImages(images, labels, "toy")  # the same source, other images
-    reference = neon.judges.reference_of_images(real, ToyFeatures(), "cpu", "")
-    again.judge = judge_of(ToyFeatures(), reference)
-    after = again.score(BEST, SELECTION)
-    assert after.fd > 2 * before.fd
+def test_log_without_a_folder_is_in_memory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    disk = toy_scorer(tmp_path / "disk")
+    scorer = Scorer(disk.sampler, disk.merger, disk.judges, seeds=disk.seeds)
+    score = scorer.score(BEST)
+    seen = sampled(scorer, monkeypatch)
+    assert scorer.score(BEST) == score and not seen
+    assert [path.name for path in tmp_path.iterdir()] == ["disk"]
 
 
-def two_lines(tmp_path):
-    log = neon.scores.ScoreLog(tmp_path)
-    for fd in (1.5, 2.5):
-        log.add(score_of(fd, w=weights(fd, 0, 0)), SELECTION)
-    return tmp_path / "grid.jsonl"
+def nameless(scorer, log):
+    """A scorer of a model that does not say what decides its images."""
+    scorer.sampler.model.identity = ""
+    return Scorer(scorer.sampler, scorer.merger, scorer.judges, log, scorer.seeds)
+
+
+def test_scores_of_a_model_without_identity_are_kept_on_no_disk(scorer):
+    with pytest.raises(UserError, match="identity=") as caught:
+        nameless(scorer, scorer.log)
+    assert "\n" not in str(caught.value)
+
+
+def test_scores_of_a_model_without_identity_are_kept_in_memory(scorer):
+    assert nameless(scorer, None).score(BEST).fd == scorer.score(BEST).fd
+
+
+def two_lines(folder):
+    log = ScoreLog(folder)
+    for fd in (2.5, 1.5):
+        log.add(score_of(fd, w=weights(fd, 0, 0), key=f"key {fd}"), SELECTION)
+    return folder / "grid.jsonl"
 
 
 def test_lines_are_strict_json_in_the_order_of_the_scores(tmp_path):
     lines = two_lines(tmp_path).read_text().splitlines()
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
-    assert [row["fd"] for row in rows] == [1.5, 2.5]
-    assert set(rows[0]) == {field.name for field in dataclasses.fields(neon.scores.Score)}
+    assert [row["fd"] for row in rows] == [2.5, 1.5]
+    assert set(rows[0]) == {field.name for field in dataclasses.fields(Score)}
+
+
+def test_score_is_found_by_its_key_with_the_weights_asked_for(tmp_path):
+    two_lines(tmp_path)
+    log = ScoreLog(tmp_path)
+    assert log.find("key 2.5", {"a": 2.5}) == score_of(2.5, w={"a": 2.5}, key="key 2.5")
+    assert log.find("key 3.5", {"a": 3.5}) is None
+
+
+def test_last_line_of_a_key_counts(tmp_path):
+    log = ScoreLog(tmp_path)
+    for precision in (None, 0.5):
+        log.add(score_of(1.0, precision=precision, recall=precision), SELECTION)
+    assert ScoreLog(tmp_path).find("key", BASE).precision == 0.5
 
 
 def damage(old, new):
@@ -362,38 +579,56 @@ def damage(old, new):
 @pytest.mark.parametrize(
     "change",
     [
-        damage('"fd": 2.5', '"fd": NaN'),
-        damage('"fd": 2.5', '"fd": "2.5"'),
-        damage('"fd": 2.5', '"fd": -2.5'),
-        damage('"fd": 2.5, ', ""),
-        damage('"fd": 2.5', '"fd": 2.5, "more": 1'),
-        damage('"folds": [2.5, ', '"folds": ['),
-        damage('"folds": [2.5, ', '"folds": ["x", '),
-        damage('"enc": 2.5', '"enc": "x"'),
+        damage('"fd": 1.5', '"fd": NaN'),
+        damage('"fd": 1.5', '"fd": "1.5"'),
+        damage('"fd": 1.5', '"fd": -1.5'),
+        damage('"fd": 1.5, ', ""),
+        damage('"fd": 1.5', '"fd": 1.5, "more": 1'),
+        damage('"folds": [1.5, ', '"folds": ['),
+        damage('"folds": [1.5, ', '"folds": ["x", '),
+        damage('"enc": 1.5', '"enc": "x"'),
         damage('"w": {', '"w": 3, "v": {'),
+        damage('"precision": null', '"precision": 0.5'),
+        damage('"kernel": null', '"kernel": "x"'),
+        damage('"kernel_folds": null', '"kernel": 1.0, "kernel_folds": ["x"]'),
         damage("{", ""),
         lambda line: "[1, 2]",
         lambda line: "",
         lambda line: "[" * 100_000,
+        lambda line: "\ufffe",
     ],
     ids=[
         *("nan", "text", "negative", "missing", "more", "19 folds", "text in folds", "text in w"),
-        *("no weights", "no object", "list", "empty", "nested"),
+        *("no weights", "no recall", "text in kernel", "text in its folds", "no object", "list"),
+        *("empty", "nested", "other characters"),
     ],
 )
 def test_damaged_line_is_refused_by_number(tmp_path, change):
     path = two_lines(tmp_path)
     first, second = path.read_text().splitlines()
     path.write_text(f"{first}\n{change(second)}\n")
-    with pytest.raises(neon.files.UserError, match="grid.jsonl, line 2, is damaged"):
-        neon.scores.ScoreLog(tmp_path)
+    with pytest.raises(UserError, match="grid.jsonl, line 2, is damaged") as caught:
+        ScoreLog(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_line_that_is_no_text_is_refused(tmp_path):
     path = two_lines(tmp_path)
     path.write_bytes(path.read_bytes() + b"\xff\xfe\n")
-    with pytest.raises(neon.files.UserError, match="line 3, is damaged"):
-        neon.scores.ScoreLog(tmp_path)
+    with pytest.raises(UserError, match="line 3, is damaged"):
+        ScoreLog(tmp_path)
+
+
+def test_rounding_below_zero_is_no_damage(tmp_path):
+    ScoreLog(tmp_path).add(score_of(-1e-4), SELECTION)
+    assert ScoreLog(tmp_path).find("key", BASE).fd == -1e-4
+
+
+def test_lines_from_before_the_judges_are_read():
+    row = json.loads(score_of(1.0).as_line())
+    for name in ("judge", "kernel", "kernel_folds"):
+        del row[name]
+    assert Score.from_line(json.dumps(row)).fd == 1.0
 
 
 @pytest.mark.parametrize("length", [1, 50, None], ids=["a byte", "a part", "all but the line end"])
@@ -401,31 +636,31 @@ def test_tail_that_was_cut_off_is_scored_again(tmp_path, length):
     path = two_lines(tmp_path)
     whole = path.read_bytes()
     path.write_bytes(whole + whole.splitlines()[0][:length])
-    log = neon.scores.ScoreLog(tmp_path)
+    log = ScoreLog(tmp_path)
     assert len(log.scores) == 2
-    log.add(score_of(3.5, w=weights(3.5, 0, 0)), SELECTION)
+    log.add(score_of(3.5, key="key 3.5"), SELECTION)
     assert path.read_bytes().startswith(whole)
-    assert [json.loads(line)["fd"] for line in path.read_text().splitlines()] == [1.5, 2.5, 3.5]
+    assert [json.loads(line)["fd"] for line in path.read_text().splitlines()] == [2.5, 1.5, 3.5]
 
 
 def test_two_writers_keep_their_lines_apart(tmp_path):
     def write(number):
-        log = neon.scores.ScoreLog(tmp_path)
+        log = ScoreLog(tmp_path)
         for i in range(40):
-            log.add(score_of(1.0 + i, w=weights(number, i, 0)), FINAL)
+            log.add(score_of(1.0 + i, key=f"{number} {i}"), FINAL)
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(neon.scores.ScoreLog(tmp_path).scores) == 120
+    assert len(ScoreLog(tmp_path).scores) == 120
 
 
 def test_writer_waits_for_the_one_before(tmp_path):
     path = two_lines(tmp_path)
     before = path.read_bytes()
-    log = neon.scores.ScoreLog(tmp_path)
+    log = ScoreLog(tmp_path)
     thread = threading.Thread(target=log.add, args=(score_of(3.5), SELECTION))
     with open(path, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -433,185 +668,61 @@ def test_writer_waits_for_the_one_before(tmp_path):
         thread.join(0.3)
         assert thread.is_alive() and path.read_bytes() == before
     thread.join()
-    assert len(neon.scores.ScoreLog(tmp_path).scores) == 3
+    assert len(ScoreLog(tmp_path).scores) == 3
 
 
-def test_line_of_another_key_is_not_found(tmp_path):
-    two_lines(tmp_path)
-    log = neon.scores.ScoreLog(tmp_path)
-    assert log.find("key", weights(1.5, 0, 0), SELECTION).fd == 1.5
-    assert log.find("other", weights(1.5, 0, 0), SELECTION) is None
+# -------------------- two ranks
 
 
-def score(fd, folds=None, w=None, **changes):
-    folds = folds if folds is not None else [fd] * neon.stats.FOLDS
-    fields = {
-        "snapshot": 1,
-        "w": w or {"a": 0.0},
-        "images": 100,
-        "first_seed": 0,
-        "fd": fd,
-        "folds": list(folds),
-        "precision": None,
-        "recall": None,
-        "arithmetic": "fp32",
-        "seconds": 0.0,
-        "key": "k",
-    }
-    return neon.scores.Score(**{**fields, **changes})
+def test_ranks_score_as_one_process_does(ranks, tmp_path):
+    scorers = [toy_scorer(tmp_path / f"rank {rank}") for rank in (0, 1)]
+
+    def share(processes):
+        scorer = scorers[processes.rank]
+        scorer.sampler.processes = processes
+        return [scorer.score(w, shares=True).fd for w in (BEST, BASE, BEST)]
+
+    one, other = ranks(share)
+    alone = toy_scorer(tmp_path / "alone")
+    want = [alone.score(w).fd for w in (BEST, BASE, BEST)]
+    assert one == other == pytest.approx(want, rel=1e-6)
+    lines = (tmp_path / "rank 0" / "grid.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and not (tmp_path / "rank 1" / "grid.jsonl").exists()
 
 
-# -------------------- real images in three parts
+def test_ranks_diverge_together(ranks, tmp_path, capsys):
+    """Where one of them has no finite images."""
+    scorers = [toy_scorer(tmp_path / f"rank {rank}") for rank in (0, 1)]
 
+    def share(processes):
+        scorer = scorers[processes.rank]
+        scorer.sampler.processes = processes
+        if processes.rank == 1:
+            scorer.sampler.model.sample = lambda net, noise, *_: noise * math.nan
+        return scorer.score(BEST).fd
 
-def random_images(n, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(256, (n, 1, 4, 4), generator=generator).to(torch.uint8)
-
-
-# -------------------- references
-
-
-class Flat:
-    """Features: the first pixels themselves."""
-
-    dim, name, kind, score, identity = 4, "flat", "flat", "FD (flat)", "flat"
-
-    def __call__(self, images):
-        return images.flatten(1)[:, :4].float()
-
-    def to(self, device):
-        return self
-
-
-@pytest.fixture
-def real():
-    return neon.images.split(random_images(800), None, "x.zip")
-
-
-# -------------------- kernel distance
-
-
-def naive_kernel_distance(real, fake):
-    def kernel(x, y):
-        return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
-
-    n, m = len(fake), len(real)
-    fakes, reals = kernel(fake, fake), kernel(real, real)
-    fakes = (fakes.sum() - fakes.trace()) / (n * (n - 1))
-    reals = (reals.sum() - reals.trace()) / (m * (m - 1))
-    return float(fakes + reals - 2 * kernel(fake, real).mean())
-
-
-# -------------------- one sampling for all judges
-
-
-class FakeSampler:
-    """Images are their seeds; counts the batches it is asked for."""
-
-    def __init__(self):
-        self.steps, self.batch, self.calls = 1, 50, 0
-        self.labels = "balanced"
-        self.model = SimpleNamespace(identity="m")
-        self.processes = neon.processes.Processes("cpu")
-
-    def images(self, part):
-        self.calls += 1
-        generator = torch.Generator().manual_seed(int(part[0]))
-        shape = (len(part), 1, 4, 4)
-        return torch.randint(256, shape, generator=generator).to(torch.uint8), None
-
-
-class FakeMerger:
-    blocks, owners = ["a"], {"p": "a"}
-
-    def set(self, w):
-        return torch.nn.Linear(1, 1)
-
-
-class Other(Flat):
-    name = kind = "other"
-    identity = "other"
-
-    def __call__(self, images):
-        return images.flatten(1)[:, 8:12].float() / 2
-
-
-@pytest.fixture
-def judged(real, tmp_path):
-    judges = [neon.judges.Judge(features, real) for features in (Flat(), Other())]
-    config = neon.config.Config(device="cpu", precision="fp32")
-    log = neon.scores.ScoreLog(tmp_path)
-    return neon.scores.Scorer(FakeMerger(), judges, FakeSampler(), log, {}, 1, config)
-
-
-FINAL = neon.scores.SeedSet("final 1", 1000, 100)
-
-
-def test_all_judges_score_the_same_images(judged):
-    scores = judged.scores({"a": 1.0}, FINAL, judged.judges)
-    assert judged.sampler.calls == 2  # 100 images in batches of 50, once
-    assert [s.judge for s in scores] == ["flat", "other"]
-    images = torch.cat(
-        [judged.sampler.images(range(start, start + 50))[0] for start in (1000, 1050)]
-    )
-    for judge, found in zip(judged.judges, scores, strict=True):
-        features = judge.features(images)
-        moments = neon_ext.feature_moments(features)
-        assert found.fd == pytest.approx(float(judge.final.prepared.distance(*moments)))
-        real = judge.final.real
-        assert found.kernel == pytest.approx(naive_kernel_distance(real, features), rel=1e-6)
-        assert (found.precision, found.recall) == neon.judges.precision_recall(real, features)
-
-
-def test_finished_judges_are_read_back_and_only_a_new_one_is_scored(judged):
-    first = judged.score({"a": 1.0}, FINAL)
-    assert judged.sampler.calls == 2
-    both = judged.scores({"a": 1.0}, FINAL, judged.judges)
-    assert judged.sampler.calls == 4 and both[0] == first
-    log = neon.scores.ScoreLog(judged.log.folder)
-    judged.log = log
-    assert judged.scores({"a": 1.0}, FINAL, judged.judges) == both
-    assert judged.sampler.calls == 4
-    lines = (judged.log.folder / "final.jsonl").read_text().splitlines()
-    assert [json.loads(line)["judge"] for line in lines] == ["flat", "other"]
-
-
-def test_keys_tell_judges_and_references_apart(judged):
-    selection = neon.scores.SeedSet("selection", 0, 100)
-    keys = {judged.key(s, j) for s in (selection, FINAL) for j in judged.judges}
-    assert len(keys) == 4
-    assert judged.key(FINAL) == judged.key(FINAL, judged.judges[0])
-
-
-def test_selection_scores_have_no_kernel_distance_and_one_judge(judged):
-    found = judged.score({"a": 1.0}, neon.scores.SeedSet("selection", 0, 100))
-    assert found.kernel is None and found.judge == "flat" and found.precision is not None
-
-
-def test_diverging_sampler_is_infinite_in_every_judge(judged, capsys):
-    def diverge(part):
-        raise neon.processes.Diverged
-
-    judged.sampler.images = diverge
-    scores = judged.scores({"a": 1.0}, FINAL, judged.judges)
-    assert [s.fd for s in scores] == [math.inf] * 2
-    assert [s.kernel for s in scores] == [None] * 2
-    assert (
-        neon.scores.ScoreLog(judged.log.folder).find(scores[1].key, {"a": 1.0}, FINAL) == scores[1]
-    )
+    assert ranks(share) == [math.inf, math.inf]
     assert capsys.readouterr().out.count("diverges") == 1
 
 
-def test_logs_from_before_the_judges_are_read():
-    row = json.loads(score(1.0).as_line())
-    for name in ("judge", "kernel", "kernel_folds"):
-        del row[name]
-    assert neon.scores.Score.from_line(json.dumps(row)).fd == 1.0
+# -------------------- the extrapolated network is the resident one
 
 
-@pytest.mark.parametrize("change", [{"kernel": "x"}, {"kernel": 1.0, "kernel_folds": ["x"]}])
-def test_damaged_kernel_distances_are_refused(change):
-    row = json.loads(score(1.0).as_line()) | change
-    with pytest.raises((ValueError, TypeError)):
-        neon.scores.Score.from_line(json.dumps(row))
+def test_sampler_and_merger_share_one_network(scorer):
+    assert scorer.merger.net is scorer.sampler.net
+
+
+def test_two_scorers_of_one_sampler_do_not_disturb_each_other(tmp_path):
+    """As those of two snapshots do: the later one takes the network over."""
+    first = toy_scorer(tmp_path)
+    base, aux = toy_pair()
+    nearer = ToyModel().trainable(base, None)
+    with torch.no_grad():
+        for ours, theirs in zip(nearer.parameters(), aux.parameters(), strict=True):
+            ours.lerp_(theirs, 0.5)
+    merger = neon.blocks.Merger(base, nearer, lambda name: name[:3])
+    second = Scorer(first.sampler, merger, first.judges, first.log, first.seeds)
+    found = second.score(1)
+    want = toy_distance(first, weights(1, 1, 1), SELECTION.seeds)
+    assert first.score(1).fd == pytest.approx(want, rel=1e-6) and found.fd != first.score(1).fd
+    assert second.merger.net is first.sampler.net

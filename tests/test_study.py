@@ -37,6 +37,7 @@ import edm_neon as edm
 
 BLOCKS = ("enc", "mid", "dec")
 MODELS = ["base", "collapsed", "global", "blockwise", "searched"]
+CONTROLS = ["base, twice the steps", "guided"]
 CPU = neon.processes.Processes("cpu")
 
 
@@ -605,7 +606,8 @@ STUDY = {
     "evaluations": 20,
     "judge": ("pixels", "random-conv"),
 }
-SWEEP = [-1.0, -0.5, 0.0, 0.5, 1.0, 2.0]
+EVEN = [round(0.5 + 0.5 * k / 19, 4) for k in range(20)]  # as many as the search has evaluations
+SWEEP = [-1.0, -0.5, 0.0, *EVEN, 2.0]
 GRID = [weights(*v) for v in itertools.product((0.5, 1.0), (0.5, 1.0), (0.5, 1.0, 1.75))]
 
 
@@ -751,9 +753,24 @@ def test_placebo_is_compared_with_global_on_the_final_seeds(studied, networks, k
 def test_judges_that_no_selection_saw(studied, kimg):
     entry = studied[0][kimg]
     for judge in entry.judges.values():
-        assert [*judge["final"]] == [*MODELS, "random blocks 1", "random blocks 2"]
+        assert [*judge["final"]] == [*MODELS, *CONTROLS, "random blocks 1", "random blocks 2"]
     distances = [judge["final"]["base"]["fd"] for judge in entry.judges.values()]
     assert len({*distances, entry.final["base"]["fd"]}) == 3
+
+
+@both
+def test_controls_are_in_the_final_comparison(studied, networks, kimg):
+    """The toy's sampler has no steps: twice as many change nothing but the key."""
+    entries, judge, _ = studied
+    final = entries[kimg].final
+    assert [*final] == [*MODELS, *CONTROLS]
+    assert final["base, twice the steps"]["all"] == final["base"]["all"]
+    base, auxes, _ = networks
+    net = neon.controls.Guided(base, auxes[kimg])
+    net.w.fill_(final["guided"]["w"]["guidance"])
+    firsts = (50_000, 50_120)
+    want = [network_distance(net, range(first, first + 120), judge.final) for first in firsts]
+    assert final["guided"]["all"] == pytest.approx(want, rel=1e-3)
 
 
 @both
@@ -790,10 +807,15 @@ def test_scores_are_in_their_files(studied, name, firsts):
     assert {row["first_seed"] for row in lines(studied[2] / name)} == firsts
 
 
+def merged_rows(out):
+    """Scores on the selection seeds, without those of the guided network."""
+    return [row for row in lines(out / "grid.jsonl") if "guidance" not in row["w"]]
+
+
 @both
 def test_one_network_under_several_partitions_is_scored_once(studied, kimg):
     """0.5 everywhere is in the sweep, the grid and both placebos."""
-    rows = [row for row in lines(studied[2] / "grid.jsonl") if row["snapshot"] == kimg]
+    rows = [row for row in merged_rows(studied[2]) if row["snapshot"] == kimg]
     for w in SWEEP:
         assert sum(set(row["w"].values()) == {w} for row in rows) == 1
 
@@ -805,7 +827,7 @@ def test_every_score_is_in_the_log_once(studied):
 
 
 def test_only_the_sweep_has_precision_on_the_selection_seeds(studied):
-    for row in lines(studied[2] / "grid.jsonl"):
+    for row in merged_rows(studied[2]):
         assert (row["precision"] is not None) == (len(set(row["w"].values())) == 1)
 
 
@@ -815,6 +837,8 @@ def test_entry_as_plain_data_keeps_scores_and_models(studied):
         assert plain["kimg"] == kimg
         assert [row["w_global"] for row in plain["sweep"]] == SWEEP
         assert [row["fd"] for row in plain["grid"]] == [score.fd for score in entry.grid]
+        for name in CONTROLS:
+            assert plain[name]["w"] == entry.controls[name].w
         for name in MODELS:
             assert plain[name]["w"] == entry.models[name].w
             assert plain[name]["fd"] == entry.models[name].fd
@@ -838,8 +862,9 @@ def test_exchanged_aux_is_scored_anew(networks, tmp_path):
         (entry,) = experiment(tmp_path, networks, aux=str(path), snapshot=(2,)).entries
         judge = network_distance(net, range(10_000, 10_100), toy_scorer(tmp_path).judge.selection)
         assert entry.models["collapsed"].fd == pytest.approx(judge, rel=1e-3)
-        found.append([score.fd for score in entry.grid])
-    assert found[0][1:] != found[1][1:]
+        found.append([*(score.fd for score in entry.grid), entry.controls["guided"].fd])
+    same = [ours == theirs for ours, theirs in zip(*found, strict=True)]
+    assert same == [True] + [False] * 8  # the grid's first point is the base
 
 
 # -------------------- the experiment, on prescribed scores
@@ -863,7 +888,7 @@ def prescribed(monkeypatch, tmp_path, networks):
         monkeypatch.setattr(neon.scores.Scorer, "scores", scores)
         if found is not None:
             monkeypatch.setitem(neon.search.SEARCHES, options["search"], found)
-        (entry,) = experiment(tmp_path, networks, **options).entries
+        (entry,) = experiment(tmp_path, networks, **{"controls": ()} | options).entries
         return entry, calls
 
     return study
@@ -876,8 +901,11 @@ def bowl(w, *_):
 
 def test_collapsed_network_is_no_candidate(prescribed):
     """Not even when it is the best, and the grid and the sweep hold it."""
-    options = {"grid": (-1.0, 0.0, 1.0), "sweep": (-1.0, 0.5, 2.0)}
-    entry, _ = prescribed(lambda w, *_: 1.0 + w["enc"], **options)
+
+    def fd(w, *_):
+        return 0.0 if w["enc"] == -1 else 1.0 + abs(w["enc"])
+
+    entry, _ = prescribed(fd, grid=(-1.0, 0.0, 1.0), sweep=(-1.0, 0.5, 2.0))
     assert entry.models["global"].w_global == 0 and entry.models["collapsed"].fd == 0
 
 
@@ -936,7 +964,7 @@ def test_search_starts_at_the_best_global_weight(prescribed, name):
         return [score_of(7.0)]
 
     options = {"evaluations": 9, "bounds": (-0.5, 3.5), "grid": (0.25, 1.75, 2.5)}
-    prescribed(bowl, search, search=name, **options)
+    prescribed(lambda w, *_: 1 + abs(w["mid"] - 0.25), search, search=name, **options)
     assert asked == [(0.25, 9, (-0.5, 3.5))]
 
 
@@ -987,6 +1015,12 @@ def test_every_placebo_has_blocks_of_its_own(prescribed):
         assert [call.w for call in mine[8:]] == [placebo["w"]] * 2
 
 
+def test_as_many_global_weights_as_grid_points_are_tried(prescribed):
+    entry, _ = prescribed(bowl, grid=(0.0, 1.0), block_grid={"mid": (0.0, 1.0, 5.0)})
+    even = [round(k / 11, 4) for k in range(12)]
+    assert [score.w["mid"] for score in entry.sweep] == [-1.0, *even]
+
+
 def test_placebos_end_where_there_are_no_more(prescribed):
     """One layer of eight is a block: seven other choices of it."""
     partition = {"enc.0.*": "one", "*": "rest"}
@@ -1016,7 +1050,7 @@ def test_weights_that_diverge_win_nothing(prescribed):
         return math.inf if w["enc"] > 0.75 else bowl(w)
 
     entry, _ = prescribed(fd, grid=(0.5, 1.0, 1.5))
-    assert entry.models["global"].w_global == 0.5 and entry.models["blockwise"].w["enc"] == 0.5
+    assert entry.models["global"].w_global <= 0.75 and entry.models["blockwise"].w["enc"] == 0.5
 
 
 def test_one_block_has_a_grid_too(prescribed):
@@ -1044,7 +1078,7 @@ def test_each_snapshot_is_merged_with_its_own_network(networks, tmp_path, monkey
         return [score_of(bowl(w), w=w) for _ in judges]
 
     monkeypatch.setattr(neon.scores.Scorer, "scores", scores)
-    experiment(tmp_path, networks, snapshot=(1, 3))
+    experiment(tmp_path, networks, snapshot=(1, 3), controls=())
     hashes = {kimg: neon.keys.weights_hash(net) for kimg, net in networks[1].items()}
     assert set(merged_with) == set(hashes.items())
 

@@ -1,6 +1,7 @@
-"""edm_neon.py: EDM's network, its sampler, loss and augmentation, and self-training."""
+"""What adaptive_neon/train.py promises."""
 
 import copy
+import inspect
 import math
 from types import SimpleNamespace
 
@@ -39,6 +40,38 @@ def test_every_epoch_is_a_permutation():
     order = neon.train.EpochOrder(10, 1).at(torch.arange(30)).view(3, 10)
     assert all(sorted(epoch.tolist()) == list(range(10)) for epoch in order)
     assert not torch.equal(order[0], order[1])
+
+
+def test_order_of_every_epoch_is_drawn_from_seed_and_epoch():
+    """Epochs of seven images, batches of four: some lie in two epochs."""
+    want = []
+    for epoch in range(4):
+        generator = torch.Generator().manual_seed(5 * 1_000_003 + epoch)
+        want += torch.randperm(7, generator=generator).tolist()
+    order, found = neon.train.EpochOrder(7, 5), []
+    for first in range(0, 28, 4):
+        found += order.at(torch.arange(first, first + 4)).tolist()
+    assert found == want
+
+
+def test_a_batch_may_hold_several_epochs():
+    whole = neon.train.EpochOrder(7, 5).at(torch.arange(28))
+    assert torch.equal(neon.train.EpochOrder(7, 5).at(torch.arange(3, 27, 2)), whole[3:27:2])
+
+
+def test_an_epoch_is_permuted_once(monkeypatch):
+    """With a million images a permutation takes longer than a step."""
+    drawn, real = [], neon.train.EpochOrder.permutation
+
+    def permutation(self, epoch):
+        drawn.append(epoch)
+        return real(self, epoch)
+
+    monkeypatch.setattr(neon.train.EpochOrder, "permutation", permutation)
+    order = neon.train.EpochOrder(50, 5)
+    for first in range(0, 120, 8):
+        order.at(torch.arange(first, first + 8))
+    assert drawn == [0, 1, 2]
 
 
 def test_order_depends_on_the_seed():
@@ -248,6 +281,49 @@ def test_learning_rate_grows_from_zero_and_stays(tmp_path):
     np.testing.assert_allclose(moved, want, rtol=1e-3, atol=1e-7)
 
 
+class Slope(WalkerModel):
+    """The gradient is that of a square about a target that moves with the images."""
+
+    def loss(self, net, x, labels):
+        target = x.flatten(1).mean(1) / 40
+        super().loss(net, x, labels)
+        return (net.at - target) ** 2
+
+
+def test_training_is_adam_with_a_ramp_and_an_average():
+    """Computed again in plain numbers: moments, their corrections, learning rate, average."""
+    model, net = Slope(), Walker()
+    images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1)
+    how = recipe(batch=16, lr=0.02, ramp_kimg=0.3, ema_kimg=0.07, ramp_ratio=0.3)
+    saved = []
+
+    def save(average, kimg):
+        saved.append((kimg, float(average.at)))
+
+    average = neon.train.train(model, net, images, None, how, (0.2, 0.41), save)
+
+    theta, mean, square, first, second = 0.0, 0.0, 0.0, 0.0, 0.0
+    want = {}
+    for step in range(1, 27):
+        seen = 16 * (step - 1)
+        batch = [image / 40 for image in model.steps[step - 1].images]
+        gradient = sum(2 * (theta - target) for target in batch) / 16
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        mean, square = first / (1 - 0.9**step), second / (1 - 0.999**step)
+        theta -= 0.02 * min(seen / 300, 1) * mean / (square**0.5 + 1e-8)
+        half_life = min(70, 0.3 * seen)
+        kept = 0.5 ** (16 / half_life) if half_life else 0.0
+        want[seen + 16] = theta + kept * (want.get(seen, 0.0) - theta)
+    assert len(model.steps) == 26
+    assert float(net.at.detach()) == pytest.approx(theta, rel=1e-4)
+    assert saved == [
+        (0.2, pytest.approx(want[208], rel=1e-4)),
+        (0.41, pytest.approx(want[416], rel=1e-4)),
+    ]
+    assert float(average.at) == saved[1][1] and not average.training
+
+
 def test_without_a_ramp_only_the_first_step_is_idle(tmp_path):
     moved = -np.diff(positions(walk(tmp_path)[0].steps))
     np.testing.assert_allclose(moved, [0] + [0.01] * 48, rtol=1e-3, atol=1e-7)
@@ -259,17 +335,6 @@ def test_average_is_that_of_the_weights(tmp_path):
     after = np.append(at[1:], at[-1] - 0.01)  # [50] after every step
     average, beta = 0.0, 0.5 ** (20 / 100)
     for value in after:
-        average = beta * average + (1 - beta) * value
-    assert float(saved[1].at) == pytest.approx(average, rel=1e-4)
-
-
-def test_average_of_a_base_follows_what_was_seen(tmp_path):
-    model, saved = walk(tmp_path, ramp_ratio=0.05)
-    at = positions(model.steps)
-    average = 0.0
-    for step, value in enumerate(np.append(at[1:], at[-1] - 0.01)):
-        half_life = min(100, step * 20 * 0.05)
-        beta = 0.5 ** (20 / half_life) if half_life else 0
         average = beta * average + (1 - beta) * value
     assert float(saved[1].at) == pytest.approx(average, rel=1e-4)
 
@@ -381,13 +446,13 @@ def test_training_resumes_to_the_same_bytes(tmp_path, stop_after):
 
 def test_training_of_edms_network_resumes_to_the_same_bytes(tmp_path):
     """Dropout, augmentation and noise draw from the stream of their step."""
-    straight = train_toy(tmp_path / "straight", edm_model(augment=0.12), snapshots=(0.2,))
+    straight = train_toy(tmp_path / "straight", edm_model(augment=0.12), snapshots=(0.1,))
     with pytest.raises(Dying):
-        train_toy(tmp_path / "stopped", edm_model(augment=0.12), stop_after=5, snapshots=(0.2,))
-    resumed = train_toy(tmp_path / "stopped", edm_model(augment=0.12), snapshots=(0.2,))
-    assert all(torch.equal(tensor, resumed[0.2][name]) for name, tensor in straight[0.2].items())
+        train_toy(tmp_path / "stopped", edm_model(augment=0.12), stop_after=2, snapshots=(0.1,))
+    resumed = train_toy(tmp_path / "stopped", edm_model(augment=0.12), snapshots=(0.1,))
+    assert all(torch.equal(tensor, resumed[0.1][name]) for name, tensor in straight[0.1].items())
     assert not torch.equal(
-        straight[0.2]["model.map_layer0.weight"], network().model.map_layer0.weight
+        straight[0.1]["model.map_layer0.weight"], network().model.map_layer0.weight
     )
 
 
@@ -400,6 +465,163 @@ def test_resumed_training_repeats_no_step(tmp_path):
     model.loss = lambda *args: calls.append(1) or real(*args)
     train_toy(tmp_path, model)
     assert len(calls) == 80 - 20
+
+
+class Kinds(nn.Module):
+    """Every kind of tensor: an average over batches and its counter, a frozen parameter, one that
+    no loss uses and that Adam therefore has never met."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.unused = nn.Parameter(torch.ones(2))
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+
+    def forward(self, x):
+        return self.norm(self.first(x)) * self.frozen[0]
+
+
+class KindsModel:
+    encodes = False
+
+    def encode(self, images):
+        return images.flatten(1).float() / 100
+
+    def loss(self, net, x, labels):
+        return (net(x) - torch.rand(len(x), 3)).square().mean(1)
+
+
+def kinds(seed=0):
+    torch.manual_seed(seed)
+    net, images = Kinds(), torch.randint(256, (30, 1, 2, 2), dtype=torch.uint8)
+    how = recipe(lr=0.05, ramp_kimg=0.1, ema_kimg=0.03, batch=8)
+    return neon.train.Training(KindsModel(), net, 30, how, neon.processes.Processes()), images
+
+
+def everything(training):
+    """All tensors of a training, by name."""
+    found = {f"net {name}": tensor for name, tensor in training.net.state_dict().items()}
+    for name, tensor in training.average.state_dict().items():
+        found[f"average {name}"] = tensor
+    for i, moments in training.optimizer.state_dict()["state"].items():
+        for name, tensor in moments.items():
+            found[f"adam {i} {name}"] = tensor
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def test_state_holds_every_tensor_and_goes_on_the_same(tmp_path):
+    straight, images = kinds()
+    for _ in range(5):
+        straight.step(images, None)
+    straight.save(tmp_path / "state")
+    before = everything(straight)
+
+    resumed, _ = kinds(seed=1)
+    resumed.resume(tmp_path / "state")
+    after = everything(resumed)
+    assert resumed.seen == straight.seen == 40 and after.keys() == before.keys()
+    assert len([name for name in after if name.startswith("adam")]) == 4 * 3  # not of the unused
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+    for training in (straight, resumed):
+        training.step(images, None)
+    other = everything(straight)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in everything(resumed).items())
+    assert not torch.equal(other["net first.weight"], before["net first.weight"])
+
+
+def test_average_is_of_parameters_and_buffers_are_the_last():
+    training, images = kinds()
+    for _ in range(3):
+        training.step(images, None)
+    net, average = training.net, training.average
+    assert torch.equal(average.norm.running_var, net.norm.running_var)
+    assert int(average.norm.num_batches_tracked) == 3
+    assert not torch.equal(average.first.weight, net.first.weight)
+
+
+@pytest.mark.parametrize(
+    "changes, count",
+    [({"lr": 0.02}, 40), ({"seed": 4}, 40), ({"batch": 10}, 40), ({}, 41)],
+    ids=["lr", "seed", "batch", "images"],
+)
+def test_state_of_another_training_is_refused(tmp_path, changes, count):
+    walk(tmp_path)
+    other = neon.train.Training(
+        WalkerModel(), Walker(), count, recipe(**changes), neon.processes.Processes()
+    )
+    with pytest.raises(neon.UserError, match="state is damaged, delete it .*another training"):
+        other.resume(tmp_path / "state")
+
+
+@pytest.mark.parametrize("change", ["another name", "another shape", "one more"])
+def test_state_of_another_network_is_refused(tmp_path, change):
+    walk(tmp_path)
+    net = Walker()
+    if change == "another shape":
+        net.at = nn.Parameter(torch.zeros(3))  # a tensor of one would fill it
+    if change == "one more":
+        net.more = nn.Parameter(torch.zeros(1))
+    if change == "another name":
+        net.there = net.at
+        del net.at
+    other = neon.train.Training(WalkerModel(), net, 40, recipe(), neon.processes.Processes())
+    with pytest.raises(neon.UserError, match="state is damaged, delete it .*another network"):
+        other.resume(tmp_path / "state")
+
+
+# -------------------- from a notebook
+
+
+def test_self_training_leaves_the_base_as_it_is():
+    base = Walker()
+    images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1)
+    aux = neon.self_train(WalkerModel(), base, images, kimg=1, batch=20, lr=0.01, ramp_kimg=0)
+    assert float(base.at) == 0 and float(aux.at) < 0 and not aux.training
+
+
+def test_self_training_is_train_with_this_recipe(tmp_path):
+    """With a state it goes on; that of one with another recipe is refused."""
+    images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1)
+    options = {"kimg": 0.3, "lr": 0.01, "batch": 20, "ema_kimg": 0.1, "ramp_kimg": 0.2, "seed": 3}
+    aux = neon.self_train(WalkerModel(), Walker(), images, **options, state=tmp_path / "state")
+    how = neon.train.Recipe("self-training", 20, 0.01, 0.2, 0.1, 3)
+    want = neon.train.train(WalkerModel(), Walker(), images, None, how, [0.3])
+    assert torch.equal(aux.at, want.at)
+
+    model = WalkerModel()
+    again = neon.self_train(model, Walker(), images, **options, state=tmp_path / "state")
+    assert torch.equal(again.at, aux.at) and model.steps == []
+    with pytest.raises(neon.UserError, match="another training"):
+        changed = {**options, "seed": 4, "state": tmp_path / "state"}
+        neon.self_train(WalkerModel(), Walker(), images, **changed)
+
+
+def test_self_training_has_the_papers_defaults(monkeypatch):
+    seen = []
+    monkeypatch.setattr(neon.train, "train", lambda *args, **named: seen.append((args, named)))
+    images = torch.zeros(40, 1, 1, 1, dtype=torch.uint8)
+    neon.self_train(WalkerModel(), Walker(), images, kimg=500)
+    ((args, named),) = seen
+    assert args[4] == neon.train.Recipe("self-training", 64, 1e-4, 10_000, 500, 0)
+    assert args[5] == [500] and named == {"state_path": None}
+
+
+def test_training_without_a_state_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = torch.zeros(40, 1, 1, 1, dtype=torch.uint8)
+    neon.train.train(WalkerModel(), Walker(), images, None, recipe(), [0.1])
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["base_key", "self_training_key"])
+def test_version_of_the_training_is_in_the_keys_of_networks(monkeypatch, name):
+    make = getattr(neon.keys, name)
+    inputs = dict.fromkeys(inspect.signature(make).parameters, "x")
+    before = make(**inputs)
+    monkeypatch.setattr(neon.keys, "TRAINING_VERSION", "train of later")
+    assert make(**inputs) != before
 
 
 def test_damaged_state_is_refused(tmp_path):
