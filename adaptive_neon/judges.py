@@ -53,7 +53,7 @@ class Reference:
         compared with published ones; else the real features' root mean square."""
         if self.facts["features"].startswith("inception"):
             return 1.0
-        return float(self.real.double().square().mean().sqrt()) or 1.0
+        return float(self.real[:KERNEL_IMAGES].double().square().mean().sqrt()) or 1.0
 
     @functools.cached_property
     def kernel_parts(self) -> list[torch.Tensor]:

@@ -20,7 +20,9 @@ from made import score
 import adaptive_neon as neon
 
 # By its path: a package of that name may be installed.
-spec = importlib.util.spec_from_file_location("measured_coverage", Path(__file__).parent / "coverage.py")
+spec = importlib.util.spec_from_file_location(
+    "measured_coverage", Path(__file__).parent / "coverage.py"
+)
 coverage = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = coverage
 spec.loader.exec_module(coverage)
