@@ -831,6 +831,13 @@ def test_only_the_sweep_has_precision_on_the_selection_seeds(studied):
         assert (row["precision"] is not None) == (len(set(row["w"].values())) == 1)
 
 
+def test_only_the_judge_that_decides_has_precision_on_the_final_seeds(studied):
+    _, judge, out = studied
+    for row in lines(out / "final.jsonl"):
+        assert (row["precision"] is not None) == (row["judge"] == judge.name)
+        assert row["kernel"] is not None
+
+
 def test_entry_as_plain_data_keeps_scores_and_models(studied):
     for kimg, entry in studied[0].items():
         plain = entry.as_json()
