@@ -16,7 +16,7 @@ from .files import file_hash
 
 TRAINING_VERSION = "train 1"
 SAMPLING_VERSION = "sample 1"
-SCORING_VERSION = "score 2"
+SCORING_VERSION = "score 3"
 SEARCH_VERSION = "search 4"
 
 
