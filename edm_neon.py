@@ -113,7 +113,7 @@ class Glyphs(Cifar10):
     threads = 1  # 12 x 12 images: two batches at once are faster than two threads
     defaults = {
         "snapshot": (3,),
-        "grid": (0.5, 1.0, 1.5),
+        "grid": (0.25, 0.75),
         "train_base": 60.0,
         "base_lr": 3e-3,
         "synthetic": 2000,
@@ -121,8 +121,8 @@ class Glyphs(Cifar10):
         "ema_kimg": 0.5,
         "dropout": 0.0,
         "augment": 0.0,
-        "select_images": 1000,
-        "final_images": 3000,
+        "select_images": 400,
+        "final_images": 1200,
         "sample_batch": 250,
         "judge": ("classifier-2", "mlp", "random-conv", "pixels"),
     }

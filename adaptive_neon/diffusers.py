@@ -1,8 +1,4 @@
-"""A pipeline of Hugging Face diffusers, behind the names that a model file has.
-
-`DiffusersPipeline(folder)` reads a pipeline folder (one with `model_index.json`) and offers SHAPE,
-CLASSES, load, sample, loss, encode, block, layer and save, so that a study treats it like any other
-model:
+"""A pipeline of Hugging Face diffusers as --base: a folder with `model_index.json`.
 
     DDPMPipeline, DDIMPipeline    UNet2DModel on pixels
     LDMPipeline                   UNet2DModel on the latents of a VQModel or AutoencoderKL
@@ -14,12 +10,11 @@ goes from each time to the next: it supposes equal distances, which the spacing 
 with all times, and "trailing" only where the number of steps divides the number of times.
 
 Only the classes above are built: code that comes with a folder is never run, and pickles are read
-as weights only. Whatever is wrong with a folder is one ValueError of one line.
+as weights only. Whatever is wrong with a folder is one line.
 """
 
 import contextlib
 import copy
-import hashlib
 import inspect
 import json
 import os
@@ -27,14 +22,16 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
+from torch import nn
 
+from .blocks import copied
 from .files import UserError, printable
-from .keys import key_of
-from .modelfile import FileModel
+from .keys import pipeline_key, weights_hash
+from .modelfile import UserModel
 
 NETWORKS = (".pkl", ".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # files, not names on a hub
 
@@ -87,6 +84,9 @@ WEIGHTS = "diffusion_pytorch_model"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx", ".h5")
 RECIPE = "adaptive-neon.json"
 
+# How the first folders name the parts of attention.
+FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
 # The autoencoder sees at most this many pixels at once: 256 images of 32x32, 4 of 256x256.
 PIXELS = 2**18
 
@@ -94,22 +94,16 @@ PIXELS = 2**18
 LABEL_DROP = 0.1
 
 
-class DiffusersPipeline:
-    """A pipeline folder of Hugging Face diffusers behind the names of a model file.
+class DiffusersModel(UserModel):
+    """A pipeline folder behind the seam: everything but the denoiser's weights, which load() reads.
+    Its methods may be called from several threads.
 
-    SHAPE is (channels, height, width) of the denoiser's input, CLASSES its number of labels (0:
-    none). `differentiable` is False where no gradient can pass from images to noise; `why_not` then
-    says so in one line. Every method may be called from several threads; none but `to` changes the
-    object.
+    guidance: of the classifier-free kind, 1 is none.
     """
 
-    def __init__(self, folder, guidance=1.0):
-        """Reads everything but the denoiser's weights. guidance: classifier-free, 1 is none.
-
-        ValueError: diffusers is missing, or the folder or the guidance cannot be used.
-        """
-        self.folder = Path(folder)
-        self.guidance = float(guidance)
+    def __init__(self, c):
+        self.path = self.folder = resolve(c.base)
+        self.guidance = float(c.guidance)
         diffusers = import_diffusers()
 
         # The parts: one denoiser, one scheduler, and an autoencoder if it is a latent model.
@@ -118,81 +112,99 @@ class DiffusersPipeline:
         self.network_class = getattr(diffusers, parts[self.denoiser])
         self.scheduler = read_scheduler(self.folder, parts["scheduler"])
         self.decoder = next((name for name in DECODERS if name in parts), None)
-        self.vae = None
+        self.vae: Any = None
         if self.decoder is not None:
-            vae_home = home(self.folder, self.decoder)
-            self.vae = read_network(getattr(diffusers, parts[self.decoder]), vae_home)
+            place = home(self.folder, self.decoder)
+            self.vae = read_network(getattr(diffusers, parts[self.decoder]), place)
             self.vae.requires_grad_(False)
-            self.scaling_factor = read_scaling_factor(self.vae, vae_home)
+            self.scaling_factor = read_scaling_factor(self.vae, place)
 
-        # The denoiser's configuration says what noise and labels it takes; its weights are
-        # load()'s.
-        denoiser_home = home(self.folder, self.denoiser)
-        find_weights(denoiser_home)
-        with refuse(f"{denoiser_home}/config.json"):
-            config = self.network_class.load_config(denoiser_home, local_files_only=True)
-            with torch.device("meta"):
-                skeleton = self.network_class.from_config(config)
-        self.config = options(skeleton)
-        self.skeleton = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
-        self.SHAPE = input_shape(self.config, denoiser_home)
-        self.CLASSES = label_count(self.config, self.denoiser, denoiser_home)
-        self._check_sizes()
+        # The denoiser's configuration says what noise and labels it takes.
+        place = home(self.folder, self.denoiser)
+        find_weights(place)
+        self.config = options(
+            skeleton_of(self.network_class, read_config(self.network_class, place), place)
+        )
+        self.shape = input_shape(self.config, place)
+        self.number_of_classes = label_count(self.config, self.denoiser, place)
+        self.image_size = self._check_sizes()
 
         # Guidance compares with a null class, which is the last row of DiT's label tables and which
         # U-Nets lack.
         if not 1 <= self.guidance < float("inf"):
-            raise ValueError(f"guidance is {guidance}: 1 (none) or more is needed")
+            raise wrong(f"guidance is {self.guidance:g}: 1 (none) or more is needed")
         if self.guidance > 1 and self.denoiser == "unet":
-            raise ValueError(
-                f"guidance {guidance} needs a null class, which UNet2DModel has not: leave it at 1"
+            raise wrong(
+                f"guidance {self.guidance:g} needs a null class, which UNet2DModel has not: leave "
+                "it at 1"
             )
 
         # Quantisation is constant between its jumps, and what autograd reports there (straight
         # through) is no slope.
-        self.differentiable = self.vae is None or parts[self.decoder] != "VQModel"
-        self.why_not = ""
-        if not self.differentiable:
+        if type(self.vae).__name__ == "VQModel":
             self.why_not = "a VQModel quantises its latents, so that images have no gradient"
-        self._identity = self._hash_surroundings()
+        self.encodes = self.vae is not None
+        self.identity = self.training_identity = self._key()
+        if self.vae is not None:
+            self.vae.to(c.device)
 
-    def _check_sizes(self):
-        """What the parts expect of each other, and the shape of an image, [C, H, W]."""
-        channels = self.SHAPE[0]
+    def _check_sizes(self) -> tuple[int, int, int]:
+        """What the parts expect of each other -> the shape of an image, [C, H, W]."""
+        channels, height, width = self.shape
         if self.config["out_channels"] not in (None, channels, 2 * channels):
-            raise ValueError(
+            raise wrong(
                 f"{self.folder}: {self.denoiser} turns {channels} channels into "
                 f"{self.config['out_channels']}: conditional on images, not supported"
             )
         if self.config.get("time_embedding_type") == "fourier":
-            raise ValueError(
+            raise wrong(
                 f"{self.folder}: time_embedding_type fourier (continuous noise) is not supported"
             )
-        self.image_shape = self.SHAPE
         if self.vae is None:
-            return
+            return (channels, height, width)
 
         c = self.vae.config
         latent = c.get("vq_embed_dim") or c.latent_channels
         if latent != channels:
-            raise ValueError(
+            raise wrong(
                 f"{self.folder}: {self.denoiser} takes {channels} channels, "
                 f"{self.decoder} makes latents of {latent}"
             )
         factor = 2 ** (len(c.block_out_channels) - 1)
-        self.image_shape = (c.in_channels, self.SHAPE[1] * factor, self.SHAPE[2] * factor)
+        return (c.in_channels, height * factor, width * factor)
+
+    def _key(self) -> str:
+        """Of all that decides the images and the loss, except the denoiser's weights."""
+        autoencoder = None
+        if self.vae is not None:
+            kind, weights = type(self.vae).__name__, weights_hash(self.vae)
+            autoencoder = [kind, options(self.vae), weights, self.scaling_factor]
+        return pipeline_key(
+            version=VERSION,
+            network=[self.network_class.__name__, self.config],
+            scheduler=public(self.scheduler.config),
+            guidance=self.guidance,
+            autoencoder=autoencoder,
+        )
+
+    def image_shape(self, net: nn.Module) -> tuple[int, ...]:
+        return self.image_size
 
     # ------------------------------------------------------------ the denoiser's weights
 
-    def load(self, path):
-        """The denoiser of a pipeline folder, of a folder such as unet_ema, or of a .safetensors.
+    def fetch(self, source: str, what: str) -> Path:
+        if source == str(self.path) or Path(source).exists():
+            return Path(source)
+        try:
+            return resolve(source)
+        except UserError as error:
+            raise UserError(f"{what} {error}") from error
 
-        Returns it in eval mode, float32, on the CPU; parameters that its class freezes stay frozen.
-        ValueError: unreadable, incomplete, not finite, or not of this pipeline's architecture.
-        """
+    def read(self, path: Path) -> nn.Module:
+        """The denoiser of a pipeline folder, of a folder such as unet_ema, or of a .safetensors."""
         path = Path(path)
         if path.suffix == ".safetensors" and path.is_file():
-            net = self._load_tensors(path)
+            net = build(self.network_class, self.config, read_tensors([path]), path)
         else:
             net = read_network(self.network_class, self._denoiser_home(path))
             self._check_same_network(path, net)
@@ -204,18 +216,18 @@ class DiffusersPipeline:
         # was trained.
         for module in net.modules():
             if hasattr(module, "dropout_prob"):
-                module.dropout_prob = 0.0
-        return net
+                setattr(module, "dropout_prob", 0.0)  # noqa: B010  no tensor, as mypy would have it
+        return self.checked_network(net, "load")
 
-    def _denoiser_home(self, path):
+    def _denoiser_home(self, path: Path) -> Path:
         """The folder with the denoiser's config.json, of a pipeline of the same kind as this."""
         if (path / "model_index.json").is_file():
             if self.denoiser not in read_index(path):
-                raise ValueError(f"{path}: has no {self.denoiser}, {self.folder} has")
+                raise wrong(f"{path}: has no {self.denoiser}, {self.folder} has")
             return home(path, self.denoiser)
         if (path / "config.json").is_file():
             return path
-        raise ValueError(
+        raise wrong(
             f"{path}: no pipeline folder (model_index.json), no {self.denoiser} folder "
             "(config.json), no .safetensors"
         )
@@ -226,15 +238,15 @@ class DiffusersPipeline:
         scheduler = read_scheduler(path, parts["scheduler"])
         theirs, ours = scheduler.config.prediction_type, self.scheduler.config.prediction_type
         if theirs != ours:
-            raise ValueError(f"{path}: its network predicts {theirs}, that of {self.folder} {ours}")
+            raise wrong(f"{path}: its network predicts {theirs}, that of {self.folder} {ours}")
         if not torch.equal(scheduler.alphas_cumprod, self.scheduler.alphas_cumprod):
-            raise ValueError(f"{path}: its noise levels (betas) are not those of {self.folder}")
+            raise wrong(f"{path}: its noise levels (betas) are not those of {self.folder}")
 
         decoder = next((name for name in DECODERS if name in parts), "autoencoder")
         if (decoder in parts) != (self.vae is not None):
-            raise ValueError(f"{path}: only one of it and {self.folder} has an autoencoder")
+            raise wrong(f"{path}: only one of it and {self.folder} has an autoencoder")
         if self.vae is not None and not self._same_autoencoder(home(path, decoder)):
-            raise ValueError(f"{path}: its {decoder} is not that of {self.folder}")
+            raise wrong(f"{path}: its {decoder} is not that of {self.folder}")
 
     def _same_autoencoder(self, place):
         """Whether the autoencoder in this folder is the pipeline's own."""
@@ -256,38 +268,16 @@ class DiffusersPipeline:
         theirs = options(net)
         for key, value in self.config.items():
             if key != "dropout" and theirs.get(key) != value:
-                raise ValueError(
+                raise wrong(
                     f"{path}: does not fit {self.folder}: {key} is {theirs.get(key)}, not {value}"
                 )
-
-    def _load_tensors(self, path):
-        """The denoiser from one file with exactly its tensors."""
-        with refuse(path):
-            tensors = safetensors.torch.load_file(path)
-        missing = sorted(self.skeleton.keys() - tensors.keys())
-        unknown = sorted(tensors.keys() - self.skeleton.keys())
-        if missing:
-            raise ValueError(f"{path}: does not fit {self.folder}: {some(missing)} missing")
-        if unknown:
-            raise ValueError(f"{path}: does not fit {self.folder}: {some(unknown)} unknown")
-        for name, shape in self.skeleton.items():
-            if tuple(tensors[name].shape) != shape:
-                sizes = f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
-                raise ValueError(f"{path}: does not fit {self.folder}: {sizes}")
-        check_finite(tensors, path)
-
-        # Building it draws first weights, which must not shift the random numbers of the run.
-        with torch.random.fork_rng(devices=[]):
-            net = self.network_class.from_config(self.config)
-        net.load_state_dict(tensors)
-        return net.float().eval()
 
     # ------------------------------------------------------------ sampling
 
     def sample(self, net, noise, labels, steps):
-        """Images [N, C, H, W] float in [-1, 1] of noise [N, *SHAPE] and labels int64 [N] or None.
+        """Images [N, C, H, W] float in [-1, 1] of noise [N, *shape] and labels int64 [N] or None.
 
-        DDIM at eta = 0. Differentiable; a function of its arguments, sample by sample. ValueError:
+        DDIM at eta = 0. Differentiable; a function of its arguments, sample by sample. UserError:
         steps that the scheduler cannot make.
         """
         c = self.scheduler.config
@@ -314,7 +304,7 @@ class DiffusersPipeline:
         """The scheduler's time steps, descending."""
         alphas = self.scheduler.alphas_cumprod
         if not 1 <= steps <= len(alphas):
-            raise ValueError(f"{steps} sampling steps: {self.folder} allows 1 to {len(alphas)}")
+            raise wrong(f"{steps} sampling steps: {self.folder} allows 1 to {len(alphas)}")
 
         # On a copy, since set_timesteps writes and another thread may sample too.
         scheduler = copy.copy(self.scheduler)
@@ -324,37 +314,37 @@ class DiffusersPipeline:
         # of -1.
         times = [t for t in scheduler.timesteps.tolist() if t >= 0]
         if times[0] >= len(alphas):
-            raise ValueError(
+            raise wrong(
                 f"{steps} sampling steps: with steps_offset they begin after the last time, "
                 f"{len(alphas) - 1}: take fewer"
             )
         if self.scheduler.config.prediction_type == "epsilon" and alphas[times[0]] == 0:
-            raise ValueError(
+            raise wrong(
                 f"{self.folder}: sampling begins at pure noise (rescale_betas_zero_snr), where a "
                 "prediction of the noise (epsilon) says nothing about the image"
             )
         return times
 
     def _guided(self, net, x, times, labels):
-        """The network's output with classifier-free guidance, like x [N, *SHAPE]."""
+        """The network's output with classifier-free guidance, like x [N, *shape]."""
         if self.guidance == 1:
             return self._predict(net, x, times, labels)
-        null = torch.full_like(labels, self.CLASSES)
+        null = torch.full_like(labels, self.number_of_classes)
         both = torch.cat([labels, null])
         output = self._predict(net, torch.cat([x, x]), torch.cat([times, times]), both)
         given, free = output.chunk(2)
         return free + self.guidance * (given - free)
 
     def _predict(self, net, x, times, labels):
-        """The network's output, like x [N, *SHAPE], at times int64 [N].
+        """The network's output, like x [N, *shape], at times int64 [N].
 
         A learned variance is the second half of the channels; DDIM at eta = 0 has no use for it.
         """
         output = net(x, times, labels, return_dict=False)[0]
-        return output[:, : self.SHAPE[0]].to(x.dtype)
+        return output[:, : self.shape[0]].to(x.dtype)
 
     def _decode(self, x):
-        """Images [N, C, H, W] of latents [N, *SHAPE]; pixels are returned as they are."""
+        """Images [N, C, H, W] of latents [N, *shape]; pixels are returned as they are."""
         if self.vae is None:
             return x
         parts = (x / self.scaling_factor).split(self._batch())
@@ -363,27 +353,27 @@ class DiffusersPipeline:
 
     def _batch(self):
         """The number of images that the autoencoder sees at once."""
-        _, height, width = self.image_shape
+        _, height, width = self.image_size
         return max(1, PIXELS // (height * width))
 
     # ------------------------------------------------------------ training
 
     def encode(self, images):
-        """uint8 [N, C, H, W] -> float32 [N, *SHAPE] that loss() trains on, on the images' device.
+        """uint8 [N, C, H, W] -> float32 [N, *shape] that loss() trains on, on the images' device.
 
         Pixels in [-1, 1], or latents: the mode of the autoencoder times its scaling factor, some
-        images at a time. ValueError: images of another shape.
+        images at a time. UserError: images of another shape.
         """
-        if tuple(images.shape[1:]) != self.image_shape:
-            sizes = ["x".join(map(str, shape)) for shape in (images.shape[1:], self.image_shape)]
-            raise ValueError(
+        if tuple(images.shape[1:]) != self.image_size:
+            sizes = ["x".join(map(str, shape)) for shape in (images.shape[1:], self.image_size)]
+            raise wrong(
                 f"images are {sizes[0]}, those of {self.folder} {sizes[1]}: bring them to that size"
             )
         if self.vae is None:
             return images.float() / 127.5 - 1
 
         device = next(self.vae.parameters()).device
-        latents = torch.empty(len(images), *self.SHAPE, device=images.device)
+        latents = torch.empty(len(images), *self.shape, device=images.device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             start = 0
             for part in images.split(self._batch()):
@@ -395,7 +385,7 @@ class DiffusersPipeline:
         return latents
 
     def loss(self, net, x, labels):
-        """Training loss [N] of x [N, *SHAPE] and labels int64 [N] or None.
+        """Training loss [N] of x [N, *shape] and labels int64 [N] or None.
 
         Uniform times, mean squared error of what the network predicts; randomness from the global
         generator of torch. In train mode a DiT loses some of its labels.
@@ -406,7 +396,7 @@ class DiffusersPipeline:
         noise = torch.randn_like(x)
         if self.denoiser == "transformer" and net.training:
             dropped = torch.rand(len(x), device=x.device) < LABEL_DROP
-            labels = labels.masked_fill(dropped, self.CLASSES)
+            labels = labels.masked_fill(dropped, self.number_of_classes)
 
         alpha = alphas[times].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * x + (1 - alpha).sqrt() * noise
@@ -422,12 +412,11 @@ class DiffusersPipeline:
 
     # ------------------------------------------------------------ partitions
 
-    def block(self, name):
-        """enc, mid or dec for the name of a parameter.
-
-        U-Net: the way down, the middle with the embeddings, the way up. DiT: thirds of its
-        transformer blocks.
-        """
+    def block(self, name: str, net: nn.Module, partition: str) -> str:
+        """U-Net: the way down, the middle with the embeddings, the way up. DiT: thirds of its
+        transformer blocks."""
+        if partition == "structural":
+            raise self.no_blocks(partition)
         head, _, rest = name.partition(".")
         if head == "transformer_blocks":
             index = int(rest.split(".")[0])
@@ -438,109 +427,71 @@ class DiffusersPipeline:
             return "mid"
         if head in ("up_blocks", "conv_norm_out", "conv_out", "proj_out_1", "proj_out_2"):
             return "dec"
-        raise ValueError(f"{name} is no parameter of a {self.network_class.__name__}")
+        raise wrong(f"{name} is no parameter of a {self.network_class.__name__}")
 
-    def layer(self, name):
+    def layer(self, name: str) -> str:
         """One layer for each block of the network: conv_in, down_blocks.0, mid_block, ..."""
-        self.block(name)  # refuses names that are not the network's
+        self.block(name, nn.Identity(), "paper")  # refuses names that are not the network's
         head, _, rest = name.partition(".")
         if head in ("down_blocks", "up_blocks", "transformer_blocks"):
             return f"{head}.{rest.split('.')[0]}"
         return head
 
-    # ------------------------------------------------------------ files
+    # ------------------------------------------------------------ export
 
-    def save(self, net, path, recipe):
+    def export(self, net: nn.Module, path: Path, recipe: dict):
         """The whole pipeline again at path, with the weights of net and the recipe as JSON.
-
-        path: a folder that does not exist yet, or one that save made. `from_pretrained` reads the
-        result. ValueError: path is the base, holds it, or is something else that save did not make.
-        """
+        `from_pretrained` reads it. path: a folder that is not there yet, or that this has made."""
         path = Path(path)
         base, target = self.folder.resolve(), path.resolve()
         if base == target or target in base.parents:
-            raise ValueError(f"{path}: would replace the base {self.folder}: choose another folder")
+            raise wrong(f"{path}: would replace the base {self.folder}: choose another folder")
         if path.exists() and not (path / RECIPE).is_file():
-            raise ValueError(
-                f"{path}: exists and was not written by this program: choose another folder"
-            )
+            raise wrong(f"{path}: exists and is not this program's work: choose another folder")
 
         # Beside the target first, so that a stop in the middle leaves no half of a pipeline under
         # its name.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as part:
-            new = Path(part) / "new"
-            self._copy_surroundings(new)
-            self._write(net, new, self.denoiser)
-            (new / RECIPE).write_text(json.dumps(recipe, indent=2, default=str) + "\n")
-            if path.exists():
-                os.rename(path, Path(part) / "old")
-            os.rename(new, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as part:
+                new = Path(part) / "new"
+                self._write_pipeline(copied(net).cpu(), new)
+                (new / RECIPE).write_text(json.dumps(recipe, indent=2, default=str) + "\n")
+                if path.exists():
+                    os.rename(path, Path(part) / "old")
+                os.rename(new, path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise wrong(f"{path} cannot be written, is the disk full? ({error})") from error
 
-    def _copy_surroundings(self, new):
-        """Copies the parts and the notes beside them, without the denoiser's weights."""
+    def _write_pipeline(self, net: nn.Module, new: Path):
+        """Copies the parts and the notes beside them, with the weights of `net`."""
+        written = {self.denoiser: net}
+        if self.decoder is not None:
+            # from_pretrained wants all parts with the same suffix, and whole where they are .bin.
+            variant, files = find_weights(home(self.folder, self.decoder))
+            if variant or files[-1].suffix == ".bin":
+                written[self.decoder] = self.vae
+
         new.mkdir()
-        names = [".", self.denoiser, "scheduler", self.decoder]
-        for name in names:
+        for name in (".", self.denoiser, "scheduler", self.decoder):
             if name is None or not (self.folder / name).is_dir():
                 continue
             (new / name).mkdir(exist_ok=True)
             for file in sorted((self.folder / name).iterdir()):
                 weights = file.name.endswith(WEIGHT_SUFFIXES) or ".index." in file.name
-                old = weights and name != self.decoder
-                if file.is_file() and not old:
+                replaced = weights and (name == "." or name in written)
+                if file.is_file() and not replaced:
                     shutil.copyfile(file, new / name / file.name)
 
-        # from_pretrained wants all parts with the same suffix: where the autoencoder has only
-        # .fp16 files, it gets a plain one beside them.
-        if self.vae is not None:
-            variant, _ = find_weights(home(self.folder, self.decoder))
-            if variant is not None:
-                self._write(self.vae, new, self.decoder)
-
-    def _write(self, net, new, name):
-        """Writes a network's tensors, each with storage of its own, into its part of new."""
-        tensors = {}
-        for key, tensor in net.state_dict().items():
-            copied = torch.empty(tensor.shape, dtype=torch.float32)
-            tensors[key] = copied.copy_(tensor.detach())
-        file = home(new, name) / f"{WEIGHTS}.safetensors"
-        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
-
-    def to(self, device):
-        """Moves the autoencoder, the only network that is kept here."""
-        if self.vae is not None:
-            self.vae.to(device)
-
-    # ------------------------------------------------------------ keys of cached results
-
-    def identity(self):
-        """Hash of all that decides the images and the loss, except the denoiser's weights."""
-        return self._identity
-
-    def _hash_surroundings(self):
-        content = {
-            "version": VERSION,
-            "network": self.network_class.__name__,
-            "config": self.config,
-            "scheduler": public(self.scheduler.config),
-            "guidance": self.guidance,
-        }
-        if self.vae is not None:
-            _, files = find_weights(home(self.folder, self.decoder))
-            content["autoencoder"] = type(self.vae).__name__
-            content["autoencoder_config"] = options(self.vae)
-            content["autoencoder_weights"] = hash_files(files)
-            content["scaling_factor"] = self.scaling_factor
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def network_hash(self, path):
-        """Hash of the weight files that load(path) reads."""
-        path = Path(path)
-        if path.suffix == ".safetensors" and path.is_file():
-            return hash_files([path])
-        _, files = find_weights(self._denoiser_home(path))
-        return hash_files(files)
+        for name, each in written.items():
+            tensors = {}
+            for key, tensor in each.state_dict().items():
+                # With storage of its own, as safetensors wants it.
+                empty = torch.empty(tensor.shape, dtype=torch.float32)
+                tensors[key] = empty.copy_(tensor.detach())
+            # As bytes: safetensors would make a file that only its owner can read.
+            content = safetensors.torch.save(tensors, metadata={"format": "pt"})
+            (home(new, name) / f"{WEIGHTS}.safetensors").write_bytes(content)
 
 
 def split(kind, output, x, alpha):
@@ -556,10 +507,15 @@ def split(kind, output, x, alpha):
 # ---------------------------------------------------------------- reading a folder
 
 
+def wrong(text: object) -> UserError:
+    """What is wrong with a folder, on one line."""
+    return UserError(printable(text, 500))
+
+
 def resolve(source):
     """The local folder of a pipeline: a path as it is, or a hub id (google/ddpm-cifar10-32).
 
-    ValueError: neither, or the hub cannot be reached and has not been before.
+    UserError: neither, or the hub cannot be reached and has not been before.
     """
     path = Path(source)
     if path.exists():
@@ -569,7 +525,7 @@ def resolve(source):
     # mistyped.
     hub_id = str(source)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id) or path.parent.exists():
-        raise ValueError(f"{source}: no such file or folder")
+        raise wrong(f"{source}: no such file or folder")
     import_diffusers()
     import huggingface_hub
 
@@ -587,7 +543,7 @@ def import_diffusers():
     try:
         import diffusers
     except ImportError:
-        raise ValueError(
+        raise wrong(
             "a diffusers pipeline needs the package diffusers: pip install diffusers"
         ) from None
     diffusers.utils.logging.set_verbosity_error()
@@ -596,7 +552,7 @@ def import_diffusers():
 
 
 @contextlib.contextmanager
-def refuse(what):
+def refuse(what: object):
     """Makes one line, about `what`, of anything that a library raises about a user's file.
 
     Only calls into libraries stand inside, so that our own faults are not taken for the user's.
@@ -606,20 +562,20 @@ def refuse(what):
     except Exception as error:
         # torch names the tensors in the lines below its first; some errors have no text at all.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"{what}: {reason}") from error
+        raise wrong(f"{what}: {reason}") from error
 
 
 def read_index(folder):
     """model_index.json as {part: class of diffusers that reads it}; all of it is supported."""
     file = folder / "model_index.json"
     if not file.is_file():
-        raise ValueError(f"{folder}: no model_index.json, so no pipeline of diffusers")
+        raise wrong(f"{folder}: no model_index.json, so no pipeline of diffusers")
     with refuse(file):
         index = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(index, dict):
-        raise ValueError(f"{file}: not a JSON object")
+        raise wrong(f"{file}: not a JSON object")
     if not isinstance(index.get("_class_name"), str):
-        raise ValueError(
+        raise wrong(
             f"{folder}: a pipeline with code of its own, which is not run: write a model file"
         )
 
@@ -633,18 +589,18 @@ def read_index(folder):
         library, kind = str(value[0]), str(value[1])
         if library != "diffusers" or kind not in known.get(name, {}):
             limit = SUPPORTED.get(name, "no such part")
-            raise ValueError(
+            raise wrong(
                 f"{folder}: {name} of class {library}.{kind} is not supported ({limit}): "
                 "write a model file for it"
             )
         parts[name] = known[name][kind]
 
     if not parts.keys() & DENOISERS.keys():
-        raise ValueError(f"{file}: names no {' or '.join(DENOISERS)}")
+        raise wrong(f"{file}: names no {' or '.join(DENOISERS)}")
     if "scheduler" not in parts:
-        raise ValueError(f"{file}: names no scheduler")
+        raise wrong(f"{file}: names no scheduler")
     if len(parts.keys() & DENOISERS.keys()) > 1 or len(parts.keys() & DECODERS.keys()) > 1:
-        raise ValueError(
+        raise wrong(
             f"{folder}: more than one denoiser or autoencoder ({', '.join(parts)}) is not supported"
         )
     return parts
@@ -665,11 +621,11 @@ def read_scheduler(folder, kind):
         given = own_class.load_config(place, local_files_only=True)
         own = own_class.from_config(given).config
     if own.get("use_flow_sigmas") or own.get("timestep_type", "discrete") != "discrete":
-        raise ValueError(f"{folder}: {kind} for flow matching or continuous time is not supported")
+        raise wrong(f"{folder}: {kind} for flow matching or continuous time is not supported")
     if own.get("thresholding"):
-        raise ValueError(f"{folder}: thresholding is not supported")
+        raise wrong(f"{folder}: thresholding is not supported")
     if own.get("prediction_type") not in ("epsilon", "sample", "v_prediction"):
-        raise ValueError(f"{folder}: prediction_type {own.get('prediction_type')} is not supported")
+        raise wrong(f"{folder}: prediction_type {own.get('prediction_type')} is not supported")
 
     # DDIM's default is to clip, right for pixels alone: a scheduler that cannot clip must not begin
     # to.
@@ -681,75 +637,117 @@ def read_scheduler(folder, kind):
     finite = bool(alphas.isfinite().all())
     falling = bool((alphas.diff() <= 0).all() and alphas[0] < 1 and alphas[-1] >= 0)
     if len(alphas) != scheduler.config.num_train_timesteps or not finite or not falling:
-        raise ValueError(
+        raise wrong(
             f"{place}/scheduler_config.json: its betas do not make "
             f"{scheduler.config.num_train_timesteps} rising noise levels"
         )
     return scheduler
 
 
-def find_weights(place):
-    """(variant or None, [Path]): the weight files that are read from a network's folder.
+def find_weights(place: Path) -> tuple[str, list[Path]]:
+    """(variant or "", files): the weight files that are read from a network's folder, the index of
+    shards first. Those that diffusers prefers: without a variant before half precision, safetensors
+    before pickles, shards before one file. Shards of a variant have had two names."""
+    file_name = re.compile(rf"{WEIGHTS}(?:\.(\w+))?\.(safetensors|bin)")
+    index_name = re.compile(rf"{WEIGHTS}\.(safetensors|bin)(?:\.(\w+))?\.index(?:\.(\w+))?\.json")
+    found: dict[str, list] = {}
+    for path in sorted(place.iterdir()) if place.is_dir() else []:
+        if match := file_name.fullmatch(path.name):
+            variant, suffix = match.groups()
+            found.setdefault(variant or "", []).append((suffix == "bin", True, path))
+        elif match := index_name.fullmatch(path.name):
+            suffix, former, variant = match.groups()
+            found.setdefault(former or variant or "", []).append((suffix == "bin", False, path))
 
-    Those that diffusers prefers: full precision before half, safetensors before pickles.
-    """
-    for variant in (None, "fp16", "bf16"):
-        dot = f".{variant}" if variant else ""
-        index = place / f"{WEIGHTS}.safetensors.index{dot}.json"
-        if index.is_file():
-            with refuse(index):
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                return variant, [index, *(place / name for name in names)]
-        for suffix in ("safetensors", "bin"):
-            file = place / f"{WEIGHTS}{dot}.{suffix}"
-            if file.is_file():
-                return variant, [file]
-
-    if list(place.glob(f"{WEIGHTS}*.bin.index*.json")):
-        raise ValueError(
-            f"{place}: diffusers cannot read sharded .bin files: save it again as safetensors"
+    if not found:
+        raise wrong(f"{place}: no weights ({WEIGHTS}.safetensors or .bin)")
+    halves = [variant for variant in ("", "fp16", "bf16") if variant in found]
+    if not halves and len(found) > 1 or halves and halves[0] and found.keys() - set(halves):
+        raise wrong(
+            f"{place}: several variants of the weights ({', '.join(found)}), and none without a "
+            "variant's name: leave the one that is meant"
         )
-    raise ValueError(f"{place}: no weights ({WEIGHTS}.safetensors or .bin)")
+    variant = halves[0] if halves else next(iter(found))
+    _, whole, path = min(found[variant])
+    if whole:
+        return variant, [path]
+
+    with refuse(path):
+        names = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
+        shards = [place / Path(name).name for name in names]
+    return variant, [path, *shards]
 
 
-def read_network(network_class, place):
-    """A network of a folder, complete and finite, in eval mode, float32, on the CPU."""
-    variant, files = find_weights(place)
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        raise ValueError(f"{missing[0]}: missing, but listed in {files[0].name}")
+def read_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
+    """{name: tensor} of weight files; pickles are read as weights only."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        if file.suffix == ".json":
+            continue
+        if not file.is_file():
+            raise wrong(f"{file}: missing, but listed in {files[0].name}")
+        if file.suffix == ".bin":
+            with refuse(f"{file}: damaged, or a pickle of more than tensors"):
+                part = torch.load(file, map_location="cpu", weights_only=True)
+            if not isinstance(part, dict):
+                raise wrong(f"{file}: holds no tensors by their names, but {type(part).__name__}")
+        else:
+            with refuse(file):
+                part = safetensors.torch.load_file(file)
+        tensors |= part
+    return tensors
 
-    with refuse(place):
+
+def read_config(network_class, place: Path) -> dict:
+    """config.json of a network's folder."""
+    with refuse(f"{place}/config.json"):
         config = network_class.load_config(place, local_files_only=True)
         quantised = config.get("quantization_config")
     if quantised:
-        raise ValueError(f"{place}: quantised weights (quantization_config) are not supported")
+        raise wrong(f"{place}: quantised weights (quantization_config) are not supported")
+    return config
 
-    # The reason why a file cannot be opened is lost in what diffusers makes of it.
-    what = place
-    for file in files:
-        if file.suffix == ".bin":
-            what = f"{file}: damaged, or a pickle of more than tensors"
-        if file.suffix == ".safetensors":
-            with refuse(file), safetensors.safe_open(file, "pt"):
-                pass
-    with refuse(what):
-        net, found = network_class.from_pretrained(
-            place,
-            variant=variant,
-            torch_dtype=torch.float32,
-            use_safetensors=files[0].suffix != ".bin",
-            low_cpu_mem_usage=False,  # True needs the package accelerate
-            local_files_only=True,
-            output_loading_info=True,
-        )
 
-    # diffusers reports these and goes on, with random numbers where tensors are missing.
-    for fault in ("missing", "unexpected"):
-        names = found[f"{fault}_keys"]
+def skeleton_of(network_class, config: dict, place: Path) -> nn.Module:
+    """The network without weights."""
+    with refuse(f"{place}/config.json"), torch.device("meta"):
+        return network_class.from_config(config)
+
+
+def read_network(network_class, place: Path) -> nn.Module:
+    """A network of a folder, complete and finite, in eval mode, float32, on the CPU."""
+    _, files = find_weights(place)
+    config = read_config(network_class, place)
+    return build(network_class, config, read_tensors(files), place)
+
+
+def build(network_class, config: dict, tensors: dict, place: Path) -> nn.Module:
+    """The network with exactly these tensors."""
+    # Building it draws first weights, which must not shift the random numbers of the run.
+    with torch.random.fork_rng(devices=[]), refuse(f"{place}: config.json"):
+        net = network_class.from_config(config)
+    state = net.state_dict()
+    given = {}
+    for name, tensor in tensors.items():
+        parts = str(name).split(".")
+        if name not in state and len(parts) > 1:
+            parts[-2] = FORMER_NAMES.get(parts[-2], parts[-2])
+        given[".".join(parts)] = tensor
+
+    missing = sorted(state.keys() - given.keys())
+    unexpected = sorted(given.keys() - state.keys())
+    for fault, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
-            raise ValueError(f"{place}: {some(names)} {fault} in {files[0].name}")
-    check_finite(net.state_dict(), place)
+            raise wrong(f"{place}: {some(names)} {fault} in the weights")
+    for name, tensor in state.items():
+        shape = list(getattr(given[name], "shape", ()))
+        if shape != list(tensor.shape):
+            raise wrong(f"{place}: {name} is {shape}, not {list(tensor.shape)}")
+    with refuse(place):
+        net.load_state_dict(given)
+    for name, tensor in net.state_dict().items():
+        if not tensor.isfinite().all():
+            raise wrong(f"{place}: {name} has values that are not finite")
     return net.eval()
 
 
@@ -758,25 +756,18 @@ def some(names):
     return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
 
 
-def check_finite(tensors, place):
-    """ValueError when a tensor holds NaN or infinity."""
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{place}: {name} has values that are not finite")
-
-
 def read_scaling_factor(vae, place):
     """What latents are multiplied by; a VQModel that names no factor means 1, not the default."""
     with refuse(f"{place}/config.json"):
         given = type(vae).load_config(place, local_files_only=True)
     for key in ("shift_factor", "latents_mean", "latents_std"):
         if vae.config.get(key) is not None:
-            raise ValueError(f"{place}: {key} is not supported, as its pipeline would not apply it")
+            raise wrong(f"{place}: {key} is not supported, as its pipeline would not apply it")
     if type(vae).__name__ == "VQModel" and "scaling_factor" not in given:
         return 1.0
     factor = vae.config.scaling_factor
     if not isinstance(factor, (int, float)) or not 0 < factor < float("inf"):
-        raise ValueError(f"{place}: scaling_factor is {factor}, not a positive number")
+        raise wrong(f"{place}: scaling_factor is {factor}, not a positive number")
     return float(factor)
 
 
@@ -797,7 +788,7 @@ def input_shape(config, place):
     size = config["sample_size"]
     sides = size if isinstance(size, list) else [size, size]
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(
+        raise wrong(
             f"{place}/config.json: sample_size is {size}, not the height and width of the noise"
         )
     return (config["in_channels"], *sides)
@@ -808,69 +799,11 @@ def label_count(config, denoiser, place):
     if denoiser == "transformer":
         return config["num_embeds_ada_norm"]
     if config["class_embed_type"] is not None:
-        raise ValueError(
+        raise wrong(
             f"{place}: class_embed_type {config['class_embed_type']} is not supported, "
             "only a table of labels"
         )
     return config["num_class_embeds"] or 0
-
-
-def hash_files(files):
-    """SHA-256 of the files' contents, in order."""
-    total = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            content = hashlib.sha256()
-            while chunk := stream.read(2**20):
-                content.update(chunk)
-        total.update(content.digest())
-    return total.hexdigest()
-
-
-class DiffusersModel(FileModel):
-    """A pipeline of Hugging Face diffusers as --base."""
-
-    def __init__(self, c):
-        self.path = Path(c.base)
-        try:
-            self.path = Path(resolve(c.base))
-            self.file = DiffusersPipeline(self.path, c.guidance)
-            self.file.to(c.device)
-            self.content = key_of(self.file.identity())
-        except (ValueError, OSError) as error:
-            raise UserError(self.one_line(f"--base {printable(c.base)}", error)) from error
-        self.encodes = self.file.vae is not None
-
-    def fetch(self, source, what):
-        if source != str(self.path) and not Path(source).exists():
-            try:
-                return Path(resolve(source))
-            except (ValueError, OSError) as error:
-                raise UserError(f"{what} {source}: {printable(error, 400)}") from error
-        return Path(source)
-
-    def call(self, name, *args):
-        """The adapter says in words of its own what is wrong with a folder."""
-        try:
-            return getattr(self.file, name)(*args)
-        except (ValueError, OSError) as error:
-            raise UserError(self.one_line(self.path, error)) from error
-
-    def one_line(self, place, error):
-        """The adapter's text, which mostly begins with the place itself."""
-        text = printable(error, 400)
-        return text if str(self.path) in text else f"{place}: {text}"
-
-    def load(self, path):
-        return self.read(path)
-
-    def read(self, path):
-        return self.checked_network(self.call("load", path), "load")
-
-    def export(self, net, path, recipe):
-        plain = copy.deepcopy(net).cpu()
-        vars(plain).pop("forward", None)  # the compiled one
-        self.call("save", plain, path, recipe)
 
 
 def is_pipeline(source):

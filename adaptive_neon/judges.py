@@ -40,6 +40,7 @@ class Reference:
     real: Any  # or None
     facts: dict
     identity: str
+    has_folds: bool = True  # whether the statistics are those of `real`
 
     @functools.cached_property
     def radii(self) -> torch.Tensor:
@@ -47,11 +48,23 @@ class Reference:
         return neighbour_radii(self.real)
 
     @functools.cached_property
-    def kernel_mean(self) -> float:
-        """Of kernel_distance(): the mean kernel of two different real images."""
-        real = self.real[:MOST].double()
-        rows, diagonal = kernel_rows(real, real), kernel_diagonal(real)
-        return float(rows.sum() - diagonal.sum()) / (len(real) * (len(real) - 1))
+    def kernel_unit(self) -> float:
+        """What kernel_distance() divides features by: 1 for Inception, so that numbers can be
+        compared with published ones; else the real features' root mean square."""
+        if self.facts["features"].startswith("inception"):
+            return 1.0
+        return float(self.real[:MOST].double().square().mean().sqrt()) or 1.0
+
+    @functools.cached_property
+    def kernel_parts(self) -> list[torch.Tensor]:
+        """FOLDS folds of the first real features, in this unit."""
+        real = self.real[:MOST].double() / self.kernel_unit
+        return list(real.tensor_split(FOLDS))
+
+    @functools.cached_property
+    def kernel_sums(self) -> np.ndarray:
+        """Of these folds: kernel_sums()."""
+        return kernel_sums(self.kernel_parts, self.kernel_parts)
 
 
 def reference_of_images(images: RealImages, features, device: str, origin: str) -> Reference:
@@ -73,7 +86,8 @@ def reference_of_file(path: Path, features, device: str, origin: str, real=None)
             f"{features.name}, {features.dim}-d: use statistics of the same features"
         )
     found = None if real is None else features_of_images(real.images, features, device)
-    return prepared_reference(mean, cov, count, features, str(path), origin, found)
+    reference = prepared_reference(mean, cov, count, features, str(path), origin, found)
+    return dataclasses.replace(reference, has_folds=False)
 
 
 def prepared_reference(mean, cov, count, features, source, origin, real) -> Reference:
@@ -96,6 +110,7 @@ class Judge:
     def __init__(self, features, real: RealData, device: str = "cpu", is_part: bool = False):
         self.features = on_device(features, device)
         self.is_part = is_part
+        self.labels = real.selection.labels
         self.selection = reference_of_images(real.selection, self.features, device, real.origin)
         self.final = reference_of_images(real.final, self.features, device, real.origin)
 
@@ -113,6 +128,7 @@ class Judge:
         origin = origin or "of unknown origin: base and selection may have seen its images"
         judge = cls.__new__(cls)
         judge.features, judge.is_part = on_device(features, device), False
+        judge.labels = None if real is None else real.selection.labels
         file = functools.partial(reference_of_file, path, judge.features, device, origin)
         judge.selection = judge.final = file(None if real is None else real.final)
         if real is not None:
@@ -141,10 +157,23 @@ class Judge:
         return facts
 
     def floor(self, images: int) -> dict:
-        """The final score of real images, the first of the selection part: bias, and the best that
-        a model can hope for."""
-        moments = neon_ext.feature_moments(self.selection.real[:images])
+        """The final score of real images of the selection part, as many of every class as models
+        make: bias, and the best that a model can hope for."""
+        chosen = first_of_every_class(self.labels, len(self.selection.real))[:images]
+        moments = neon_ext.feature_moments(self.selection.real[chosen])
         return {"images": images, "fd": float(self.final.prepared.distance(*moments))}
+
+
+def first_of_every_class(labels: torch.Tensor | None, count: int) -> torch.Tensor:
+    """Numbers 0 .. count - 1 in an order that takes one image of every class in turn, while there
+    are any: int64 [count]."""
+    if labels is None:
+        return torch.arange(count)
+    rounds = torch.zeros(count, dtype=torch.int64)
+    for label in labels.unique():
+        where = (labels == label).nonzero().flatten()
+        rounds[where] = torch.arange(len(where))
+    return torch.argsort(rounds, stable=True)
 
 
 def on_device(features, device):
@@ -180,45 +209,61 @@ def share_inside(points: torch.Tensor, manifold: torch.Tensor, radii: torch.Tens
     return float(torch.cat(hits).double().mean())
 
 
+# -------------------- distances without a fold of the real images
+@torch.no_grad()
+def distances_without_real(reference: Reference, fake: torch.Tensor) -> list[float] | None:
+    """Fréchet distance of features [N, D] without each of FOLDS folds of the real ones; None where
+    only the statistics of the real ones are known. A distance has two sides: here the generated
+    images are the reference, and a part of the real ones is left out."""
+    if reference.real is None or not reference.has_folds:
+        return None
+    side = neon_ext.FrechetReference(*neon_ext.feature_moments(fake))
+    return side.fold_distances(reference.real, FOLDS)[1]
+
+
 # -------------------- kernel distance
-def kernel_rows(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Sum over `others` [M, D] of the kernel (x y / D + 1)^3 with each of the points [N, D]:
-    float64 [N]."""
-    sums = []
-    for part in points.split(500):
-        near = part @ others.T / points.shape[1] + 1
-        sums.append((near * near * near).sum(1))
-    return torch.cat(sums)
-
-
-def kernel_diagonal(points: torch.Tensor) -> torch.Tensor:
-    """The kernel of each point with itself: float64 [N]."""
-    return ((points * points).sum(1) / points.shape[1] + 1) ** 3
+def kernel_sums(parts: list[torch.Tensor], others: list[torch.Tensor]) -> np.ndarray:
+    """Sums [P, Q] of the kernel (x y / D + 1)^3 over all pairs of two folds, without those of a
+    point with itself where both lists are the same."""
+    sums = np.zeros((len(parts), len(others)))
+    for k, part in enumerate(parts):
+        for j, other in enumerate(others):
+            for rows in part.split(500):
+                near = rows @ other.T / rows.shape[1] + 1
+                sums[k, j] += float((near * near * near).sum())
+        if parts is others:
+            own = (part * part).sum(1) / part.shape[1] + 1
+            sums[k, k] -= float((own * own * own).sum())
+    return sums
 
 
 @torch.no_grad()
-def kernel_distance(reference: Reference, fake: torch.Tensor) -> tuple[float, list[float]]:
+def kernel_distance(
+    reference: Reference, fake: torch.Tensor
+) -> tuple[float, list[float], list[float]]:
     """Kernel Inception distance (arXiv 1801.01401): the unbiased squared maximum mean discrepancy
-    to the real features, and the same without each of FOLDS folds of the fake ones [N, D]."""
-    real = reference.real[:MOST].double()
-    parts = fake[:MOST].double().tensor_split(FOLDS)
+    of features [N, D] to the real ones; the same without each of FOLDS folds of the former, and of
+    the latter."""
+    real = reference.kernel_parts
+    parts = list((fake[:MOST].double() / reference.kernel_unit).tensor_split(FOLDS))
+    fakes, reals, across = (
+        kernel_sums(parts, parts),
+        reference.kernel_sums,
+        kernel_sums(parts, real),
+    )
     sizes = np.array([len(part) for part in parts])
+    real_sizes = np.array([len(part) for part in real])
 
-    # Sums of kernels between folds, without those of an image with itself, and with the real ones.
-    within = np.zeros((FOLDS, FOLDS))
-    for k, part in enumerate(parts):
-        for j, other in enumerate(parts):
-            within[k, j] = float(kernel_rows(part, other).sum())
-        within[k, k] -= float(kernel_diagonal(part).sum())
-    across = np.array([float(kernel_rows(part, real).sum()) for part in parts])
-
-    def distance(kept):
-        n = sizes[kept].sum()
-        fakes = within[np.ix_(kept, kept)].sum() / (n * (n - 1))
-        return reference.kernel_mean + fakes - 2 * across[kept].sum() / (n * len(real))
+    def distance(kept, real_kept):
+        n, m = sizes[kept].sum(), real_sizes[real_kept].sum()
+        mean_fake = fakes[np.ix_(kept, kept)].sum() / (n * (n - 1))
+        mean_real = reals[np.ix_(real_kept, real_kept)].sum() / (m * (m - 1))
+        return float(mean_fake + mean_real - 2 * across[np.ix_(kept, real_kept)].sum() / (n * m))
 
     every = np.arange(FOLDS)
-    return float(distance(every)), [float(distance(every[every != k])) for k in every]
+    without = [every[every != k] for k in every]
+    folds = [distance(kept, every) for kept in without]
+    return distance(every, every), folds, [distance(every, kept) for kept in without]
 
 
 # -------------------- the judges of a study

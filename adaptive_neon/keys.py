@@ -16,7 +16,7 @@ from .files import file_hash
 
 TRAINING_VERSION = "train 1"
 SAMPLING_VERSION = "sample 1"
-SCORING_VERSION = "score 2"
+SCORING_VERSION = "score 3"
 SEARCH_VERSION = "search 4"
 
 
@@ -57,6 +57,14 @@ def content_hash(path: Path) -> str:
 
 
 # -------------------- keys
+def pipeline_key(
+    *, version: int, network: list, scheduler: dict, guidance: float, autoencoder: list | None
+) -> str:
+    """A pipeline of diffusers without its denoiser's weights. network: class and options;
+    autoencoder: class, options, weights_hash() and the scale of its latents."""
+    return key_of(version, network, scheduler, guidance, autoencoder)
+
+
 def base_key(*, initial: str, kimg: float, images: str, model: str, recipe: dict) -> str:
     """A base that is trained from scratch. initial: weights_hash(); images: of the training part;
     model: its training_identity."""

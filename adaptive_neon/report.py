@@ -14,7 +14,8 @@ import torch
 
 from .extension import neon_ext
 from .files import write_atomically
-from .verdicts import mean_and_spread, number, percent
+from .judges import NEIGHBOURS
+from .verdicts import cases_text, mean_and_interval, number, range_text, verdict_text
 
 # -------------------- cells
 
@@ -23,12 +24,6 @@ def interval(gain) -> str:
     """A paired difference and its 95% interval."""
     low, high = number(gain["low"], "+"), number(gain["high"], "+")
     return f"{number(gain['difference'], '+')} [{low}, {high}]"
-
-
-def interval_in_shares(gain) -> str:
-    """The same as shares of the other's distance."""
-    low, high = percent(gain["relative_low"]), percent(gain["relative_high"])
-    return f"{percent(gain['relative_difference'])} [{low}, {high}]"
 
 
 def weights_text(w) -> str:
@@ -59,25 +54,34 @@ def markdown(rows) -> str:
 # -------------------- one training seed
 
 
+def verdict_of(claims, model, against, judge=None) -> str:
+    """The claims' verdict, in the selection's features or a judge; empty where nothing is claimed.
+    Tables and sentences have one criterion."""
+    for claim in claims:
+        if (claim["model"], claim["against"]) == (model, against):
+            return verdict_text(claim["own"] if judge is None else claim["judges"][judge])
+    return ""
+
+
 def model_row(entry, name, score) -> dict:
     """The cells of one model of one snapshot. score: what the distance is called."""
-    final = entry["final"][name]
+    final, selected = entry["final"][name], entry.get(name, {})
     spread = "" if final["std"] is None else f" +- {number(final['std'])}"
     row = {
         "snapshot (kimg)": f"{entry['kimg']:g}",
         "model": name,
         "w": weights_text(final["w"]),
-        f"selection {score}": number(entry[name]["fd"]) if "fd" in entry[name] else "",
+        f"selection {score}": number(selected["fd"]) if "fd" in selected else "",
         "final": number(final["fd"]) + spread,
+        "corrected": number(final["corrected"]) if "corrected" in final else "",
         "against base (95%)": "",
-        "verdict": "",
+        "verdict": verdict_of(entry["claims"], name, "base"),
         "precision": "",
         "recall": "",
         "kernel distance (95%)": "",
     }
     if "against_base" in final:
         row["against base (95%)"] = interval(final["against_base"])
-        row["verdict"] = final["against_base"]["verdict"]
     if "precision" in final:
         row["precision"] = f"{final['precision']:.3f}"
         row["recall"] = f"{final['recall']:.3f}"
@@ -87,35 +91,30 @@ def model_row(entry, name, score) -> dict:
     return row
 
 
-def judge_row(judge) -> dict:
-    """The cells of one feature network: distances, paired differences as shares."""
+def judge_row(judge, name, claims) -> dict:
+    """The cells of one feature network: distances, paired differences as shares. claims: none of
+    what the selection has seen itself."""
     final = judge["final"]
     row = {"judge": judge["score"]}
-    for name in final:
-        row[name] = number(final[name]["fd"])
+    for model in final:
+        if not model.startswith("random blocks"):  # summary.json has them
+            row[model] = number(final[model]["fd"])
     for model, against in (("global", "base"), ("blockwise", "global"), ("searched", "global")):
         if model in final:
-            gain = final[model][f"against_{against}"]
-            text = f"{interval_in_shares(gain)} {gain['verdict']}"
+            text = range_text(final[model][f"against_{against}"])
+            if claims:
+                text += f" {verdict_of(claims, model, against, name)}"
             row[f"{model} against {against} (95%)"] = text
     return row
 
 
 def entry_notes(entry) -> list[str]:
     """Paired comparisons of the models, in all judges, and warnings."""
-    comparisons = {}
-    for name in ("searched", "blockwise"):
-        if name in entry["final"]:
-            comparisons[name] = entry["final"][name]["against_global"]
-    for k, placebo in enumerate(entry["placebo"], 1):
-        comparisons[f"random blocks {k}"] = placebo["against_global"]
-
     kimg = f"{entry['kimg']:g}"
+    claims = sorted(entry["claims"], key=lambda claim: not claim["primary"])
     notes = []
-    for name, gain in comparisons.items():
-        notes.append(f"Snapshot {kimg}: {name} against global {interval(gain)}: {gain['verdict']}.")
-    if entry["judges"]:
-        for claim in entry["claims"]:
+    for claim in claims:
+        if claim["model"] != "collapsed":
             notes.append(f"Snapshot {kimg}: {claim['sentence']}.")
     for note in entry["warnings"]:
         notes.append(f"Warning, snapshot {kimg}: {note}.")
@@ -129,6 +128,11 @@ def reference_notes(summary) -> list[str]:
     if "origin" in reference:
         once = "" if "selection" in reference else ", the same for selection and final comparison"
         notes.append(f"Reference: {reference['origin']}{once} ({reference['images']} images).")
+        if once:
+            notes.append(
+                "The winner was chosen by the noise of the same reference, too: of 27 equal "
+                "candidates one is called better in a third of such runs. --data keeps them apart."
+            )
     if "accuracy" in reference:
         notes.append(
             f"The features' own classifier reads {reference['accuracy']:.1%} of "
@@ -139,10 +143,14 @@ def reference_notes(summary) -> list[str]:
             "Every verdict is in the features that the weights were selected with: --judge adds "
             "others."
         )
+    if any("precision" in f for entry in summary["snapshots"] for f in entry["final"].values()):
+        notes.append(
+            f"Precision and recall: by {NEIGHBOURS} nearest neighbours (their paper takes 3)."
+        )
     for floor in summary["floors"]:
         notes.append(
-            f"Floor: {floor['images']} real images, of the selection part, score "
-            f"{number(floor['fd'])} against the final one."
+            f"Floor: {floor['images']} real images, of the selection part and of all classes in "
+            f"equal shares, score {number(floor['fd'])} against the final one."
         )
     return notes
 
@@ -155,12 +163,13 @@ def write_report(summary, out):
         for name in entry["final"]:
             models.append(model_row(entry, name, plain["score"]))
         kimg = f"{entry['kimg']:g}"
-        for key, title in (
-            ("parts", f"Parts of the selection's features, snapshot {kimg}:"),
-            ("judges", f"Judges that no selection saw, snapshot {kimg}:"),
+        for title, found, claims in (
+            ("Parts of the selection's features", entry["parts"], []),
+            ("Judges that no selection saw", entry["judges"], entry["claims"]),
         ):
-            if entry[key]:
-                judged += [title, markdown([judge_row(judge) for judge in entry[key].values()])]
+            if found:
+                rows = [judge_row(judge, name, claims) for name, judge in found.items()]
+                judged += [f"{title}, snapshot {kimg}:", markdown(rows)]
         notes += entry_notes(entry)
     publish([markdown(models), *judged, *notes, *reference_notes(plain)], plain, out)
 
@@ -171,9 +180,10 @@ def write_report(summary, out):
 def seed_rows(summary) -> list[dict]:
     """Every model of every snapshot and training seed."""
     rows = []
-    for seed, finals in zip(summary["seeds"], summary["final"], strict=True):
-        for kimg, final in zip(summary["kimg"], finals, strict=True):
-            for name, result in final.items():
+    for k, seed in enumerate(summary["seeds"]):
+        for place, kimg in enumerate(summary["kimg"]):
+            claims = summary["claims"][k][place]
+            for name, result in summary["final"][k][place].items():
                 row = {
                     "snapshot (kimg)": f"{kimg:g}",
                     "training seed": str(seed["seed"]),
@@ -181,9 +191,11 @@ def seed_rows(summary) -> list[dict]:
                     f"final {summary['score']}": number(result["fd"]),
                 }
                 for other in ("base", "global"):
-                    gain = result.get(f"against_{other}")
-                    text = f"{interval(gain)} {gain['verdict']}" if gain else ""
-                    row[f"against {other} (95%)"] = text
+                    row[f"against {other} (95%)"] = ""
+                    if f"against_{other}" in result:
+                        verdict = verdict_of(claims, name, other)
+                        text = f"{interval(result[f'against_{other}'])} {verdict}"
+                        row[f"against {other} (95%)"] = text.strip()
                 rows.append(row)
     return rows
 
@@ -196,10 +208,10 @@ def claim_row(claim) -> dict:
         "model": claim["model"],
         "against": claim["against"],
         "own features: better in": f"{verdicts.count('better')} of {len(verdicts)}",
-        "own features: difference": mean_and_spread(claim["own_relative"]),
-        "unseen judges: better in": f"{claim['better']} of {claim['cases']}",
+        "own features: difference": mean_and_interval(claim["own_relative"]),
+        "unseen judges: better in": f"{claim['better']} of {cases_text(claim)}",
         "unseen judges: worse in": str(claim["worse"]),
-        "unseen judges: difference": mean_and_spread(claim["relative"]),
+        "unseen judges: difference": mean_and_interval(claim["relative"]),
     }
 
 
@@ -229,7 +241,11 @@ def write_seeds(summary, out):
     texts = [markdown(seed_rows(plain)), markdown([claim_row(claim) for claim in over])]
     for kimg in plain["kimg"]:
         texts.append(answer(over, kimg, len(plain["seeds"])))
-    texts.append("Differences are shares of the other's distance, mean +- std.")
+    texts.append(
+        "Differences are shares of the other's distance: mean over the training seeds and its 95% "
+        "interval (Student's t). Judges of one seed see the same networks: they are no independent "
+        "cases."
+    )
     publish(texts, plain, out)
 
 

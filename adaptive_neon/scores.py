@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from .blocks import Blocks, Merger
 from .files import UserError, lock, printable
-from .judges import Judge, kernel_distance, precision_recall
+from .judges import Judge, distances_without_real, kernel_distance, precision_recall
 from .keys import score_key
 from .processes import Diverged
 from .sampling import Sampler, network_calls
 from .seeds import Ledger, SeedSet, seed_ledger
-from .stats import FOLDS, Comparison, compare
+from .stats import FOLDS, Comparison, compare, without_bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,9 @@ class Score:
     judge: str = ""  # name of the features
     kernel: float | None = None  # unbiased kernel distance, on final seeds
     kernel_folds: list | None = None
+    corrected: float | None = None  # the distance without its bias, on final seeds
+    real_folds: list | None = None  # the distance without each of FOLDS folds of the real images
+    kernel_real_folds: list | None = None
 
     def lacks_shares(self) -> bool:
         """Whether precision and recall may still be taken."""
@@ -63,8 +66,14 @@ class Score:
         numbers = [row["fd"], row["seconds"], *row["folds"], *row["w"].values()]
         if row["precision"] is not None:
             numbers += [row["precision"], row["recall"]]
-        if row.get("kernel") is not None:
-            numbers += [row["kernel"], *row["kernel_folds"]]
+        for key in ("kernel", "corrected"):
+            if row.get(key) is not None:
+                numbers.append(row[key])
+        for key in ("kernel_folds", "real_folds", "kernel_real_folds"):
+            if row.get(key) is not None:
+                numbers += row[key]
+                if len(row[key]) != FOLDS:
+                    raise ValueError("its folds are impossible")
         if not all(isinstance(number, (int, float)) and number == number for number in numbers):
             raise ValueError("it has entries that are no numbers")
         if len(row["folds"]) != FOLDS or row["fd"] < -1e-6 * abs(row["fd"]) - 1e-3:
@@ -281,7 +290,8 @@ class Scorer:
     def assess(self, w, seeds, judge, features, key, shares, begin) -> Score:
         """Score of features [N, D], None where the sampler diverged."""
         fd, folds = math.inf, [math.inf] * FOLDS
-        precision = recall = kernel = kernel_folds = None
+        precision = recall = corrected = real_folds = None
+        kernel = kernel_folds = kernel_real_folds = None
         reference = judge.reference(seeds)
         if features is not None:
             fd, folds = reference.prepared.fold_distances(features, FOLDS)
@@ -291,7 +301,10 @@ class Scorer:
                     reference.real, features, real_radii=reference.radii
                 )
             if seeds.is_final:
-                kernel, kernel_folds = kernel_distance(reference, features)
+                kernel, kernel_folds, kernel_real_folds = kernel_distance(reference, features)
+        if features is not None and seeds.is_final:
+            real_folds = distances_without_real(reference, features)
+            corrected = without_bias(fd, folds, real_folds)
         return Score(
             snapshot=self.snapshot,
             w=w,
@@ -307,4 +320,7 @@ class Scorer:
             judge=judge.name,
             kernel=kernel,
             kernel_folds=kernel_folds,
+            corrected=corrected,
+            real_folds=real_folds,
+            kernel_real_folds=kernel_real_folds,
         )

@@ -19,51 +19,120 @@ class Comparison:
     p: float  # of no difference, two-sided
     verdict: str  # better, worse, no significant difference
     other: float = math.nan  # the other's distance, that relative differences are shares of
+    plain: float = math.nan  # the difference before the correction of bias
+    real_noise: bool = True  # whether the interval holds the noise of the real images, too
 
     def as_json(self) -> dict:
         """Everything as plain data, with the shares of the other's distance."""
         row = dataclasses.asdict(self)
         other = row.pop("other")
         for key in ("difference", "low", "high"):
-            row[f"relative_{key}"] = row[key] / other if other else 0.0
+            row[f"relative_{key}"] = row[key] / other if other > 0 else math.nan
+            if row[key] == 0:
+                row[f"relative_{key}"] = 0.0
         return row
+
+    @property
+    def plain_verdict(self) -> str:
+        """What the verdict would be without the correction."""
+        return verdict_of(self.plain, self.high - self.difference)
+
+
+def verdict_of(difference: float, half: float) -> str:
+    if not abs(difference) > half:
+        return "no significant difference"
+    return "better" if difference < 0 else "worse"
 
 
 def compare(scores, others, level=0.05) -> Comparison:
     """Paired difference of distances, mean over the seed sets of `scores` and `others`, and its
-    interval: the delete-one-fold jackknife (Student's t) of the difference, as both saw the same
-    noise."""
-    ours, theirs = (float(np.mean([score.fd for score in side])) for side in (scores, others))
-    if math.isfinite(ours) and math.isfinite(theirs):
-        pairs = list(zip(scores, others, strict=True))
-        difference = float(np.mean([one.fd - other.fd for one, other in pairs]))
-        folds = [np.subtract(one.folds, other.folds) for one, other in pairs]
-        half, p = jackknife(difference, folds, level)
-    else:
+    interval.
+
+    Two noises make it uncertain, the seeds' and that of the real images; pairing cancels only what
+    both models share of each. Both follow from the distances without each fold, of the seeds and
+    of the real images (the delete-one-fold jackknife, Student's t). On final seeds distances are
+    compared without their bias, which depends on the model and can decide.
+    """
+    fds = [[score.fd for score in side] for side in (scores, others)]
+    ours, theirs = (float(np.mean(side)) for side in fds)
+    if math.isinf(ours) or math.isinf(theirs):
         # A sampler that diverged is infinitely far away, without noise.
-        difference = 0.0 if ours == theirs else ours - theirs
-        half, p = 0.0, float(ours == theirs)
+        gap = 0.0 if ours == theirs else ours - theirs
+        return Comparison(gap, gap, gap, float(gap == 0), verdict_of(gap, 0.0), theirs, gap)
 
-    verdict = "no significant difference"
-    if abs(difference) > half:
-        verdict = "better" if difference < 0 else "worse"
-    return Comparison(difference, difference - half, difference + half, p, verdict, theirs)
+    known = all(score.corrected is not None for score in [*scores, *others])
+    value = "corrected" if known else "fd"
+    gain = paired(scores, others, value, "folds", "real_folds", level)
+    return dataclasses.replace(gain, plain=ours - theirs)
 
 
-def jackknife(mean, folds, level=0.05):
+def compare_kernels(scores, others, level=0.05) -> Comparison | None:
+    """The same of kernel distances, which have no bias; None where they were not measured."""
+    if any(score.kernel is None for score in [*scores, *others]):
+        return None
+    return paired(scores, others, "kernel", "kernel_folds", "kernel_real_folds", level)
+
+
+def paired(scores, others, value, folds, real_folds, level) -> Comparison:
+    """The comparison of one kind of distance, given by the names of a score's entries."""
+
+    def differences(key):
+        pairs = zip(scores, others, strict=True)
+        return [np.subtract(getattr(one, key), getattr(other, key)) for one, other in pairs]
+
+    difference = float(np.mean(differences(value)))
+    real = None
+    if all(getattr(score, real_folds) is not None for score in [*scores, *others]):
+        real = np.mean(differences(real_folds), 0)  # the seed sets share the real images
+    half, p = jackknife(difference, differences(folds), level, real)
+    return Comparison(
+        difference=difference,
+        low=difference - half,
+        high=difference + half,
+        p=p,
+        verdict=verdict_of(difference, half),
+        other=float(np.mean([getattr(score, value) for score in others])),
+        plain=difference,
+        real_noise=real is not None,
+    )
+
+
+def without_bias(fd, folds, real_folds=None) -> float:
+    """A distance without its bias of first order: the jackknife's estimate from the distances
+    without each fold of the generated images, and of the real ones."""
+    bias = (FOLDS - 1) * (np.mean(folds) - fd)
+    if real_folds is not None:
+        bias += (FOLDS - 1) * (np.mean(real_folds) - fd)
+    return float(fd - bias)
+
+
+def jackknife(mean, folds, level=0.05, real=None):
     """Half the interval of a mean over seed sets and the p-value of its being zero. folds
-    [sets, FOLDS]: what was averaged, without each fold of the seeds."""
-    folds = np.array(folds)
-    variance = (FOLDS - 1) / FOLDS * ((folds - folds.mean(1, keepdims=True)) ** 2).sum()
-    freedom = len(folds) * (FOLDS - 1)
-    half = float(scipy.special.stdtrit(freedom, 1 - level / 2) * variance**0.5 / len(folds))
-    if not half:
-        return half, float(mean == 0)
-    return half, float(2 * scipy.special.stdtr(freedom, -abs(mean) * len(folds) / variance**0.5))
+    [sets, FOLDS]: what was averaged, without each fold of the seeds; real [FOLDS]: their mean,
+    without each fold of the real images."""
+    variances = [fold_variance(np.array(folds)) / len(folds) ** 2]
+    freedoms = [len(folds) * (FOLDS - 1)]
+    if real is not None:
+        variances.append(fold_variance(np.array([real])))
+        freedoms.append(FOLDS - 1)
+
+    variance = sum(variances)
+    if not variance:
+        return 0.0, float(mean == 0)
+    # Degrees of freedom of a sum of two variances (Welch-Satterthwaite).
+    shares = [v / variance for v in variances]
+    freedom = 1 / sum(share**2 / f for share, f in zip(shares, freedoms, strict=True))
+    half = float(scipy.stats.t.ppf(1 - level / 2, freedom) * variance**0.5)
+    return half, float(2 * scipy.stats.t.sf(abs(mean) / variance**0.5, freedom))
+
+
+def fold_variance(folds) -> float:
+    """The jackknife's variance, summed over the rows of folds [sets, FOLDS]."""
+    return (FOLDS - 1) / FOLDS * float(((folds - folds.mean(1, keepdims=True)) ** 2).sum())
 
 
 def fd_interval(scores):
-    """95% interval of the mean distance over the seed sets, over the noise alone."""
+    """95% interval of the mean distance over the seed sets, over the seeds' noise alone."""
     value = float(np.mean([score.fd for score in scores]))
     if not math.isfinite(value):
         return {"low": value, "high": value}
@@ -72,7 +141,7 @@ def fd_interval(scores):
 
 
 def kernel_interval(scores):
-    """Mean kernel distance over the seed sets and its 95% interval, over the noise alone."""
+    """Mean kernel distance over the seed sets and its 95% interval, over the seeds' noise alone."""
     value = float(np.mean([score.kernel for score in scores]))
     half, _ = jackknife(value, [score.kernel_folds for score in scores])
     return {"value": value, "low": value - half, "high": value + half}

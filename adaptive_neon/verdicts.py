@@ -6,8 +6,16 @@ import re
 import time
 
 import numpy as np
+import scipy.stats
 
-from .stats import Comparison, compare, fd_interval, holm, kernel_interval
+from .stats import (
+    Comparison,
+    compare,
+    compare_kernels,
+    fd_interval,
+    holm,
+    kernel_interval,
+)
 
 
 def number(value, sign="") -> str:
@@ -20,31 +28,28 @@ def number(value, sign="") -> str:
 
 
 def percent(share, sign="+") -> str:
-    return "inf" if share is None else f"{100 * share:{sign}.3g}%"
+    """Three significant digits; n/a of a distance that is zero or infinite."""
+    return "n/a" if share is None or not math.isfinite(share) else f"{100 * share:{sign}.3g}%"
 
 
-def mean_and_spread(shares) -> str:
-    """Of those that are finite; the others are counted."""
-    finite = [share for share in shares if share is not None and math.isfinite(share)]
-    parts = []
-    if finite:
-        parts.append(percent(np.mean(finite)))
-    if len(finite) > 1:
-        parts.append(f"+- {percent(np.std(finite, ddof=1), '')}")
-    if len(finite) < len(shares):
-        parts.append(f"({len(shares) - len(finite)} infinite)")
-    return " ".join(parts)
+def range_text(gain) -> str:
+    """A paired difference and its interval, in shares of the other's distance."""
+    low, high = percent(gain["relative_low"]), percent(gain["relative_high"])
+    return f"{percent(gain['relative_difference'])} [{low}, {high}]"
 
 
+# -------------------- one judge
 def final_comparison(finals) -> dict:
     """{model: [Score] of every final seed set} -> {model: mean, all values, spread, paired
-    differences}, plain data."""
+    differences}, plain data. Verdicts are the claims' business: one criterion for all."""
     results = {}
     for name, scores in finals.items():
         values = [score.fd for score in scores]
         result = {"w": scores[0].w, "images": scores[0].images, "all": values}
         result["fd"] = float(np.mean(values))
         result |= fd_interval(scores)
+        if all(score.corrected is not None for score in scores):
+            result["corrected"] = float(np.mean([score.corrected for score in scores]))
         if all(score.precision is not None for score in scores):
             result["precision"] = float(np.mean([score.precision for score in scores]))
             result["recall"] = float(np.mean([score.recall for score in scores]))
@@ -53,12 +58,41 @@ def final_comparison(finals) -> dict:
         result["std"] = None
         if len(values) > 1 and math.isfinite(result["fd"]):
             result["std"] = float(np.std(values, ddof=1))
-        if name != "base":
-            result["against_base"] = compare(scores, finals["base"]).as_json()
-        if name not in ("base", "global"):
-            result["against_global"] = compare(scores, finals["global"]).as_json()
+        for other in ("base", "global"):
+            if name not in ("base", other) and other in finals:
+                gain = compare(scores, finals[other]).as_json()
+                del gain["verdict"]
+                result[f"against_{other}"] = gain
         results[name] = result
     return results
+
+
+# -------------------- claims
+DISAGREE = "distances disagree"
+UNKNOWN = "noise of the real images unknown"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """What one judge says of two models: both distances, and the verdict that holds after the
+    correction for the number of questions."""
+
+    distance: Comparison
+    kernel: Comparison | None
+    verdict: str  # better, worse, no significant difference, distances disagree
+
+    def as_json(self) -> dict:
+        row = self.distance.as_json() | {"verdict": self.verdict}
+        if self.kernel is not None:
+            row["kernel"] = self.kernel.as_json()
+        return row
+
+
+def verdict_text(gain) -> str:
+    """The verdict of a gain's plain data, with what it does not know."""
+    if gain["real_noise"] or gain["verdict"] == "no significant difference":
+        return gain["verdict"]
+    return f"{gain['verdict']} ({UNKNOWN})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,78 +102,140 @@ class Claim:
 
     model: str
     against: str
-    own: Comparison
-    judges: dict[str, Comparison]
-    better: list[str]  # judges in which the gain holds, corrected for their number (Holm)
-    worse: list[str]
+    own: Gain
+    judges: dict[str, Gain]
+    primary: bool = False  # the one that was named before the run
+
+    def judges_saying(self, verdict) -> list[str]:
+        return [judge for judge, gain in self.judges.items() if gain.verdict == verdict]
 
     def sentence(self) -> str:
-        text = f"{self.model} against {self.against}: {self.own.verdict} in its own features"
-        if not self.judges:
-            return text
-        return (
-            f"{text}; of {len(self.judges)} judges that no selection saw, better in "
-            f"{len(self.better)} and worse in {len(self.worse)} (95%, Holm's correction)"
+        own = self.own.as_json()
+        text = (
+            f"{self.model} against {self.against}: {verdict_text(own)} in its own features, "
+            f"{range_text(own)}"
         )
+        if self.primary:
+            text = f"primary claim, named before the run: {text}"
+        if self.judges:
+            text += (
+                f"; of {len(self.judges)} judges that no selection saw, better in "
+                f"{len(self.judges_saying('better'))} and worse in "
+                f"{len(self.judges_saying('worse'))} (95%, Holm's correction)"
+            )
+        gains = {"its own features": self.own, **self.judges}
+        disagree = [judge for judge, gain in gains.items() if gain.verdict == DISAGREE]
+        if disagree:
+            text += f"; FD and kernel distance disagree in {', '.join(disagree)}"
+        biased = []
+        for judge, gain in gains.items():
+            if gain.distance.plain_verdict != gain.distance.verdict:
+                biased.append(f"{judge} ({gain.distance.plain_verdict})")
+        if biased:
+            text += f"; without the correction of bias the verdict changes in {', '.join(biased)}"
+        return text
 
     def as_json(self) -> dict:
         return {
             "model": self.model,
             "against": self.against,
+            "primary": self.primary,
             "own": self.own.as_json(),
             "judges": {judge: gain.as_json() for judge, gain in self.judges.items()},
-            "better": self.better,
-            "worse": self.worse,
+            "better": self.judges_saying("better"),
+            "worse": self.judges_saying("worse"),
             "sentence": self.sentence(),
         }
 
 
 CLAIMS = (
+    ("collapsed", "base"),
     ("global", "base"),
     ("blockwise", "base"),
     ("searched", "base"),
+    ("collapsed", "global"),
     ("blockwise", "global"),
     ("searched", "global"),
     ("searched", "blockwise"),
 )
-CONTROLS = ("base, twice the steps", "guided", "base, trained on")  # see controls.py
+STUDIED = ("base", "collapsed", "global", "blockwise", "searched")
 
 
-def claims_of(finals, level=0.05) -> list[Claim]:
-    """{judge: {model: [Score]}}, the first judge the one that was selected with."""
-    own, *unseen = finals
-    models = finals[own]
+def pairs_of(models) -> list[tuple[str, str]]:
+    """Which models are compared: what was studied; random blocks with the global weight and the
+    blocks; every control with the base, and what was repaired with the control."""
     pairs = [pair for pair in CLAIMS if pair[0] in models and pair[1] in models]
-    for control in CONTROLS:
-        for model in ("global", "blockwise", "searched"):
-            if model in models and control in models:
-                pairs.append((model, control))
     for name in models:
         if name.startswith("random blocks"):
             pairs.append((name, "global"))
             if "blockwise" in models:
                 pairs.append(("blockwise", name))
+        elif name not in STUDIED:
+            pairs.append((name, "base"))
+            for repaired in ("global", "blockwise", "searched"):
+                if repaired in models:
+                    pairs.append((repaired, name))
+    return pairs
+
+
+def primary_pair(models, primary="") -> tuple[str, str]:
+    """The claim that is named before the run: "MODEL" or "MODEL against OTHER"; by default what was
+    searched, else block-wise weights, against the best global one."""
+    model, _, against = primary.partition(" against ")
+    if not model:
+        model = "searched" if "searched" in models else "blockwise"
+    return model, against or ("base" if model == "global" else "global")
+
+
+def claims_of(finals, primary="", level=0.05) -> list[Claim]:
+    """{judge: {model: [Score]}}, the first judge the one that was selected with -> what is claimed.
+
+    One criterion: the primary claim, in the features of the selection, is one question at `level`;
+    all other claims in all judges are one family (Holm's correction). The kernel distance is judged
+    the same way, and a verdict holds where it does not say the opposite.
+    """
+    own, *unseen = finals
+    pairs = pairs_of(finals[own])
+    first = primary_pair(finals[own], primary)
+    distances, kernels = {}, {}
+    for model, against in pairs:
+        for judge, scores in finals.items():
+            question = (model, against, judge)
+            distances[question] = compare(scores[model], scores[against], level)
+            kernel = compare_kernels(scores[model], scores[against], level)
+            if kernel is not None:
+                kernels[question] = kernel
+    verdicts = adjusted(distances, (*first, own), level)
+    opposite = adjusted(kernels, (*first, own), level)
 
     claims = []
     for model, against in pairs:
         gains = {}
-        for judge, scores in finals.items():
-            gains[judge] = compare(scores[model], scores[against], level)
-        held = holm([gains[judge].p for judge in unseen], level)
-        holding = [judge for judge, holds in zip(unseen, held, strict=True) if holds]
-        claims.append(
-            Claim(
-                model=model,
-                against=against,
-                own=gains.pop(own),
-                judges=gains,
-                better=[judge for judge in holding if gains[judge].difference < 0],
-                worse=[judge for judge in holding if gains[judge].difference > 0],
-            )
-        )
+        for judge in finals:
+            question = (model, against, judge)
+            verdict = verdicts[question]
+            if {verdict, opposite.get(question)} == {"better", "worse"}:
+                verdict = DISAGREE
+            gains[judge] = Gain(distances[question], kernels.get(question), verdict)
+        judges = {judge: gains[judge] for judge in unseen}
+        claims.append(Claim(model, against, gains[own], judges, (model, against) == first))
     return claims
 
 
+def adjusted(comparisons, primary, level) -> dict:
+    """{question: verdict}: of the primary one at `level`, of all others together (Holm)."""
+    family = [question for question in comparisons if question != primary]
+    held = holm([comparisons[question].p for question in family], level)
+    holds = dict(zip(family, held, strict=True))
+    verdicts = {}
+    for question, gain in comparisons.items():
+        verdicts[question] = gain.verdict
+        if not holds.get(question, True):
+            verdicts[question] = "no significant difference"
+    return verdicts
+
+
+# -------------------- warnings
 def warnings_of(c, models, final, had_grid, judge) -> list[str]:
     """What a careful reader would want to know. models: {name: Candidate}; final:
     final_comparison() in the judge that decided."""
@@ -158,19 +254,22 @@ def warnings_of(c, models, final, had_grid, judge) -> list[str]:
     if real <= dim:
         notes.append(f"{real} real images for {dim} features: the covariance is singular")
 
+    base = final["base"]
     for name in ("blockwise", "searched"):
         if name not in final:
             continue
-        # Both gains in shares of the base: the seed sets differ in size, and so in bias.
-        against = final[name]["against_base"]
+        # Both gains uncorrected, in shares of the base: the seed sets differ in size, and in bias.
+        gain = final[name]["against_base"]
+        half = gain["high"] - gain["difference"]
         promised = models[name].fd / models["base"].fd - 1
-        if promised < against["relative_low"]:
+        if promised < (gain["plain"] - half) / base["fd"]:
             notes.append(
                 f"{name} differs from the base by {percent(promised)} on the selection seeds and "
-                f"by {percent(against['relative_difference'])} on the final ones: selection noise"
+                f"by {percent(gain['plain'] / base['fd'])} on the final ones: selection noise"
             )
-        loss = final["base"].get("precision", 0) - final[name].get("precision", 0)
-        if loss > 0.01 and against["difference"] < 0:
+    for name, result in final.items():
+        loss = base.get("precision", 0) - result.get("precision", 0)
+        if name != "base" and loss > 0.01 and result["against_base"]["difference"] < 0:
             notes.append(f"{name}: precision falls while the distance falls")
     for name, candidate in models.items():
         if not math.isfinite(candidate.fd):
@@ -178,35 +277,63 @@ def warnings_of(c, models, final, had_grid, judge) -> list[str]:
     return notes
 
 
+# -------------------- several training seeds
+def mean_and_interval(shares) -> str:
+    """Mean over training seeds and its 95% interval (Student's t); those that are not finite are
+    counted."""
+    finite = [share for share in shares if share is not None and math.isfinite(share)]
+    parts = []
+    if finite:
+        parts.append(percent(np.mean(finite)))
+    if len(finite) > 1:
+        error = np.std(finite, ddof=1) / len(finite) ** 0.5
+        half = scipy.stats.t.ppf(0.975, len(finite) - 1) * error
+        parts.append(f"[{percent(np.mean(finite) - half)}, {percent(np.mean(finite) + half)}]")
+    if len(finite) < len(shares):
+        parts.append(f"({len(shares) - len(finite)} infinite)")
+    return " ".join(parts)
+
+
 def claims_over_seeds(summaries) -> list[dict]:
-    """What every claim of every snapshot came to over the training seeds (and random partitions,
-    which are one), plain data with its sentence."""
-    groups: dict[tuple, list] = {}
-    for summary in summaries:
+    """What every claim of every snapshot came to over the training seeds, plain data with its
+    sentence. Random partitions are one."""
+    groups: dict[tuple, dict[int, list]] = {}
+    for seed, summary in enumerate(summaries):
         for entry in summary["snapshots"]:
             for claim in entry["claims"]:
                 sides = (claim["model"], claim["against"])
                 names = [re.sub(r"(random blocks) \d+", r"\1", name) for name in sides]
-                groups.setdefault((entry["kimg"], *names), []).append(claim)
+                seeds = groups.setdefault((entry["kimg"], *names), {})
+                seeds.setdefault(seed, []).append(claim)
     rows = []
-    for (kimg, model, against), claims in groups.items():
-        rows.append(over_seeds(kimg, model, against, claims))
+    for (kimg, model, against), seeds in groups.items():
+        rows.append(over_seeds(kimg, model, against, list(seeds.values())))
     return rows
 
 
-def over_seeds(kimg, model, against, claims) -> dict:
-    """claims: one of each seed (and partition), of the same models."""
-    relative = []  # the mean over the judges that no selection saw, one a claim
-    for claim in claims:
-        gains = [gain["relative_difference"] for gain in claim["judges"].values()]
-        if gains:
-            relative.append(float(np.mean(gains)))
+def over_seeds(kimg, model, against, seeds) -> dict:
+    """seeds: of every training seed its claims of these models, one a random partition. What is
+    independent is a seed: shares are means over its partitions and judges."""
+    own_relative, relative = [], []
+    for claims in seeds:
+        own_relative.append(float(np.mean([shares_of(claim["own"]) for claim in claims])))
+        others = []
+        for claim in claims:
+            others += [shares_of(gain) for gain in claim["judges"].values()]
+        if others:
+            relative.append(float(np.mean(others)))
+    claims = [claim for found in seeds for claim in found]
+    judges = len(claims[0]["judges"])
     row = {
         "kimg": kimg,
         "model": model,
         "against": against,
+        "primary": any(claim.get("primary", False) for claim in claims),
         "own_verdicts": [claim["own"]["verdict"] for claim in claims],
-        "own_relative": [claim["own"]["relative_difference"] for claim in claims],
+        "own_relative": own_relative,
+        "seeds": len(seeds),
+        "judges": judges,
+        "partitions": max(len(found) for found in seeds),
         "cases": sum(len(claim["judges"]) for claim in claims),
         "better": sum(len(claim["better"]) for claim in claims),
         "worse": sum(len(claim["worse"]) for claim in claims),
@@ -215,14 +342,29 @@ def over_seeds(kimg, model, against, claims) -> dict:
 
     text = (
         f"{model} is better than {against} in {row['own_verdicts'].count('better')} of "
-        f"{len(claims)} in its own features ({mean_and_spread(row['own_relative'])})"
+        f"{len(claims)} in its own features ({mean_and_interval(own_relative)})"
     )
-    if row["cases"]:
+    if judges:
         text += (
-            f" and in {row['better']} of {row['cases']} cases of the judges that no selection "
-            f"saw, worse in {row['worse']} ({mean_and_spread(relative)})"
+            f" and in {row['better']} of {cases_text(row)} of the judges that no selection saw, "
+            f"worse in {row['worse']} ({mean_and_interval(relative)})"
         )
+    if not all(claim["own"].get("real_noise", True) for claim in claims):
+        text += f" ({UNKNOWN})"
     return row | {"sentence": text}
+
+
+def shares_of(gain) -> float:
+    share = gain["relative_difference"]
+    return math.nan if share is None else share
+
+
+def cases_text(row) -> str:
+    """How many verdicts, and that they are not as many independent ones."""
+    text = f"{row['seeds']} seeds x {row['judges']} judges"
+    if row["partitions"] > 1:
+        text += f" x {row['partitions']} random partitions"
+    return f"{row['cases']} ({text})"
 
 
 def summarise_seeds(c, argv, summaries, begin) -> dict:

@@ -56,6 +56,7 @@ def finals_of(kimg=5, shift=0.0, levels=LEVELS, judges=JUDGES, spread=0.15):
             finals[judge][name] = []
             w = dict(zip(BLOCKS, (m - 1.0, m - 1.0 + (m > 2) / 4, m - 1.0), strict=True))
             for k in (0, 1):
+                rng = np.random.default_rng([j, m, k, kimg])
                 fd = values[j] * (1 + shift * (m > 0)) + 0.01 * kimg + 0.3 * k * (1 + m % 2)
                 finals[judge][name].append(
                     score(
@@ -65,7 +66,12 @@ def finals_of(kimg=5, shift=0.0, levels=LEVELS, judges=JUDGES, spread=0.15):
                         precision=0.4 + 0.03 * m + 0.002 * k,
                         recall=0.9 - 0.05 * m - 0.004 * k,
                         kernel=0.01 * values[j] + 0.001 * k,
-                        kernel_folds=list(0.01 * values[j] + 0.0001 * np.arange(FOLDS) ** 1.5),
+                        kernel_folds=list(0.01 * values[j] * (1 + rng.normal(size=FOLDS) / 900)),
+                        kernel_real_folds=list(
+                            0.01 * values[j] * (1 + rng.normal(size=FOLDS) / 800)
+                        ),
+                        corrected=0.95 * fd - 0.03 * values[j],
+                        real_folds=list(fd + spread * values[j] / 80 * rng.normal(size=FOLDS)),
                     )
                 )
     return finals

@@ -53,7 +53,7 @@ def classifier(tmp_path_factory):
         patch.setattr(neon.glyphs.GlyphsClassifier, "fit", lambda *args: None)
         preset = edm.Glyphs()
         preset.features(neon.config.Config(preset="glyphs", out=folder))
-    (path,) = folder.glob("glyphs-cnn-64-*.pt")
+    (path,) = folder.glob("glyphs-cnn-64-*.safetensors")
     return path
 
 

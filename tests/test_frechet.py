@@ -211,7 +211,7 @@ def triangular(d, condition, seed):
     return torch.linalg.cholesky(root @ root.T)
 
 
-@pytest.mark.parametrize("condition", [1, 1e4, 1e12])
+@pytest.mark.parametrize("condition", [1, 1e2, 1e4, 1e8, 1e12])
 def test_polar_entered_at_a_lower_bound(device, condition):
     """What CUDA computes; the larger the smallest singular value, the fewer steps are taken."""
     l1, l2 = (triangular(192, condition, seed).to(device) for seed in (1, 2))
@@ -363,6 +363,17 @@ def test_a_far_fold_does_no_harm_to_the_others(device, at, generator):
     left = torch.cat([fold for fold in folds if fold is not far]).to(device)
     want = prepared.distance(*reference.feature_moments(left))
     assert without[at] == pytest.approx(float(want), rel=1e-12)
+
+
+def test_fold_distances_of_folds_in_several_parts(device, generator):
+    """A fold's rows are summed 4,096 at a time about the mean of the first ones; these drift."""
+    f = torch.randn(10_001, 3, generator=generator) + torch.arange(10_001)[:, None] / 1000
+    f = f.to(device)
+    prepared = neon_ext.FrechetReference(*statistics(3, seed=1, device=device))
+    whole, without = prepared.fold_distances(f, 2)
+    for got, left in zip([whole, *without], [f, f[5001:], f[:5001]]):
+        want = float(prepared.distance(*reference.feature_moments(left)))
+        assert got == pytest.approx(want, rel=1e-12)
 
 
 @pytest.mark.parametrize("n", [150, 500])

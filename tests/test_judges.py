@@ -1,5 +1,6 @@
 """What adaptive_neon/judges.py promises."""
 
+import dataclasses
 import inspect
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from edm_helpers import parse, preset_of, score_of
 
 import adaptive_neon as neon
 import edm_neon as edm
+import neon_ext
 
 CIFAR = edm.PRESETS["cifar10"]
 CPU = neon.processes.Processes("cpu")
@@ -97,9 +99,24 @@ def test_facts_of_a_judge_are_those_of_both_parts(real):
     }
 
 
-def test_floor_is_the_final_score_of_the_selections_first_images(real):
+def test_floor_is_the_final_score_of_the_selections_images(real):
+    bare = dataclasses.replace(real.selection, labels=None)
+    real = dataclasses.replace(real, selection=bare)
     want = distance(moments(real.selection.images[:50]), moments(real.final.images))
     assert neon.Judge(Flat(), real).floor(50) == {"images": 50, "fd": pytest.approx(want, rel=1e-6)}
+
+
+@pytest.mark.parametrize(
+    "labels, order",
+    [
+        ([2, 2, 0, 2, 1, 0, 0], [0, 2, 4, 1, 5, 3, 6]),
+        (None, [0, 1, 2, 3, 4, 5, 6]),
+    ],
+    ids=["classes", "none"],
+)
+def test_floor_takes_one_image_of_every_class_in_turn(labels, order):
+    labels = None if labels is None else torch.tensor(labels)
+    assert neon.judges.first_of_every_class(labels, 7).tolist() == order
 
 
 def test_identity_of_a_judge_is_its_features_and_the_images_of_the_purpose(real):
@@ -282,17 +299,18 @@ def test_radii_of_a_reference_are_those_of_five_neighbours(real, clouds):
 # -------------------- kernel distance
 
 
-def with_features(real):
-    return neon.judges.Reference(None, real, {}, "")
+def with_features(real, name="flat"):
+    return neon.judges.Reference(None, real, {"features": name}, "")
 
 
-def naive_kernel_distance(real, fake):
-    """Pair by pair."""
+def naive_kernel_distance(real, fake, unit=None):
+    """Pair by pair; features in units of the real ones' root mean square."""
+    unit = unit or real.double().square().mean().sqrt()
+    real, fake = (side.double().numpy() / float(unit) for side in (real, fake))
 
     def kernel(x, y):
         return (float(np.dot(x, y)) / len(x) + 1) ** 3
 
-    real, fake = real.double().numpy(), fake.double().numpy()
     n, m = len(fake), len(real)
     fakes = sum(kernel(fake[i], fake[j]) for i in range(n) for j in range(n) if i != j)
     reals = sum(kernel(real[i], real[j]) for i in range(m) for j in range(m) if i != j)
@@ -304,14 +322,52 @@ def test_kernel_distance_is_the_unbiased_estimate_and_its_folds_leave_one_out():
     """47 images: folds of three and of two."""
     torch.manual_seed(0)
     real, fake = torch.randn(31, 5), torch.randn(47, 5) * 1.3 + 0.2
-    value, folds = neon.judges.kernel_distance(with_features(real), fake)
-    assert value == pytest.approx(naive_kernel_distance(real, fake), rel=1e-9)
-    assert len(folds) == FOLDS
-    parts = fake.tensor_split(FOLDS)
-    assert {len(part) for part in parts} == {2, 3}
-    for k in (0, 7, FOLDS - 1):
+    reference = with_features(real)
+    value, folds, real_folds = neon.judges.kernel_distance(reference, fake)
+    unit = real.double().square().mean().sqrt()
+    assert value == pytest.approx(naive_kernel_distance(real, fake, unit), rel=1e-9)
+    assert len(folds) == len(real_folds) == FOLDS
+    for found, kept, other in ((folds, fake, real), (real_folds, real, fake)):
+        parts = kept.tensor_split(FOLDS)
+        assert len({len(part) for part in parts}) == 2  # unequal folds
+        for k in (0, 7, FOLDS - 1):
+            rest = torch.cat([part for j, part in enumerate(parts) if j != k])
+            pair = (other, rest) if kept is fake else (rest, other)
+            assert found[k] == pytest.approx(naive_kernel_distance(*pair, unit), rel=1e-9)
+
+
+@pytest.mark.parametrize("name, scale", [("inception-12345678-tf1", 9.0), ("flat", 1.0)])
+def test_kernel_distance_has_the_unit_of_the_real_features_or_inceptions_own(name, scale):
+    """Published numbers are of Inception's features as they are."""
+    torch.manual_seed(0)
+    real, fake = torch.randn(41, 5), torch.randn(47, 5) + 0.3
+    unit = 1.0 if name != "flat" else real.double().square().mean().sqrt()
+    value, _, _ = neon.judges.kernel_distance(with_features(real, name), fake)
+    assert value == pytest.approx(naive_kernel_distance(real, fake, unit), rel=1e-6)
+    larger, _, _ = neon.judges.kernel_distance(with_features(real * 3, name), fake * 3)
+    assert (larger == pytest.approx(value, rel=1e-6)) == (name == "flat")
+
+
+def test_distances_without_each_fold_of_the_real_images(real):
+    """As if these real images had never been there."""
+    judge = neon.Judge(Flat(), real)
+    fake = torch.randn(90, 4, dtype=torch.float64) * 60 + 90
+    found = neon.judges.distances_without_real(judge.final, fake)
+    parts = judge.final.real.tensor_split(FOLDS)
+    assert len(found) == FOLDS and len({len(part) for part in parts}) == 2
+    for k in (0, 11, FOLDS - 1):
         rest = torch.cat([part for j, part in enumerate(parts) if j != k])
-        assert folds[k] == pytest.approx(naive_kernel_distance(real, rest), rel=1e-9)
+        side = neon_ext.FrechetReference(*neon_ext.feature_moments(rest))
+        want = float(side.distance(*neon_ext.feature_moments(fake)))
+        assert found[k] == pytest.approx(want, rel=1e-8)
+
+
+def test_statistics_of_a_file_have_no_folds(real):
+    """Of the images at hand they are not."""
+    reference = dataclasses.replace(neon.Judge(Flat(), real).final, has_folds=False)
+    assert neon.judges.distances_without_real(reference, torch.randn(90, 4)) is None
+    without = dataclasses.replace(reference, real=None, has_folds=True)
+    assert neon.judges.distances_without_real(without, torch.randn(90, 4)) is None
 
 
 def test_kernel_distance_of_equal_distributions_is_zero_on_average():

@@ -59,7 +59,7 @@ INPUTS: dict[str, dict[str, tuple]] = {
     },
     "search_key": {
         "start": ("a", "b"),
-        "blocks": ({"p": "enc", "q": "dec"}, {"p": "enc", "q": "enc"}),
+        "blocks": ({"p": "enc", "q": "dec"}, {"p": "dec", "q": "enc"}),
         "fresh": ((10_000_000, 100), (10_000_001, 100)),
         "bounds": ((-1.0, 2.0), (-1.0, 3.0)),
         "precision": ("fp32", "tf32"),
@@ -79,6 +79,13 @@ INPUTS: dict[str, dict[str, tuple]] = {
         "count": (50, 60),
         "real": (None, torch.zeros(50, 2)),
     },
+    "pipeline_key": {
+        "version": (1, 2),
+        "network": (["A", {}], ["B", {}]),
+        "scheduler": ({"beta": 1}, {"beta": 2}),
+        "guidance": (1.0, 2.0),
+        "autoencoder": (None, ["A"]),
+    },
     "judge_key": {"features": ("a", "b"), "reference": ("a", "b")},
     "part_key": {
         "name": ("run", "score"),
@@ -97,6 +104,7 @@ VERSIONS = {
     "joint_key": set(),
     "classifier_key": {"TRAINING_VERSION"},
     "reference_key": set(),
+    "pipeline_key": set(),
     "judge_key": set(),
     "part_key": set(),
 }

@@ -74,17 +74,19 @@ def test_every_rank_hears_why_the_first_failed(ranks, error):
     assert [type(outcome) for outcome in found] == [type(error)] * 2
 
 
-def test_one_by_one_works_on_every_rank_behind_the_first(ranks):
+@pytest.mark.parametrize("result", ["{}", ""], ids=["something", "nothing"])
+def test_one_by_one_works_once_on_every_rank_behind_the_first(ranks, result):
     order = []
 
     def share(rank):
         def work():
             order.append(rank.rank)
-            return f"of rank {rank.rank}"
+            return result.format(rank.rank)
 
         return rank.one_by_one(work)
 
-    assert ranks(share) == ["of rank 0", "of rank 1"] and order == [0, 1]
+    assert ranks(share) == [result.format(0), result.format(1)]
+    assert order == [0, 1]
 
 
 def test_one_by_one_fails_on_every_rank_with_the_first(ranks):

@@ -40,16 +40,24 @@ def written(summary, out):
 
 
 def paired_interval(ours, theirs):
-    """Mean difference of two seed sets and its interval, from the folds."""
-    differences = []
-    variance = 0.0
+    """Mean corrected difference of two seed sets and its interval, from both kinds of folds."""
+    differences, real, generated = [], [], 0.0
     for one, other in zip(ours, theirs, strict=True):
-        differences.append(one.fd - other.fd)
+        differences.append(one.corrected - other.corrected)
+        real.append(np.subtract(one.real_folds, other.real_folds))
         folds = np.subtract(one.folds, other.folds)
-        variance += 19 / 20 * ((folds - folds.mean()) ** 2).sum()
-    half = scipy.stats.t.ppf(0.975, 19 * len(ours)) * variance**0.5 / len(ours)
+        generated += 19 / 20 * ((folds - folds.mean()) ** 2).sum() / len(ours) ** 2
+    shared = np.mean(real, 0)
+    shared = 19 / 20 * ((shared - shared.mean()) ** 2).sum()
+    freedom = (generated + shared) ** 2 / (generated**2 / (19 * len(ours)) + shared**2 / 19)
+    half = scipy.stats.t.ppf(0.975, freedom) * (generated + shared) ** 0.5
     middle = np.mean(differences)
     return np.array([middle, middle - half, middle + half])
+
+
+def claim_in(entry, model, against):
+    (found,) = [c for c in entry["claims"] if (c["model"], c["against"]) == (model, against)]
+    return found
 
 
 # -------------------- numbers
@@ -140,6 +148,9 @@ def test_cells_of_a_model(report, place):
     kernel, low, high = numbers(row["kernel distance (95%)"])
     assert kernel == pytest.approx(np.mean([s.kernel for s in scores]), rel=5e-4)
     assert low < kernel < high
+    assert numbers(row["corrected"]) == pytest.approx(
+        [np.mean([s.corrected for s in scores])], rel=5e-4
+    )
     if row["model"] == "base":
         assert row["against base (95%)"] == row["verdict"] == ""
         return
@@ -159,13 +170,11 @@ def test_cells_of_a_judge(report, snapshot, kimg, place, judge):
         assert numbers(row[name]) == pytest.approx([mean], rel=5e-4)
     for model, against in (("global", "base"), ("blockwise", "global"), ("searched", "global")):
         shares = paired_interval(scores[model], scores[against])
-        shares *= 100 / np.mean([one.fd for one in scores[against]])
+        shares *= 100 / np.mean([one.corrected for one in scores[against]])
         cell = row[f"{model} against {against} (95%)"]
         assert numbers(cell) == pytest.approx(list(shares), rel=5e-3)
-        verdict = "no significant difference"
-        if shares[1] > 0 or shares[2] < 0:
-            verdict = "worse" if shares[0] > 0 else "better"
-        assert cell.endswith(f"] {verdict}")
+        claim = claim_in(summary_of()["snapshots"][snapshot], model, against)
+        assert cell.endswith(f"] {claim['judges'][judge]['verdict']}")
 
 
 def test_parts_of_the_selection_are_no_judges(tmp_path):
@@ -174,29 +183,34 @@ def test_parts_of_the_selection_are_no_judges(tmp_path):
     found, text, _ = written(summary_of(snapshots=[entry]), tmp_path)
     assert "Judges that no selection saw" not in text
     assert "Parts of the selection's features, snapshot 5:" in text
-    assert [row["judge"] for row in found[1]] == ["FD (a)"]
+    (row,) = found[1]
+    assert row["judge"] == "FD (a)"
+    assert row["searched against global (95%)"].endswith("%]")  # and no verdict
 
 
-def test_notes_name_comparisons_floor_reference_and_warnings(report):
+def test_notes_name_floor_reference_and_warnings(report):
     _, text, _ = report
-    own = finals_of(7)["own"]
-    for name in ("blockwise", "searched", "random blocks 1", "random blocks 2"):
-        (line,) = [line for line in text.split("\n") if f"Snapshot 7: {name} against glo" in line][
-            :1
-        ]
-        middle, low, high = paired_interval(own[name], own["global"])
-        stated = numbers(line.split("against global")[1].split(":")[0])
-        assert stated == pytest.approx([middle, low, high], rel=5e-4)
     assert "Warning, snapshot 7: mind the 7." in text and "mind the 5" in text
-    assert "Floor: 50 real images, of the selection part, score 0.01235" in text
+    assert "Floor: 50 real images" in text and "score 0.01235" in text
     assert "nowhere, the same for selection and final comparison (10000 images)" in text
+    assert "The winner was chosen by the noise of the same reference" in text
 
 
-def test_claims_are_said_where_there_are_judges(report):
-    summary = summary_of()
-    for entry in summary["snapshots"]:
-        for claim in entry["claims"]:
-            assert f"Snapshot {entry['kimg']}: {claim['sentence']}." in report[1]
+def test_two_references_have_no_noise_in_common(tmp_path):
+    reference = {"images": 9, "origin": "nowhere", "selection": {"images": 9}}
+    _, text, _ = written(summary_of(reference=reference), tmp_path)
+    assert "noise of the same reference" not in text
+
+
+def test_claims_are_said_and_the_primary_one_first(report):
+    for entry in summary_of()["snapshots"]:
+        said = [
+            line for line in report[1].split("\n") if line.startswith(f"Snapshot {entry['kimg']}")
+        ]
+        claims = [claim for claim in entry["claims"] if claim["model"] != "collapsed"]
+        wanted = {f"Snapshot {entry['kimg']}: {claim['sentence']}." for claim in claims}
+        assert set(said) == wanted and len(said) == len(claims)
+        assert "primary claim, named before the run: searched against global: better" in said[0]
 
 
 @pytest.mark.parametrize("judges, said", [(["own"], True), (JUDGES, False)])
@@ -290,12 +304,14 @@ def test_every_training_seed_has_its_rows(over_seeds):
                 for other in ("base", "global"):
                     gain = result.get(f"against_{other}")
                     cell = row[f"against {other} (95%)"]
+                    pair = (name, other)
                     if gain is None:
                         assert cell == ""
                         continue
                     ends = [gain["difference"], gain["low"], gain["high"]]
                     assert numbers(cell) == pytest.approx(ends, rel=5e-4)
-                    assert cell.endswith(gain["verdict"])
+                    claim = claim_in(entry, *pair)
+                    assert cell.endswith(f"] {claim['own']['verdict']}")
     assert next(rows, None) is None
 
 
@@ -309,6 +325,11 @@ def test_summary_over_seeds_points_to_every_seed(over_seeds):
     assert found["kimg"] == [7, 5] and found["command"] == "python edm_neon.py --seed 11"
     assert [len(finals) for finals in found["final"]] == [2, 2, 2]
     assert found["claims"][1][0] == summaries[1]["snapshots"][0]["claims"]
+
+
+def t_interval(values):
+    interval = scipy.stats.ttest_1samp(values, 0).confidence_interval()
+    return [np.mean(values), interval.low, interval.high]
 
 
 @pytest.mark.parametrize("kimg", [7, 5])
@@ -327,18 +348,15 @@ def test_cells_of_a_claim_over_seeds(over_seeds, kimg, pair):
     better = sum(claim["own"]["verdict"] == "better" for claim in claims)
     assert row["own features: better in"] == f"{better} of 3"
     own = [100 * claim["own"]["relative_difference"] for claim in claims]
-    assert numbers(row["own features: difference"]) == pytest.approx(
-        [np.mean(own), np.std(own, ddof=1)], rel=5e-3
-    )
-    assert row["unseen judges: better in"] == f"{sum(len(c['better']) for c in claims)} of 6"
+    assert numbers(row["own features: difference"]) == pytest.approx(t_interval(own), rel=5e-3)
+    better = sum(len(claim["better"]) for claim in claims)
+    assert row["unseen judges: better in"] == f"{better} of 6 (3 seeds x 2 judges)"
     assert row["unseen judges: worse in"] == str(sum(len(c["worse"]) for c in claims))
     others = []
     for claim in claims:
         shares = [gain["relative_difference"] for gain in claim["judges"].values()]
         others.append(100 * np.mean(shares))
-    assert numbers(row["unseen judges: difference"]) == pytest.approx(
-        [np.mean(others), np.std(others, ddof=1)], rel=5e-3
-    )
+    assert numbers(row["unseen judges: difference"]) == pytest.approx(t_interval(others), rel=5e-3)
 
 
 def test_the_question_names_every_comparison_that_was_made(over_seeds):

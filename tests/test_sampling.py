@@ -54,6 +54,15 @@ def test_balanced_labels_repeat_after_2_to_the_32():
     assert one == other
 
 
+def test_no_seed_repeats_before_2_to_the_32():
+    ours, theirs = range(49), range(2**31, 2**31 + 49)
+    assert not torch.equal(
+        draw_noise((2,), 7, ours, "cpu")[0], draw_noise((2,), 7, theirs, "cpu")[0]
+    )
+    labels = [balanced_labels(7, seeds, "cpu") for seeds in (ours, theirs)]
+    assert not torch.equal(*labels)
+
+
 def test_every_fold_of_a_score_has_the_same_classes():
     seeds = neon.seeds.SeedSet("selection", 10_000, 1000).seeds
     for fold in balanced_labels(10, seeds, "cpu").tensor_split(neon.stats.FOLDS):
@@ -180,6 +189,13 @@ def test_incomplete_batches_of_a_compiled_network_are_padded(monkeypatch):
     assert {size for size, _ in sampler.model.sizes} == {4}
     want, want_labels = toy_sampler().batch_images(range(6))
     assert torch.equal(labels, want_labels) and (images.int() - want.int()).abs().max() <= 1
+
+
+def test_padding_is_to_the_batch_that_fits(monkeypatch, one_worker):
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
+    sampler = toy_sampler(8, compiled=True, model=Counting(4))
+    assert len(sampler.images(range(10))[0]) == 10
+    assert [size for size, _ in sampler.model.sizes] == [8, 4, 4, 4]
 
 
 def test_batches_of_an_eager_network_are_as_large_as_they_are(one_worker):

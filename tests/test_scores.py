@@ -7,6 +7,7 @@ import json
 import math
 import threading
 
+import numpy as np
 import pytest
 import torch
 from edm_helpers import (
@@ -272,15 +273,27 @@ def naive_kernel_distance(real, fake):
 def test_every_judge_has_the_kernel_distance(judged, number):
     judge = judged.judges[number]
     score = judged.finals(BEST)[judge.name][0]
-    want = naive_kernel_distance(
-        judge.final.real, features_of(judged, BEST, range(50_000, 50_120), judge)
-    )
+    unit = judge.final.real.double().square().mean().sqrt()
+    features = features_of(judged, BEST, range(50_000, 50_120), judge)
+    want = naive_kernel_distance(judge.final.real / unit, features / unit)
     assert score.kernel == pytest.approx(want, rel=1e-6)
-    assert len(score.kernel_folds) == neon.stats.FOLDS
+    assert len(score.kernel_folds) == len(score.kernel_real_folds) == neon.stats.FOLDS
 
 
-def test_selection_has_no_kernel_distance(scorer):
-    assert scorer.score(BEST, shares=True).kernel is None
+@pytest.mark.parametrize("number", [0, 1], ids=["deciding", "unseen"])
+def test_every_judge_has_folds_of_the_real_images_and_a_distance_without_bias(judged, number):
+    judge = judged.judges[number]
+    score = judged.finals(BEST)[judge.name][0]
+    features = features_of(judged, BEST, range(50_000, 50_120), judge)
+    want = neon.judges.distances_without_real(judge.final, features)
+    assert score.real_folds == pytest.approx(want, rel=1e-6)
+    bias = 19 * (np.mean(score.folds) - score.fd) + 19 * (np.mean(score.real_folds) - score.fd)
+    assert score.corrected == pytest.approx(score.fd - bias, rel=1e-6)
+
+
+def test_selection_has_no_kernel_distance_and_no_correction(scorer):
+    score = scorer.score(BEST, shares=True)
+    assert score.kernel is None and score.corrected is None and score.real_folds is None
 
 
 def test_the_deciding_judge_alone_has_precision_and_recall(judged):
@@ -591,6 +604,8 @@ def damage(old, new):
         damage('"precision": null', '"precision": 0.5'),
         damage('"kernel": null', '"kernel": "x"'),
         damage('"kernel_folds": null', '"kernel": 1.0, "kernel_folds": ["x"]'),
+        damage('"corrected": null', '"corrected": "x"'),
+        damage('"real_folds": null', '"real_folds": [1.5]'),
         damage("{", ""),
         lambda line: "[1, 2]",
         lambda line: "",
@@ -599,7 +614,8 @@ def damage(old, new):
     ],
     ids=[
         *("nan", "text", "negative", "missing", "more", "19 folds", "text in folds", "text in w"),
-        *("no weights", "no recall", "text in kernel", "text in its folds", "no object", "list"),
+        *("no weights", "no recall", "text in kernel", "text in its folds"),
+        *("text in corrected", "19 real folds", "no object", "list"),
         *("empty", "nested", "other characters"),
     ],
 )
@@ -626,7 +642,8 @@ def test_rounding_below_zero_is_no_damage(tmp_path):
 
 def test_lines_from_before_the_judges_are_read():
     row = json.loads(score_of(1.0).as_line())
-    for name in ("judge", "kernel", "kernel_folds"):
+    later = ("corrected", "real_folds", "kernel_real_folds")
+    for name in ("judge", "kernel", "kernel_folds", *later):
         del row[name]
     assert Score.from_line(json.dumps(row)).fd == 1.0
 

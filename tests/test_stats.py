@@ -1,6 +1,10 @@
 """What adaptive_neon/stats.py promises."""
 
+import dataclasses
+import importlib.util
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,14 @@ from edm_helpers import (
 from made import score
 
 import adaptive_neon as neon
+
+# By its path: a package of that name may be installed.
+spec = importlib.util.spec_from_file_location(
+    "measured_coverage", Path(__file__).parent / "coverage.py"
+)
+coverage = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = coverage
+spec.loader.exec_module(coverage)
 
 # -------------------- comparisons
 
@@ -165,3 +177,113 @@ def test_shares_are_of_the_other_model():
         "p": gain.p,
         "verdict": gain.verdict,
     }
+
+
+# -------------------- both noises, without bias
+
+
+def measured(fd, seed, bias=0.0, spread=1.0, real=1.0):
+    """A score of final seeds: folds of both sides at random, and the distance without `bias`."""
+    rng = np.random.default_rng(seed)
+    folds = fd + spread * rng.standard_normal(20) / 10
+    real_folds = fd + real * rng.standard_normal(20) / 10
+    return score(fd, folds, corrected=fd - bias, real_folds=list(real_folds))
+
+
+@pytest.mark.parametrize("sets", [1, 3])
+@pytest.mark.parametrize("spread, real", [(1.0, 1.0), (0.1, 2.0), (2.0, 0.1)])
+def test_interval_holds_both_noises(sets, spread, real):
+    """The sets have seeds of their own and the same real images."""
+    ours = [measured(5.0 + k, k, 0.5, spread, real) for k in range(sets)]
+    theirs = [measured(4.0 + 2 * k, 10 + k, 0.2, spread, real) for k in range(sets)]
+    seeds, shared, differences = [], np.zeros(20), []
+    for one, other in zip(ours, theirs, strict=True):
+        seeds.append(np.var(np.subtract(one.folds, other.folds)) * 19)
+        shared += np.subtract(one.real_folds, other.real_folds) / sets
+        differences.append(one.corrected - other.corrected)
+    parts = np.array([sum(seeds) / sets**2, np.var(shared) * 19])
+    freedom = parts.sum() ** 2 / (parts**2 / [19 * sets, 19]).sum()
+    half = scipy.stats.t.ppf(0.975, freedom) * parts.sum() ** 0.5
+    found = neon.stats.compare(ours, theirs)
+    assert found.difference == pytest.approx(np.mean(differences)) and found.real_noise
+    assert (found.low, found.high) == pytest.approx(
+        (found.difference - half, found.difference + half)
+    )
+    assert found.p == pytest.approx(
+        2 * scipy.stats.t.sf(abs(found.difference) / parts.sum() ** 0.5, freedom)
+    )
+
+
+def test_what_both_models_share_of_the_real_images_cancels():
+    noise = np.random.default_rng(0).standard_normal(20)
+    ours = score(5.0, corrected=5.0, real_folds=5 + noise)
+    theirs = score(4.0, corrected=4.0, real_folds=4 + noise)
+    found = neon.stats.compare([ours], [theirs])
+    assert found.high - found.low < 1e-12 and found.verdict == "worse"
+
+
+def test_without_folds_of_the_real_images_their_noise_is_unknown():
+    one, other = measured(5.0, 1), measured(4.0, 2)
+    other = dataclasses.replace(other, real_folds=None)
+    found = neon.stats.compare([one], [other])
+    assert not found.real_noise and found.difference == pytest.approx(1.0)
+    assert neon.stats.compare([one], [measured(4.0, 2)]).real_noise
+
+
+def test_difference_before_and_after_the_correction():
+    found = neon.stats.compare([measured(5.0, 1, 3.0, 0.1, 0.1)], [measured(4.0, 2, 1.0, 0.1, 0.1)])
+    assert (found.difference, found.plain) == pytest.approx((-1.0, 1.0))
+    assert (found.verdict, found.plain_verdict) == ("better", "worse")
+    assert found.as_json()["relative_difference"] == pytest.approx(-1 / 3)  # of 4 - 1
+
+
+def test_correction_takes_the_bias_of_both_sides():
+    """Distances of n images that are too large by 3 / n and 5 / m: exactly."""
+    n, m, kept = 100.0, 40.0, 19 / 20
+    fd = 7 + 3 / n + 5 / m
+    folds = [7 + 3 / (n * kept) + 5 / m] * 20
+    real_folds = [7 + 3 / n + 5 / (m * kept)] * 20
+    assert neon.stats.without_bias(fd, folds, real_folds) == pytest.approx(7)
+    assert neon.stats.without_bias(fd, folds) == pytest.approx(7 + 5 / m)
+
+
+def test_kernel_distances_are_compared_by_their_own_folds():
+    rng = np.random.default_rng(4)
+    scores = []
+    for value in (2.0, 1.0):
+        folds, real = (value + 0.01 * rng.standard_normal(20) for _ in range(2))
+        scores.append(
+            dataclasses.replace(
+                measured(9.0, 1), kernel=value, kernel_folds=folds, kernel_real_folds=real
+            )
+        )
+    found = neon.stats.compare_kernels(scores[:1], scores[1:])
+    gaps = [np.subtract(getattr(scores[0], k), getattr(scores[1], k)) for k in KERNEL_FOLDS]
+    variance = 19 * sum(np.var(gap) for gap in gaps)
+    assert found.difference == 1.0 and found.as_json()["relative_difference"] == 1.0
+    freedom = variance**2 / sum((19 * np.var(gap)) ** 2 / 19 for gap in gaps)
+    half = scipy.stats.t.ppf(0.975, freedom) * variance**0.5
+    assert found.high - found.difference == pytest.approx(half)
+
+
+KERNEL_FOLDS = ("kernel_folds", "kernel_real_folds")
+
+
+def test_without_kernel_distances_there_is_nothing_to_compare():
+    assert neon.stats.compare_kernels([score(1.0)], [score(2.0)]) is None
+
+
+def test_bias_decides_nothing():
+    """Two models at the same distance, one wider, one shifted, 1,000 images of 256 features with a
+    flat spectrum: the wider one looks far worse, in every run."""
+    reports = coverage.run(coverage.FLAT, repeats=4)
+    assert all(report.plain_verdict != "no significant difference" for report in reports)
+    assert sum(report.verdict != "no significant difference" for report in reports) <= 1
+
+
+def test_interval_covers_the_truth():
+    """A setting of tests/coverage.py that the seeds' noise alone misses in every third run."""
+    setting = coverage.SETTINGS[3]
+    reports = coverage.run(setting, repeats=40)
+    missed = [not report.low <= setting.truth <= report.high for report in reports]
+    assert sum(missed) <= 6

@@ -745,7 +745,7 @@ def test_placebo_is_compared_with_global_on_the_final_seeds(studied, networks, k
         firsts = (50_000, 50_120)
         ours = [network_distance(net, range(first, first + 120), judge.final) for first in firsts]
         want = sum(ours) / 2 - entry.final["global"]["fd"]
-        found = placebo["against_global"]["difference"]
+        found = placebo["against_global"]["plain"]
         assert found == pytest.approx(want, abs=1e-3 * sum(ours))
 
 
@@ -829,6 +829,13 @@ def test_every_score_is_in_the_log_once(studied):
 def test_only_the_sweep_has_precision_on_the_selection_seeds(studied):
     for row in merged_rows(studied[2]):
         assert (row["precision"] is not None) == (len(set(row["w"].values())) == 1)
+
+
+def test_only_the_judge_that_decides_has_precision_on_the_final_seeds(studied):
+    _, judge, out = studied
+    for row in lines(out / "final.jsonl"):
+        assert (row["precision"] is not None) == (row["judge"] == judge.name)
+        assert row["kernel"] is not None
 
 
 def test_entry_as_plain_data_keeps_scores_and_models(studied):

@@ -330,13 +330,13 @@ def test_exact_protocol_equals_gauss_hermite(scorer):
 def test_error_is_honest(scorer):
     """It covers the difference to a much finer estimate, in most of ten configurations."""
     rng, covered = np.random.default_rng(0), 0
-    small = with_scoring(scorer, points=2**11)
+    small = with_scoring(scorer, points=2**9, sw2_points=64)
     for _ in range(10):
         w = rng.uniform(-1, 1, 6)
-        fine = float(frechet(small, [w.tolist()], 2**17, seed=77)[0])
+        fine = float(frechet(small, [w.tolist()], 2**15, seed=77)[0])
         score = toy.fresh_score(small, w.tolist())
-        covered += abs(score.fd - fine) <= 3 * score.fd_error + 1e-6
-        assert score.fd_error < 5e-3 * score.fd
+        covered += abs(score.fd - fine) <= 3 * score.fd_error + 1e-5
+        assert score.fd_error < 2e-2 * score.fd
     assert covered >= 8
 
 
@@ -732,6 +732,11 @@ ROWS = [
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class FewPoints(toy.Scoring):
+    sw2_points: int = 2**11
+
+
 @dataclasses.dataclass
 class Done:
     code: int
@@ -764,6 +769,7 @@ def small_run(tmp_path_factory):
     before = os.umask(0o022)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "Search", few)
+        patch.setattr(toy, "Scoring", FewPoints)
         done = launch(*args)
         os.umask(before)
         assert done.code == 0, done.stderr
@@ -779,6 +785,7 @@ def paper_run(tmp_path_factory):
     protocol = ("--protocol", "paper", "--points", 700, "--base-steps", 120, "--delta", 0.6)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "Alignment", few)
+        patch.setattr(toy, "Scoring", FewPoints)
         patch.setattr(toy, "GLOBAL_W", tuple(np.linspace(-2, 2, 11).round(4).tolist()))
         done = launch(*protocol, "--seed", 7, "--seeds", 2, "--alignment", "--out", out)
     assert done.code == 0, done.stderr
@@ -866,7 +873,9 @@ def test_unseen_score_is_of_the_same_weights(small_run, row):
     out, _, _ = small_run
     theta_r, theta_s, _ = models_in(out, 43)
     setting, found = rows_of(summary_in(out)["seeds"][1])[row]
-    x = again(theta_r, theta_s[setting], [found["w"]], toy.sobol_normal(2**15, 1000))[0]
+    x = again(
+        theta_r, theta_s[setting], [found["w"]], toy.sobol_normal(FewPoints.sw2_points, 1000)
+    )[0]
     assert found["sw2"] == pytest.approx(sw2_again(x), rel=1e-4)
 
 
@@ -1304,16 +1313,17 @@ def test_no_error_stream(monkeypatch):
     assert list(toy.progress(range(3), "any")) == [0, 1, 2]
 
 
-def test_head_leaves_after_one_line(small_run):
+def test_head_leaves_after_one_line(small_run, tmp_path):
     """A process of its own, with the shell's pipe: `| head -1`."""
-    out, args, _ = small_run
-    (out / "summary.json").unlink()
-    quick = [arg for arg in map(str, args) if arg not in ("--search", "gradient")]
-    python = " ".join(f"'{word}'" for word in (sys.executable, SCRIPT, *quick))
+    (models,) = (small_run[0] / "seed_42").glob("models, *")
+    (tmp_path / "seed_42").mkdir()
+    shutil.copy(models, tmp_path / "seed_42")
+    command = (sys.executable, SCRIPT, *QUICK, "--out", tmp_path)
+    python = " ".join(f"'{word}'" for word in command)
     shell = f"set -o pipefail; {python} | (exec <&-; sleep 0.1)"
     options = {"capture_output": True, "text": True, "env": ONE_THREAD, "timeout": 100}
     done = subprocess.run(["bash", "-c", shell], **options)
-    assert done.returncode == 0 and done.stderr == "" and summary_in(out)["seeds"]
+    assert done.returncode == 0 and done.stderr == "" and summary_in(tmp_path)["seed"] == 42
 
 
 def test_main_in_another_thread(small_run, monkeypatch):

@@ -1,10 +1,12 @@
 """What adaptive_neon/verdicts.py promises."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 from edm_helpers import config, weights
 from made import FOLDS, finals_of, score, summary_of
 
@@ -40,8 +42,9 @@ def test_final_pairs():
             if name == "base" or name == other:
                 assert key not in found[name]
             else:
-                gain = neon.stats.compare(scores[name], scores[other])
-                assert found[name][key] == gain.as_json()
+                gain = neon.stats.compare(scores[name], scores[other]).as_json()
+                del gain["verdict"]  # the claims' business
+                assert found[name][key] == gain
 
 
 # -------------------- claims
@@ -75,7 +78,7 @@ def claim_of(finals, model, against):
 
 def test_claims_count_only_judges_that_no_selection_saw():
     claim = claim_of(gains({"own": -9, "a": -9, "b": 9, "c": 0}), "blockwise", "global")
-    assert claim.better == ["a"] and claim.worse == ["b"]
+    assert claim.judges_saying("better") == ["a"] and claim.judges_saying("worse") == ["b"]
     assert claim.own.verdict == "better" and set(claim.judges) == {"a", "b", "c"}
     assert "of 3 judges that no selection saw, better in 1 and worse in 1" in claim.sentence()
 
@@ -85,46 +88,143 @@ def test_claims_are_of_their_models_and_judges():
     finals = finals_of()
     for claim in neon.verdicts.claims_of(finals):
         for judge, gain in {"own": claim.own, **claim.judges}.items():
-            scores = finals[judge]
-            assert gain == neon.stats.compare(scores[claim.model], scores[claim.against])
+            ours, theirs = finals[judge][claim.model], finals[judge][claim.against]
+            assert gain.distance == neon.stats.compare(ours, theirs)
+            assert gain.kernel == neon.stats.compare_kernels(ours, theirs)
+
+
+def pairs(finals):
+    return [(claim.model, claim.against) for claim in neon.verdicts.claims_of(finals)]
 
 
 def test_claims_compare_random_blocks_on_both_sides():
-    found = [(claim.model, claim.against) for claim in neon.verdicts.claims_of(gains({"own": -9}))]
+    found = pairs(gains({"own": -9}))
     assert ("random blocks 1", "global") in found and ("blockwise", "random blocks 1") in found
     assert ("searched", "global") not in found
 
 
-def test_claims_are_corrected_for_the_number_of_judges():
-    """A gain that one judge alone would call significant."""
-    folds = np.random.default_rng(3).standard_normal(FOLDS)
+def test_a_control_is_compared_with_the_base_and_what_was_repaired_with_it():
+    finals = gains({"own": -9})
+    finals["own"]["base, 36 steps"] = [noisy(25, 50)]
+    found = [pair for pair in pairs(finals) if "base, 36 steps" in pair]
+    assert found == [
+        ("base, 36 steps", "base"),
+        ("global", "base, 36 steps"),
+        ("blockwise", "base, 36 steps"),
+    ]
+
+
+# -------------------- one criterion for all
+
+
+def doubtful(ratio, seed, **kernels):
+    """Finals of a gain that is `ratio` half intervals of its own."""
+    folds = np.random.default_rng(seed).standard_normal(FOLDS)
     half, _ = neon.stats.jackknife(0, [folds])
+    return {
+        "base": [score(20.0)],
+        "global": [score(20.0, 20 + folds)],
+        "blockwise": [score(20 - ratio * half)],
+    }
 
-    def judges(count):
-        finals = {"own": gains({"own": 0})["own"]}
-        finals["own"].pop("random blocks 1")
-        for i in range(count):
-            finals[f"j{i}"] = {
-                "base": [score(30.0)],
-                "global": [score(20.0, 20 + folds)],
-                "blockwise": [score(20 - 1.1 * half)],
-            }
-        return claim_of(finals, "blockwise", "global")
 
-    assert judges(1).better == ["j0"]
-    assert judges(4).better == []
-    assert judges(4).judges["j0"].verdict == "better"
+@pytest.mark.parametrize("judges, holds", [(0, True), (4, True)])
+def test_the_primary_claim_is_one_question(judges, holds):
+    """Just significant, whatever else is asked."""
+    finals = {"own": doubtful(1.05, 3)}
+    for i in range(judges):
+        finals[f"j{i}"] = doubtful(0.0, i)
+    claim = claim_of(finals, "blockwise", "global")
+    assert claim.primary and (claim.own.verdict == "better") == holds
+    assert claim.sentence().startswith("primary claim, named before the run: blockwise against")
+
+
+@pytest.mark.parametrize("ratio, verdict", [(1.05, "no significant difference"), (2.5, "better")])
+def test_all_other_claims_are_one_family(ratio, verdict):
+    """Five questions beside the primary one, in every judge: its own features are no exception."""
+    finals = {"own": doubtful(ratio, 3), "a": doubtful(ratio, 4)}
+    for claim in neon.verdicts.claims_of(finals, primary="global"):
+        if (claim.model, claim.against) == ("blockwise", "global"):
+            assert claim.own.distance.verdict == claim.judges["a"].distance.verdict == "better"
+            assert claim.own.verdict == claim.judges["a"].verdict == verdict
+
+
+def test_holm_counts_claims_and_judges():
+    claims = neon.verdicts.claims_of(finals_of(spread=1.0))
+    p_values, verdicts, plain = [], [], []
+    for claim in claims:
+        for judge, gain in {"own": claim.own, **claim.judges}.items():
+            if claim.primary and judge == "own":
+                continue
+            p_values.append(gain.distance.p)
+            plain.append(gain.distance.verdict)
+            verdicts.append(gain.verdict)
+    held = neon.stats.holm(p_values)
+    assert not all(held) and any(held)
+    for holds, verdict, own in zip(held, verdicts, plain, strict=True):
+        assert verdict in ((own if holds else "no significant difference"), "distances disagree")
+
+
+@pytest.mark.parametrize(
+    "models, primary, pair",
+    [
+        (("base", "global", "blockwise", "searched"), "", ("searched", "global")),
+        (("base", "global", "blockwise"), "", ("blockwise", "global")),
+        (("base", "global", "blockwise", "searched"), "blockwise", ("blockwise", "global")),
+        (("base", "global"), "global", ("global", "base")),
+        (("base", "global"), "searched against blockwise", ("searched", "blockwise")),
+    ],
+)
+def test_which_claim_is_the_primary_one(models, primary, pair):
+    assert neon.verdicts.primary_pair(models, primary) == pair
+
+
+@pytest.mark.parametrize(
+    "kernel, verdict",
+    [(0.5, "better"), (1.0, "better"), (1.5, "distances disagree")],
+    ids=["agrees", "does not know", "says the opposite"],
+)
+def test_a_claim_holds_where_neither_distance_contradicts_it(kernel, verdict):
+    finals = gains({"own": -9, "a": -9})
+    for found in finals.values():
+        for name, (one,) in found.items():
+            value = kernel if name == "blockwise" else 1.0
+            folds = value + 0.001 * np.random.default_rng(1).standard_normal(FOLDS)
+            real = value + 0.001 * np.random.default_rng(2).standard_normal(FOLDS)
+            changed = {"kernel": value, "kernel_folds": folds, "kernel_real_folds": real}
+            found[name] = [dataclasses.replace(one, **changed)]
+    claim = claim_of(finals, "blockwise", "global")
+    assert claim.own.verdict == claim.judges["a"].verdict == verdict
+    said = "FD and kernel distance disagree in its own features, a" in claim.sentence()
+    assert said == (verdict == "distances disagree")
+    assert claim.judges_saying("better") == (["a"] if verdict == "better" else [])
+
+
+def test_a_verdict_without_real_images_says_what_it_does_not_know():
+    finals = gains({"own": -9})
+    row = claim_of(finals, "blockwise", "global").as_json()
+    unknown = "better (noise of the real images unknown)"
+    assert neon.verdicts.verdict_text(row["own"]) == unknown and unknown in row["sentence"]
+    equal = claim_of(finals, "random blocks 1", "global").as_json()["own"]
+    assert neon.verdicts.verdict_text(equal) == "no significant difference"
+
+
+def test_a_verdict_that_is_made_by_bias_is_named():
+    ours = score(20.0, corrected=30.0, real_folds=[20.0] * FOLDS)
+    theirs = score(25.0, corrected=25.0, real_folds=[25.0] * FOLDS)
+    claim = claim_of({"own": {"base": [theirs], "global": [ours]}}, "global", "base")
+    assert claim.own.verdict == "worse"
+    assert "without the correction of bias the verdict changes in its own features (better)" in (
+        claim.sentence()
+    )
 
 
 def test_plain_data_of_a_claim():
     claim = claim_of(gains({"own": -5, "a": -4}), "blockwise", "global")
     row = claim.as_json()
     assert row["own"] == claim.own.as_json() and row["judges"]["a"] == claim.judges["a"].as_json()
-    assert (row["model"], row["against"], row["sentence"]) == (
-        "blockwise",
-        "global",
-        claim.sentence(),
-    )
+    found = (row["model"], row["against"], row["sentence"], row["primary"], row["better"])
+    assert found == ("blockwise", "global", claim.sentence(), True, ["a"])
 
 
 # -------------------- warnings
@@ -148,7 +248,7 @@ def warnings(models=None, final=None, had_grid=False, dim=6, real=10_000, **opti
 
 def gain(difference, half=0.2, base=4.0):
     low, high = difference - half, difference + half
-    return neon.stats.Comparison(difference, low, high, 0.0, "", base).as_json()
+    return neon.stats.Comparison(difference, low, high, 0.0, "", base, difference).as_json()
 
 
 @pytest.mark.parametrize(
@@ -200,6 +300,15 @@ def test_precision_that_falls_with_the_distance(precision, difference, noted):
     assert ("blockwise: precision falls while the distance falls" in notes) == noted
 
 
+def test_precision_is_watched_in_every_row():
+    final = {"base": {"fd": 8.0, "precision": 0.8}}
+    for name in ("collapsed", "global", "base, 36 steps"):
+        final[name] = {"fd": 4.0, "precision": 0.7, "against_base": gain(-4.0)}
+    notes = "".join(warnings({}, final))
+    for name in ("collapsed", "global", "base, 36 steps"):
+        assert f"{name}: precision falls" in notes
+
+
 def test_a_sampler_that_diverges_is_noted():
     assert warnings({"collapsed": math.inf}) == ["collapsed: the sampler diverges"]
 
@@ -234,20 +343,42 @@ def test_claims_are_counted_over_seeds_and_judges():
     assert found["own_verdicts"] == ["better", "worse"] and found["own_relative"] == [-0.2, 0.1]
     assert (found["cases"], found["better"], found["worse"]) == (6, 4, 1)
     np.testing.assert_allclose(found["relative"], [-0.11 / 3, -0.7 / 3])
-    assert "1 of 2 in its own features (-5% +- 21.2%)" in found["sentence"]
+    assert "1 of 2 in its own features (-5%" in found["sentence"]
+    assert "4 of 6 (2 seeds x 3 judges)" in found["sentence"]
 
 
 def test_every_snapshot_has_its_claims():
     found = neon.verdicts.claims_over_seeds([summary_of(seed=3), summary_of(seed=1)])
-    pairs = {(row["kimg"], row["model"], row["against"]) for row in found}
-    assert len(pairs) == len(found) == 2 * 8  # six of the models, two of random blocks
+    rows = {(row["kimg"], row["model"], row["against"]) for row in found}
+    assert len(rows) == len(found) == 2 * 10  # eight of the models, two of random blocks
 
 
-def test_random_partitions_are_one_claim():
-    rows = [as_claim("blockwise", f"random blocks {k}", -0.2, [-0.3]) for k in (1, 2, 12)]
-    (found,) = neon.verdicts.claims_over_seeds([summary_with(*rows)])
-    assert found["against"] == "random blocks" and found["cases"] == 3
+def test_random_partitions_are_one_claim_and_no_seeds():
+    """What is independent is a seed: its share is the mean over its partitions."""
+    summaries = []
+    for shift in (0.0, 0.1):
+        rows = []
+        for k, share in ((1, -0.2), (12, -0.4)):
+            rows.append(as_claim("blockwise", f"random blocks {k}", share + shift, [-0.3, share]))
+        summaries.append(summary_with(*rows))
+    (found,) = neon.verdicts.claims_over_seeds(summaries)
+    assert found["against"] == "random blocks" and found["cases"] == 8
+    assert found["own_relative"] == pytest.approx([-0.3, -0.2])
+    assert found["relative"] == pytest.approx([-0.3, -0.3])
+    assert "8 (2 seeds x 2 judges x 2 random partitions)" in found["sentence"]
 
 
-def test_a_seed_that_diverged_is_counted_and_not_averaged():
-    assert neon.verdicts.mean_and_spread([0.1, math.inf, None, 0.3]) == "+20% +- 14.1% (2 infinite)"
+def test_interval_over_training_seeds_is_students_t():
+    shares = [-0.5, -0.2, -0.35, -0.1]
+    interval = scipy.stats.ttest_1samp(shares, 0).confidence_interval()
+    text = (
+        f"{100 * np.mean(shares):+.3g}% [{100 * interval.low:+.3g}%, {100 * interval.high:+.3g}%]"
+    )
+    assert neon.verdicts.mean_and_interval(shares) == text
+
+
+@pytest.mark.parametrize(
+    "shares, text", [([], ""), ([0.1], "+10%"), ([0.1, math.inf, None], "+10% (2 infinite)")]
+)
+def test_a_seed_that_diverged_is_counted_and_not_averaged(shares, text):
+    assert neon.verdicts.mean_and_interval(shares) == text
