@@ -1,7 +1,7 @@
 """DINOv2 as a judge of images: features that no Inception network has shaped (Stein et al. 2023).
 
     pip install transformers
-    python edm_neon.py --preset cifar10 --data cifar10.zip --judge adapters/dinov2_features.py
+    python edm_neon.py --preset cifar10 --data cifar10.zip --judge examples/dinov2_features.py
 
 Weights come from the Hugging Face hub at the first call (or from its cache), about 350 MB.
 """

@@ -3,7 +3,7 @@
 A flow-matching transformer of small grey digits, neither a U-Net nor EDM. The network predicts the
 velocity v = image - noise at x_t = (1 - t) noise + t image; sampling integrates it from t = 0 to 1.
 
-    python edm_neon.py --preset glyphs --model adapters/flow_glyphs.py --steps 10
+    python edm_neon.py --preset glyphs --model examples/flow_glyphs.py --steps 10
 
 Seed 0, two CPU cores, torch 2.13, FD (glyphs CNN, 64-d) of 2,000 images: base 103.9, collapsed
 (w = -1) 179.5, best global weight (1.5) 50.2, best of the 27 (enc 1.5, mid 0.5, dec 0.5) 43.6.

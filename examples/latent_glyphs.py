@@ -4,14 +4,13 @@ An AutoencoderKL (0.2M parameters) turns glyphs of 12x12 into latents of 2x6x6, 
 to sample them. Both see the images that --preset glyphs trains its own base on, and none that it
 selects or judges with. `diffusers.DiTPipeline.from_pretrained` reads the folder.
 
-    python adapters/latent_glyphs.py runs/latent/base
+    python examples/latent_glyphs.py runs/latent/base
     python edm_neon.py --preset glyphs --base runs/latent/base --out runs/latent \\
         --snapshot 10 --partition layers --search gradient
 """
 
 import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -20,13 +19,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import edm_neon  # noqa: E402  the glyphs are drawn there
+from adaptive_neon.glyphs import draw_glyphs
 
 SIZE = 12
 LATENT = (2, 6, 6)
 CLASSES = 10
-IMAGES = 5_000  # of the training stream, as many as the preset takes
+IMAGES, STREAM = 5_000, 0  # of the training stream, as many as the preset takes
 KL_WEIGHT = 1e-3  # keeps the latents near a normal distribution, and the images sharp
 LABEL_DROP = 0.1  # labels replaced by the null class, for --guidance
 
@@ -153,7 +151,7 @@ def main():
 
     # Tiny networks: a second thread mostly waits, and the sums would depend on their number.
     torch.set_num_threads(1)
-    images, labels = edm_neon.draw_glyphs(IMAGES, edm_neon.PRESETS["glyphs"].streams["training"])
+    images, labels = draw_glyphs(IMAGES, STREAM)
     images = images.float() / 127.5 - 1
     torch.manual_seed(args.seed)
     vae = fit_autoencoder(images, args.vae_epochs)

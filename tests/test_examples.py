@@ -1,4 +1,4 @@
-"""edm_neon.py: glyphs, real images in three parts, judges that no selection saw, training seeds."""
+"""The examples: what they share with the program, and DINOv2 as a judge without its weights."""
 
 import importlib.util
 from pathlib import Path
@@ -7,12 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import adaptive_neon as neon
 import edm_neon as edm
 
 EXAMPLES = Path(edm.__file__).parent / "examples"
-
-
-# -------------------- adapters
 
 
 def load_adapter(name):
@@ -20,6 +18,19 @@ def load_adapter(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_latent_glyphs_train_on_what_the_preset_trains_on():
+    pytest.importorskip("diffusers")
+    example, preset = load_adapter("latent_glyphs"), edm.PRESETS["glyphs"]
+    assert (example.IMAGES, example.STREAM) == (5_000, preset.streams["training"])
+    assert example.draw_glyphs is neon.glyphs.draw_glyphs
+
+
+def test_examples_are_found_by_installing_not_by_their_place():
+    texts = [path.read_text("utf-8") for path in EXAMPLES.glob("*.py")]
+    assert len(texts) == 3
+    assert not any("sys.path" in text or "adapters" in text for text in texts)
 
 
 def test_dinov2_features_prepare_images_as_imagenet():

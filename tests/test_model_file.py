@@ -338,6 +338,11 @@ WRONG = {
         (),
         r"sample\(\) must depend on the weights that loss\(\) trains",
     ),
+    "loss with a sparse gradient": (
+        loss_is("return nn.functional.embedding(labels, net.label.weight, sparse=True).sum(1)"),
+        (),
+        r"the gradient through loss\(\) must be dense: sparse=False, got a sparse one of label",
+    ),
     "loss raises": (loss_is("return x.nonsense"), (), r"loss\(\) failed: line \d+: AttributeError"),
     "loss changes the threads": (
         loss_is("torch.set_num_threads(2)\n    " + LOSS + "l"),
@@ -496,6 +501,10 @@ OTHERS = {
     ),
     "noise written over": sample_is("noise.mul_(0.5)\n    return net(noise, labels)"),
     "a compiled network": "\nmake = create\ndef create():\n    return torch.compile(make())\n",
+    "embeddings whose gradients are sparse": (
+        "\nmake = create\ndef create():\n    net = make()\n    net.label.sparse = True\n"
+        "    return net\n"
+    ),
     "a state that is no tensor": (
         "\nclass Net(Net):\n    def get_extra_state(self):\n        return {'version': 3}\n"
         "    def set_extra_state(self, state):\n        pass\n"
@@ -584,6 +593,30 @@ def test_autocast_and_checkpointing_wrap_several_inputs(tmp_path):
     assert images.dtype == torch.float32
     assert 0 < float((images.detach() - exact).abs().max()) < 0.05
     assert base.gain.grad is not None and "forward" not in vars(base)
+
+
+@pytest.mark.parametrize(
+    "scale, given, trained_here",
+    [("torch.tensor([50.0] + 7 * [1.0])", True, False), ("1", True, True), ("500", False, False)],
+    ids=["outliers", "in range", "no images at all"],
+)
+def test_a_base_trained_here_may_have_outliers(tmp_path, scale, given, trained_here):
+    """Hours are not lost to a few pixels, which are clipped; what is refused names the cause."""
+    path = write(tmp_path, sample_is(f"return net(noise, labels) * {scale}"))
+    for options in ({"base": "base.pt"}, {"train_base": 20.0}):
+        model, base, c = model_and_base(path, **options)
+        base.head.weight.data *= 4
+        held = trained_here if "base" in options else given
+        if held:
+            model.start_check(base, c, trained=True)
+            continue
+        cause = (
+            "" if "base" in options else r".*undertrained \(--train-base 20\), or too few --steps"
+        )
+        with pytest.raises(
+            neon.UserError, match=rf"sample\(\) must give images in \[-1, 1\]{cause}"
+        ):
+            model.start_check(base, c, trained=True)
 
 
 # ---------------------------------------------------------------- gradients of the search
