@@ -265,6 +265,7 @@ LINKS = {
     "a folder of classes": ({"more": "../elsewhere"}, 4, ["cats", "more/dogs"]),
     "the same twice": ({"dogs": "../elsewhere/dogs", "hunde": "../elsewhere/dogs"}, 4, None),
     "before the folder itself": ({"animals": "cats"}, 2, ["cats"]),
+    "after the folder itself": ({"zoo": "cats"}, 2, ["cats"]),
     "a link to a link": ({"a": "b", "b": "../elsewhere/dogs"}, 4, None),
     "a loop": ({"cats/loop": "../cats"}, 2, ["cats"]),
     "a loop to the top": ({"loop": "."}, 2, ["cats"]),

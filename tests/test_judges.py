@@ -181,6 +181,13 @@ def test_images_beside_a_file_serve_precision_and_recall(npz, real):
     assert judge.identity(SELECTION) != judge.identity(FINAL)
 
 
+def test_images_beside_a_file_are_not_those_of_its_statistics(npz, real):
+    """Without a fold of them the file's statistics would be the same."""
+    judge = neon.Judge.of_statistics(Flat(), npz(), real=real)
+    for reference in (judge.selection, judge.final):
+        assert neon.judges.distances_without_real(reference, torch.randn(90, 4)) is None
+
+
 def test_statistics_of_a_file_are_said_to_be_of_unknown_origin(npz):
     judge = neon.Judge.of_statistics(Flat(), npz())
     assert "unknown origin" in judge.facts["origin"] and "selection" not in judge.facts
@@ -362,12 +369,11 @@ def test_distances_without_each_fold_of_the_real_images(real):
         assert found[k] == pytest.approx(want, rel=1e-8)
 
 
-def test_statistics_of_a_file_have_no_folds(real):
-    """Of the images at hand they are not."""
-    reference = dataclasses.replace(neon.Judge(Flat(), real).final, has_folds=False)
-    assert neon.judges.distances_without_real(reference, torch.randn(90, 4)) is None
-    without = dataclasses.replace(reference, real=None, has_folds=True)
-    assert neon.judges.distances_without_real(without, torch.randn(90, 4)) is None
+def test_statistics_alone_have_no_folds(real):
+    reference = neon.Judge(Flat(), real).final
+    for changes in ({"has_folds": False}, {"real": None}):
+        without = dataclasses.replace(reference, **changes)
+        assert neon.judges.distances_without_real(without, torch.randn(90, 4)) is None
 
 
 def test_kernel_distance_of_equal_distributions_is_zero_on_average():

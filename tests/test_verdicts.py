@@ -180,12 +180,19 @@ def test_which_claim_is_the_primary_one(models, primary, pair):
 
 
 @pytest.mark.parametrize(
-    "kernel, verdict",
-    [(0.5, "better"), (1.0, "better"), (1.5, "distances disagree")],
-    ids=["agrees", "does not know", "says the opposite"],
+    "shift, kernel, verdict",
+    [
+        (-9, 0.5, "better"),
+        (-9, 1.0, "better"),
+        (-9, 1.5, "distances disagree"),
+        (9, 1.5, "worse"),
+        (9, 0.5, "distances disagree"),
+        (0, 1.5, "no significant difference"),
+    ],
+    ids=["agrees", "does not know", "opposite", "both worse", "opposite of worse", "alone"],
 )
-def test_a_claim_holds_where_neither_distance_contradicts_it(kernel, verdict):
-    finals = gains({"own": -9, "a": -9})
+def test_a_claim_holds_where_neither_distance_contradicts_it(shift, kernel, verdict):
+    finals = gains({"own": shift, "a": shift})
     for found in finals.values():
         for name, (one,) in found.items():
             value = kernel if name == "blockwise" else 1.0
