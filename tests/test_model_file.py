@@ -319,7 +319,7 @@ WRONG = {
         r"gradient of loss\(\) must be finite, .* first in unused",
     ),
     "loss of numpy": (
-        loss_is(LOSS + "l * (1 + np.random.rand())"),
+        loss_is(LOSS + "l * (1 + 1000 * np.random.rand())"),
         (),
         r"loss\(\) must give the same numbers for the same torch.manual_seed",
     ),
@@ -686,6 +686,17 @@ def test_the_identity_has_the_base_and_networks_that_the_file_holds(shared, tmp_
     model.start_check(base, c, trained=True)
     assert len({plain, with_base, with_decoder, model.identity}) == 4
     assert model.training_identity == model.identity
+
+
+def test_the_identity_has_not_the_place_of_the_base(shared, tmp_path):
+    found = []
+    for name in ("base.pt", "elsewhere/base.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(shared / "base.pt", tmp_path / name)
+        model = neon.modelfile.FileModel(write(tmp_path))
+        model.load(tmp_path / name)
+        found.append(model.identity)
+    assert found[0] == found[1]
 
 
 def test_a_folder_is_hashed_by_content(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import linecache
+import os
 import subprocess
 import sys
 import threading
@@ -116,6 +117,9 @@ def project(root, body, changed=None, value=1):
         WRITERS[place.suffix](place, value)
     elif value != 1:
         (root / "mine" / "mine.py").write_text(f"{HEAD}A = {value}\n{default}")
+    for file in root.rglob("*"):
+        date = 1e9 + value * ("spec_from" in body)  # Python's own loader asks
+        os.utime(file, (date, date))
     return root / "mine" / "mine.py"
 
 
@@ -126,13 +130,14 @@ def answered(path):
 
 
 @pytest.mark.parametrize("body, changed", INPUTS.values(), ids=INPUTS.keys())
-def test_what_decides_the_answer_is_in_the_identity(tmp_path, body, changed):
+def test_what_decides_the_answer_is_in_the_identity(tmp_path, body, changed, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     first = answered(project(tmp_path / "a", body, changed))
     again = answered(project(tmp_path / "a", body, changed))
     moved = answered(project(tmp_path / "b", body, changed))
     assert first == again == moved, "another module of the process, another folder"
 
-    other = answered(project(tmp_path / "a", body, changed, 2))  # as large, in the same second
+    other = answered(project(tmp_path / "a", body, changed, 2))  # as large, of the same date
     assert other[0] != first[0] and other[1] != first[1]
 
 
