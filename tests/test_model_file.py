@@ -942,20 +942,3 @@ def test_the_example_flows_along_its_velocity(tmp_path):
         return (x - x_t) / (1 - t)[:, None, None, None]
 
     assert float(model.file.loss(velocity, x, None).max()) < 1e-6
-
-
-def test_a_sparse_embedding_is_trained_like_any_other(tmp_path):
-    """Its gradients would be sparse tensors, which neither Adam nor the sum over ranks takes."""
-    path = write(tmp_path)
-    path.write_text(
-        path.read_text().replace("Embedding(CLASSES, 4)", "Embedding(CLASSES, 4, sparse=True)")
-    )
-    model, base, c = model_and_base(path)
-    torch.save(base.state_dict(), tmp_path / "base.pt")
-    net = model.load(tmp_path / "base.pt")
-    model.start_check(net, c, trained=True)
-    images = torch.randint(0, 256, (40, 1, SIZE, SIZE), dtype=torch.uint8)
-    trained = neon.self_train(
-        model, net, images, torch.arange(40) % 10, kimg=0.2, batch=20, ramp_kimg=0, ema_kimg=0
-    )
-    assert not torch.equal(trained.label.weight, net.label.weight)
