@@ -12,7 +12,7 @@ The engine, which knows no network. Its method on one page: study.experiment(). 
     scorer.compare(found.w, best.w)                        on fresh noise and real images
 """
 
-__version__ = "0.1.0"  # of the package and of neon_ext alike
+__version__ = "0.2.0"  # of the package and of neon_ext alike
 
 from . import cli  # noqa: F401  and with it every module of the engine
 from .blocks import Merger as Merger

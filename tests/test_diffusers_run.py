@@ -238,6 +238,7 @@ def test_plan_shows_the_layers_and_writes_nothing(pipelines, tmp_path, capsys):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_process(pipelines, classifier, study, tmp_path, monkeypatch):
     """Two ranks self-train, encode and search; one process scores their network the same."""
     monkeypatch.setattr(edm.Glyphs, "images", IMAGES)  # as in the processes started here

@@ -889,6 +889,7 @@ def test_plan_trains_nothing(tmp_path, out, capsys):
     assert not list(out.glob("base-*"))
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(shared, out, tmp_path):
     options = (*SHORT, "--model", shared / "mine.py", "--base", shared / "base.pt", "--grid", "1.0")
     options = (*options, "--search", "gradient", "--evaluations", "2", "--lr", "0.003")
