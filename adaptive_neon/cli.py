@@ -23,9 +23,9 @@ from .diffusers import is_pipeline
 from .extension import neon_ext
 from .files import UserError, printable, reading, unfailing_terminal
 from .judges import check_judges
-from .plots import figures_of, plot_report, plot_seeds
+from .page import write_report, write_seeds
 from .processes import start_processes
-from .report import summarise, write_report, write_seeds
+from .report import summarise
 from .sampling import Sampler
 from .study import (
     Setup,
@@ -83,13 +83,7 @@ def study_one(c, preset, argv, processes, begin) -> dict | None:
     if processes.rank > 0:
         return None
     summary = summarise(c, argv, results, setup, cost.seconds_per_image, processes, begin)
-    write_report(summary, c.out)
-    samples = {entry.kimg: entry.samples for entry in results.entries}
-    plot_report(figures_of(summary, samples), c.out)
-    print(
-        f"\n{summary['seconds_total']:.1f} s; "
-        f"summary.json, table.md, grid.jsonl, pictures in {c.out}"
-    )
+    write_report(summary, {entry.kimg: entry.samples for entry in results.entries}, c.out)
     return summary
 
 
@@ -111,7 +105,6 @@ def study_seeds(c, preset, argv, processes, begin) -> None:
     elif processes.rank == 0:
         summary = summarise_seeds(c, argv, summaries, begin)
         write_seeds(summary, c.out)
-        plot_report({"seeds.png": (plot_seeds, summary)}, c.out)
 
 
 # -------------------- what it will cost
