@@ -82,9 +82,7 @@ def study_one(c, preset, argv, processes, begin) -> dict | None:
     results = experiment(setup, net, sampler)
     if processes.rank > 0:
         return None
-    summary = summarise(
-        c, argv, results.entries, results.judges, setup, cost.seconds_per_image, processes, begin
-    )
+    summary = summarise(c, argv, results, setup, cost.seconds_per_image, processes, begin)
     write_report(summary, c.out)
     samples = {entry.kimg: entry.samples for entry in results.entries}
     plot_report(figures_of(summary, samples), c.out)

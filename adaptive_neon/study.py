@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -41,17 +42,20 @@ def experiment(setup: "Setup", net: nn.Module, sampler: Sampler) -> "Results":
     net: the base, or the untrained network that becomes it. sampler: holds the one network that
     samples.
     """
-    c, model = setup.c, setup.model
+    c, model, clock = setup.c, setup.model, Clock()
 
     # What judges is complete before anything long begins.
     example = getattr(model, "example", None)
     judges = build_judges(c, setup.preset, model, setup.real, setup.processes, example)
     log = ScoreLog(c.out)
+    clock.ends("judges")
 
     # theta_r, and theta_s: the same network after training on samples of theta_r.
     base = trained_base(setup, net)
     sampler.write(base)
+    clock.ends("base")
     snapshots = self_trained(setup, base, sampler)
+    clock.ends("synthetic set and self-training")
 
     entries = []
     for kimg, path in sorted(snapshots.items()):
@@ -68,18 +72,21 @@ def experiment(setup: "Setup", net: nn.Module, sampler: Sampler) -> "Results":
             raise UserError("the base network's images are not finite: are its weights sound?")
         best = choose(score for score in swept if single_weight(score) != -1)
         models["global"] = Candidate.at(swept, single_weight(best), scorer)
+        clock.ends("global weights")
 
         # One weight a block, from a grid; and from a search, perhaps over other blocks.
-        gridded = []
+        gridded, found = [], []
         if grid_points(c, scorer.merger.blocks):
             gridded = grid(scorer, c.grid, c.block_grid, c.race)
             models["blockwise"] = Candidate.of(choose(gridded), scorer)
+            clock.ends("grid")
         if c.search:
             searcher = scorer
             if c.search_partition:
                 searcher = scorer.with_blocks(blocks_of(c.search_partition, model, base))
             found = SEARCHES[c.search](searcher, single_weight(best), c.evaluations, c.bounds)
             models["searched"] = Candidate.of(choose(found), searcher)
+            clock.ends("search")
 
         # The same grid over random blocks: what any further freedom would gain.
         placebos = {}
@@ -91,15 +98,32 @@ def experiment(setup: "Setup", net: nn.Module, sampler: Sampler) -> "Results":
 
         # What a critic asks for first: more steps, more training, guidance instead of new weights.
         controls = controls_of(setup, scorer, values)
+        clock.ends("random blocks and controls")
 
         # The winners once more, on noise and real images that no selection has seen.
         finals: dict[str, dict] = {judge.name: {} for judge in judges}
         for name, candidate in (models | controls | placebos).items():
             for judge, scores in candidate.scorer.finals(candidate.w, name).items():
                 finals[judge][name] = scores
-        entries.append(Entry.of(c, scorer, swept, gridded, models, controls, placebos, finals))
+        tried = {"sweep": swept, "grid": gridded, "search": found}
+        entries.append(Entry.of(c, scorer, tried, models, controls, placebos, finals))
+        clock.ends("final comparison")
         show_and_export(setup, entries[-1])
-    return Results(judges, entries)
+        clock.ends("pictures and the repaired network")
+    return Results(judges, entries, clock.seconds)
+
+
+class Clock:
+    """Seconds by stage, over all snapshots; what an earlier call has finished takes none."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def ends(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
+        self.last = now
 
 
 LANDMARKS = {"base": 0.0, "collapsed": -1.0}
@@ -130,6 +154,7 @@ class Results:
 
     judges: list[Judge]
     entries: list["Entry"]  # one a snapshot
+    seconds: dict[str, float]  # by stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -529,6 +554,7 @@ class Entry:
     blocks: dict  # {block: tensors, parameters, drift}
     sweep: list[Score]  # of global weights
     grid: list[Score]  # of the block-wise grid; empty if there was none
+    search: list[Score]  # in its order; empty if there was none
     models: dict[str, Candidate]  # base, collapsed, global, blockwise, searched
     controls: dict[str, Candidate]
     final: dict  # {model: final_comparison()}
@@ -540,8 +566,8 @@ class Entry:
     samples: dict  # {model: uint8 [N, C, H, W]}, from the same noise
 
     @classmethod
-    def of(cls, c, scorer, swept, gridded, models, controls, placebos, finals) -> "Entry":
-        """finals: {judge: {model: [Score]}}."""
+    def of(cls, c, scorer, tried, models, controls, placebos, finals) -> "Entry":
+        """tried: {sweep, grid, search: [Score]}; finals: {judge: {model: [Score]}}."""
         own = finals[scorer.judge.name]
         random_blocks = []
         for name, candidate in placebos.items():
@@ -550,7 +576,7 @@ class Entry:
                 {"w": candidate.w, "fd": candidate.fd, "against_global": gain.as_json()}
             )
         final = final_comparison({name: own[name] for name in models | controls})
-        warnings = warnings_of(c, models, final, bool(gridded), scorer.judge)
+        warnings = warnings_of(c, models, final, bool(tried["grid"]), scorer.judge)
         if len(placebos) < c.placebo:
             warnings.append(
                 f"--placebo {c.placebo}: the layers allow only {len(placebos)} other blocks"
@@ -572,8 +598,7 @@ class Entry:
         return cls(
             kimg=scorer.snapshot,
             blocks=scorer.merger.table(),
-            sweep=swept,
-            grid=gridded,
+            **tried,
             models=models,
             controls=controls,
             final=final,
@@ -604,6 +629,7 @@ class Entry:
             "kimg": self.kimg,
             "blocks": self.blocks,
             "grid": [short(score) for score in self.grid],
+            "search": [short(score) for score in self.search],
             "sweep": [short(score) | {"w_global": single_weight(score)} for score in self.sweep],
             **models,
             "final": self.final,

@@ -1171,3 +1171,15 @@ def test_best_of_several_equal_models_is_the_first(tmp_path):
     models = {name: neon.study.Candidate(weights(0, 0, 1), 1.0, scorer) for name in MODELS}
     neon.study.export_best(setup, SimpleNamespace(kimg=7, models=models))
     assert setup.model.exported["model"] == "base"
+
+
+# -------------------- time
+
+
+def test_seconds_of_a_stage_add_up_over_snapshots(monkeypatch):
+    times = iter((1.0, 3.0, 3.5, 7.5))
+    monkeypatch.setattr(neon.study.time, "perf_counter", lambda: next(times))
+    clock = neon.study.Clock()
+    for stage in ("sweep", "grid", "sweep"):
+        clock.ends(stage)
+    assert clock.seconds == {"sweep": 2.0 + 4.0, "grid": 0.5}
