@@ -21,7 +21,6 @@ from .report import (
     STUDENT,
     claim_row,
     claims_in_order,
-    entry_notes,
     final_images,
     headline,
     judge_tables,
@@ -30,12 +29,13 @@ from .report import (
     seed_rows,
     seeds_headlines,
     strict,
+    verdict_of,
     weights_title,
     write_seeds_tables,
     write_tables,
 )
 from .seeds import SEARCH_SEED
-from .verdicts import mean_and_interval, number, percent, verdict_text
+from .verdicts import mean_and_interval, number, percent
 
 PICTURES = 1_800_000  # characters of all sample pictures together
 
@@ -54,8 +54,8 @@ class Table:
         """Those with a cell in any row."""
         found: dict[str, None] = {}
         for row in self.rows:
-            found |= dict.fromkeys(column for column in row if row[column])
-        return list(found)
+            found |= dict.fromkeys(row)
+        return [column for column in found if any(row.get(column) for row in self.rows)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Page:
     about: str  # one line
     parts: list[Part]
     warnings: list[str]
-    trust: list[str]  # paragraphs of "How to trust it"
+    trust: dict[str, list[str]]  # {heading: paragraphs} of "How to trust it"
     trust_tables: list[Table]
     command: str
     links: dict[str, str] = dataclasses.field(default_factory=dict)  # {text: address}
@@ -122,9 +122,12 @@ def write_page(page: Page, path: Path) -> None:
 # -------------------- one training seed
 def write_report(summary, samples, out: Path) -> None:
     """summary.json, table.md, report.html; then, where nothing can be lost any more, the terminal.
+
     samples: {kimg: {model: uint8 [N, C, H, W]}}, from the same noise."""
     text = write_tables(summary, out)
     write_page(page_of(strict(summary), samples), out / "report.html")
+    if summary["config"].get("training_seeds", 1) > 1:
+        text = f"Training seed {summary['config']['seed']}"  # what counts is over the seeds
     finish(text, summary, out)
 
 
@@ -150,14 +153,18 @@ def page_of(summary, samples) -> Page:
     told.append(f"self-training on {' and '.join(part.title for part in parts)}")
     claims = []
     for entry in entries:
-        claims += entry_notes(entry | {"warnings": []})
+        for claim in claims_in_order(entry):
+            claims.append(f"{entry['kimg']:g} kimg: " * several + f"{claim['sentence']}.")
     tables = [seeds_table(summary), seconds_table(summary), facts_table(summary), options_table(c)]
     return Page(
         title=Path(c["out"]).name,
         about="; ".join(told),
         parts=parts,
         warnings=warnings,
-        trust=[INTERVALS, *reference_notes(summary), *claims],
+        trust={
+            "What the numbers are": [INTERVALS, *reference_notes(summary)],
+            "Every comparison": claims,
+        },
         trust_tables=[table for table in tables if table.rows],
         command=summary.get("command", ""),
     )
@@ -172,8 +179,7 @@ def part_of(entry, score, samples, budget) -> Part:
         caption = f"{number(final['fd'])}, w = {weights_title(final['w'])}"
         panels.append(Panel(name, caption, address, width))
 
-    rows = [row | {"snapshot (kimg)": ""} for row in model_rows(entry, score)]
-    tables = [Table("Models", rows, MODELS_NOTE)]
+    tables = [Table("Models", without_snapshot(model_rows(entry, score)), MODELS_NOTE)]
     tables += [Table(title, rows) for title, rows in judge_tables(entry)]
     if entry["grid"] and len(entry["blocks"]) != 3:
         best = sorted(entry["grid"], key=lambda row: (row["fd"] is None, row["fd"]))[:10]
@@ -188,6 +194,11 @@ def part_of(entry, score, samples, budget) -> Part:
         tables=tables,
         figures=figures_of(entry, score),
     )
+
+
+def without_snapshot(rows) -> list[dict]:
+    """Rows of one snapshot, which need not say which."""
+    return [{key: cell for key, cell in row.items() if key != "snapshot (kimg)"} for row in rows]
 
 
 def figures_of(entry, score) -> list[Figure]:
@@ -225,11 +236,12 @@ def headline_claims(entry) -> list[dict]:
 def tile_of(claim) -> Tile:
     own = claim["own"]
     low, high = percent(own["relative_low"]), percent(own["relative_high"])
-    question = f"{claim['model']} against {claim['against']}"
+    sides = claim["model"], claim["against"]
+    question = " against ".join(sides)
     if claim["primary"]:
         question += " (primary)"
     share = percent(own["relative_difference"])
-    return Tile(question, share, f"95%: {low} to {high}", verdict_text(own))
+    return Tile(question, share, f"95%: {low} to {high}", verdict_of([claim], *sides))
 
 
 MODELS_NOTE = (
@@ -321,9 +333,12 @@ def seeds_page(summary) -> Page:
     links = {}
     for seed in summary["seeds"]:
         links[f"training seed {seed['seed']}"] = f"{seed['folder']}/report.html"
+    claims, models = [claim_row(claim) for claim in over], seed_rows(summary)
+    if len(summary["kimg"]) == 1:
+        claims, models = without_snapshot(claims), without_snapshot(models)
     tables = [
-        Table("Claims over the training seeds", [claim_row(claim) for claim in over], STUDENT),
-        Table("Models at every training seed", seed_rows(summary)),
+        Table("Claims over the training seeds", claims, STUDENT),
+        Table("Models at every training seed", models),
     ]
     part = Part(
         title="",
@@ -337,7 +352,7 @@ def seeds_page(summary) -> Page:
         about=f"{summary['score']}, lower is better; {len(links)} training seeds",
         parts=[part],
         warnings=[],
-        trust=[INTERVALS, STUDENT],
+        trust={"What the numbers are": [INTERVALS, STUDENT]},
         trust_tables=[facts_table(summary), options_table(c)],
         command=summary["command"],
         links=links,
@@ -363,5 +378,5 @@ def seeds_tile(claim, several) -> Tile:
     if several:
         question += f", {claim['kimg']:g} kimg"
     verdicts = claim["own_verdicts"]
-    said = f"better in {verdicts.count('better')} of {len(verdicts)}"
+    said = f"seeds that say better: {verdicts.count('better')} of {len(verdicts)}"
     return Tile(question, mean, f"95%: {interval}", said)

@@ -123,7 +123,8 @@ def plot_weights(entry):
         groups[tuple(entry["final"]["global"]["w"])] = ["global"]
 
     heights = [0.3 + 0.22 * len(blocks) * len(names) for blocks, names in groups.items()]
-    figure, _ = new_figure(3.2, 1.2 + sum(heights))
+    longest = max(len(label(block)) for blocks in groups for block in blocks)
+    figure, _ = new_figure(2.4 + 0.07 * longest, 1.2 + sum(heights))
     figure.clear()
     axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
     parts = [f"global weight {everywhere:g}"]
@@ -144,7 +145,7 @@ def plot_weights(entry):
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(name, handle)
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=2)
-    axes[-1].set(xlabel="w: step back along the drift")
+    axes[-1].set(xlabel="w")
     return figure, f"Weights by block; {'; '.join(parts)}"
 
 
@@ -336,7 +337,7 @@ def plot_seeds(rows):
     """Relative gains of every training seed, in the selection's features and in the mean of the
     judges that no selection saw."""
     rows = [row for row in rows if row["model"] != "collapsed"]
-    figure, (axis,) = new_figure(6.6, 1.2 + 0.42 * len(rows))
+    figure, (axis,) = new_figure(5.6, 1.2 + 0.42 * len(rows))
     shown = []
     sides = (("own_relative", "own features", "global", -0.14),)
     sides += (("relative", "mean of the other judges", "blockwise", 0.14),)

@@ -36,10 +36,10 @@ def shares(gain) -> str:
     return spread(value, low, high, "+")
 
 
-def spread(value, low, high, sign="") -> str:
-    """A value and its interval, to as many decimals as half the interval has significant ones."""
+def spread(value, low, high, sign="", digits=3) -> str:
+    """A value and its interval, to as many decimals as give half the interval so many digits."""
     scale = (high - low) / 2 or abs(value) or 1.0
-    decimals = min(max(2 - math.floor(math.log10(scale)), 0), 9)
+    decimals = min(max(digits - 1 - math.floor(math.log10(scale)), 0), 9)
     value, low, high = (f"{one:{sign}.{decimals}f}" for one in (value, low, high))
     return f"{value} [{low}, {high}]"
 
@@ -73,24 +73,27 @@ def markdown(rows) -> str:
 
 
 def verdict_of(claims, model, against, judge=None) -> str:
-    """The claims' verdict, in the selection's features or a judge; empty where nothing is claimed.
+    """The claims' verdict in a cell, of the selection's features or a judge; empty where nothing is
+    claimed.
     Tables and sentences have one criterion."""
     for claim in claims:
         if (claim["model"], claim["against"]) == (model, against):
-            return verdict_text(claim["own"] if judge is None else claim["judges"][judge])
+            text = verdict_text(claim["own"] if judge is None else claim["judges"][judge])
+            return text.replace("no significant difference", "not significant")
     return ""
 
 
 def model_row(entry, name, score) -> dict:
     """The cells of one model of one snapshot. score: what the distance is called."""
+    kind = score.split(" (")[0]
     final, selected = entry["final"][name], entry.get(name, {})
     spread = "" if final["std"] is None else f" +- {number(final['std'])}"
     row = {
         "snapshot (kimg)": f"{entry['kimg']:g}",
         "model": name,
         "w": weights_text(final["w"]),
-        f"selection {score}": number(selected["fd"]) if "fd" in selected else "",
-        "final": number(final["fd"]) + spread,
+        f"selection {kind}": number(selected["fd"]) if "fd" in selected else "",
+        f"final {kind}": number(final["fd"]) + spread,
         "corrected": number(final["corrected"]) if "corrected" in final else "",
         "against base, % (95%)": "",
         "verdict": verdict_of(entry["claims"], name, "base"),
@@ -112,7 +115,7 @@ def model_row(entry, name, score) -> dict:
 
 def kernel_text(kernel) -> str:
     values = [kernel[key] for key in ("value", "low", "high")]
-    return "inf" if None in values else spread(*values)
+    return "inf" if None in values else spread(*values, digits=2)
 
 
 def model_rows(entry, score) -> list[dict]:
@@ -129,9 +132,9 @@ def judge_row(judge, name, claims) -> dict:
             row[model] = number(final[model]["fd"])
     for model, against in (("global", "base"), ("blockwise", "global"), ("searched", "global")):
         if model in final:
-            row[f"{model} against {against}, % (95%)"] = shares(final[model][f"against_{against}"])
-            if claims:
-                row[f"{model} against {against}"] = verdict_of(claims, model, against, name)
+            text = shares(final[model][f"against_{against}"])
+            verdict = verdict_of(claims, model, against, name)
+            row[f"{model} against {against}, % (95%)"] = f"{text} {verdict}".strip()
     return row
 
 
@@ -174,7 +177,7 @@ def entry_notes(entry) -> list[str]:
 def reference_notes(summary) -> list[str]:
     """What the final comparison compares with, and what only it does."""
     reference = summary["reference"]
-    notes = []
+    notes = [f"Distance: {summary['score']}, lower is better."]
     if "origin" in reference:
         once = "" if "selection" in reference else ", the same for selection and final comparison"
         notes.append(f"Reference: {reference['origin']}{once} ({reference['images']} images).")
@@ -217,7 +220,8 @@ def write_tables(summary, out) -> str:
     write_texts([markdown(models), *judged, *notes, *reference_notes(plain)], plain, out)
 
     several = len(plain["snapshots"]) > 1
-    columns = ["model", "w", "final", "against base, % (95%)", "verdict"]
+    final = f"final {plain['score'].split(' (')[0]}"
+    columns = ["model", "w", final, "against base, % (95%)", "verdict"]
     headlines, warnings = [], 0
     for entry in plain["snapshots"]:
         headlines.append(f"{entry['kimg']:g} kimg: " * several + headline(entry))
@@ -230,9 +234,8 @@ def write_tables(summary, out) -> str:
 
 def in_short(row) -> dict:
     """A model's cells in the words of a terminal."""
-    verdict = row["verdict"].replace("no significant difference", "not significant")
     w = "of every block" if len(row["w"]) > 60 else row["w"].replace(",", "")
-    return row | {"w": w, "verdict": verdict}
+    return row | {"w": w}
 
 
 def final_images(summary) -> str:
@@ -258,11 +261,11 @@ def seed_rows(summary) -> list[dict]:
                     f"final {summary['score']}": number(result["fd"]),
                 }
                 for other in ("base", "global"):
-                    row[f"against {other} (95%)"] = ""
+                    row[f"against {other}, % (95%)"] = ""
                     if f"against_{other}" in result:
                         verdict = verdict_of(claims, name, other)
-                        text = f"{interval(result[f'against_{other}'])} {verdict}"
-                        row[f"against {other} (95%)"] = text.strip()
+                        text = f"{shares(result[f'against_{other}'])} {verdict}"
+                        row[f"against {other}, % (95%)"] = text.strip()
                 rows.append(row)
     return rows
 
@@ -367,8 +370,8 @@ def terminal_text(title, rows, columns, sentences) -> str:
     for sentence in sentences[:MOST_SENTENCES]:
         wrapped = textwrap.wrap(escaped(sentence), WIDTH)
         if len(wrapped) > MOST_LINES:
-            wrapped = [*wrapped[: MOST_LINES - 1], printable(wrapped[MOST_LINES - 1], WIDTH - 4)]
-            wrapped[-1] += " ..."
+            last = textwrap.shorten(wrapped[MOST_LINES - 1], WIDTH - 4, placeholder="")
+            wrapped = [*wrapped[: MOST_LINES - 1], f"{last} ..."]
         lines += ["", *wrapped]
     return "\n".join(lines)
 
