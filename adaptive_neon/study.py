@@ -13,8 +13,9 @@ from torch import nn
 from .blocks import Blocks, Merger, block_order, partition, placebo_partitions
 from .config import Config, Preset
 from .controls import guided, with_steps
-from .diffusers import DiffusersModel, is_pipeline
+from .diffusers import DiffusersModel
 from .files import UserError, remove_orphans, write_atomically
+from .folders import is_pipeline
 from .images import RealData, read_dataset, refuse_empty_classes, write_dataset
 from .judges import Judge, build_judges
 from .keys import base_key, self_training_key, synthetic_key, weights_hash
