@@ -27,19 +27,14 @@ from .plots import figures_of, plot_report, plot_seeds
 from .processes import start_processes
 from .report import summarise, write_report, write_seeds
 from .sampling import Sampler
+from .stages import Setup, base_path, first_network, given_snapshots, prepare, self_training
 from .study import (
-    Setup,
-    base_path,
     block_names,
     blocks_of,
     check_grid,
     experiment,
-    first_network,
-    given_snapshots,
     global_weights,
     grid_points,
-    prepare,
-    self_training,
 )
 from .train import time_training
 from .verdicts import summarise_seeds
@@ -82,9 +77,7 @@ def study_one(c, preset, argv, processes, begin) -> dict | None:
     results = experiment(setup, net, sampler)
     if processes.rank > 0:
         return None
-    summary = summarise(
-        c, argv, results.entries, results.judges, setup, cost.seconds_per_image, processes, begin
-    )
+    summary = summarise(c, argv, results, setup, cost.seconds_per_image, processes, begin)
     write_report(summary, c.out)
     samples = {entry.kimg: entry.samples for entry in results.entries}
     plot_report(figures_of(summary, samples), c.out)

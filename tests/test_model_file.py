@@ -395,12 +395,12 @@ WRONG = {
     "dtype at import": (
         "\ntorch.set_default_dtype(torch.float64)\n",
         (),
-        "mine.py, when it is imported, changes torch's default dtype",
+        "mine.py changes torch's default dtype",
     ),
     "grad mode at import": (
         "\ntorch.set_grad_enabled(False)\n",
         (),
-        "mine.py, when it is imported, changes torch's gradient mode from True to False",
+        "mine.py changes torch's gradient mode from True to False",
     ),
     "parts in half precision": (
         sample_is("return Net.forward(net, noise, labels)"),
