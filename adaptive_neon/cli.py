@@ -27,19 +27,14 @@ from .plots import figures_of, plot_report, plot_seeds
 from .processes import start_processes
 from .report import summarise, write_report, write_seeds
 from .sampling import Sampler
+from .stages import Setup, base_path, first_network, given_snapshots, prepare, self_training
 from .study import (
-    Setup,
-    base_path,
     block_names,
     blocks_of,
     check_grid,
     experiment,
-    first_network,
-    given_snapshots,
     global_weights,
     grid_points,
-    prepare,
-    self_training,
 )
 from .train import time_training
 from .verdicts import summarise_seeds
