@@ -19,9 +19,9 @@ from torch import nn
 
 from .blocks import Merger
 from .config import Config, Preset, grid_values, judge_name
-from .diffusers import is_pipeline
 from .extension import neon_ext
 from .files import UserError, printable, reading, unfailing_terminal
+from .folders import is_pipeline
 from .judges import check_judges
 from .page import write_report, write_seeds
 from .processes import start_processes
@@ -295,7 +295,7 @@ def check_combinations(c: Config) -> None:
         raise UserError("--bounds: give two numbers, low,high")
     if c.placebo and c.partition == "layers":
         raise UserError("--placebo draws random blocks of several layers: use another --partition")
-    if c.guidance > 1 and (c.model or not is_pipeline(c.base)):
+    if c.guidance not in (None, 1) and (c.model or not is_pipeline(c.base)):
         raise UserError("--guidance is for pipelines of diffusers as --base: leave it out")
     if c.partition in ("paper", "structural") and not c.model:
         check_grid(c, ["enc", "mid", "dec"])
