@@ -391,15 +391,21 @@ def encoded(panel, format="PNG") -> str:
     return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+WIDEST = 800  # pixels of several samples in a row
+
+
 def sample_pictures(samples, budget):
     """{model: images} -> {model: (width, address)}: whole pixels as long as all addresses have at
-    most `budget` characters, else fewer images, at last compressed."""
+    most `budget` characters, else fewer images, then compressed, at last none."""
     attempts = (("PNG", 8), ("PNG", 6), ("PNG", 4), ("PNG", 3), ("JPEG", 3), ("JPEG", 2))
+    side = max(images.shape[3] for images in samples.values())
     for format, most in (*attempts, ("JPEG", 1)):
+        if most > 1 and most * side > WIDEST:
+            continue
         pictures = {}
         for name, images in samples.items():
             panel = sample_panel(images, most)
             pictures[name] = panel.shape[1], encoded(panel, format)
         if sum(len(address) for _, address in pictures.values()) <= budget:
-            break
-    return pictures
+            return pictures
+    return {}

@@ -358,7 +358,7 @@ def write_texts(texts, plain, out) -> None:
 
 
 WIDTH = 100  # of a terminal
-MOST_ROWS = 10  # of a table there
+MOST_ROWS = 9  # of a table there
 MOST_SENTENCES, MOST_LINES = 2, 3  # there, of a sentence
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -274,7 +275,7 @@ def test_base_and_aux_of_files(tmp_path):
     for aux in auxes:
         (tmp_path / "aux.safetensors").write_bytes(aux.read_bytes())
         with pytest.MonkeyPatch.context() as patch:
-            replace(patch, "plot_report", lambda *args: None)
+            replace(patch, "drawn", lambda *args: None)
             run(out, *GIVEN, base, "--aux", tmp_path / "aux.safetensors")
         (entry,) = json.loads((out / "summary.json").read_text())["snapshots"]
         firsts.append([entry[name]["fd"] for name in ("base", "collapsed", "blockwise")])
@@ -322,13 +323,12 @@ SEARCHED = ("--search", "gradient", "--evaluations", "2", "--search-partition", 
 
 @pytest.fixture(scope="module")
 def several(toys, tmp_path_factory):
-    """Three training seeds of two snapshots -> folder, summary over the seeds, one for each; names
-    of the pictures, which are not drawn, and of their folders are left in pictures.json."""
-    out, pictures = tmp_path_factory.mktemp("several"), []
+    """Three training seeds of two snapshots -> folder, summary over the seeds, one for each; no
+    figure is drawn."""
+    out = tmp_path_factory.mktemp("several")
     with pytest.MonkeyPatch.context() as patch:
-        replace(patch, "plot_report", lambda figures, to: pictures.append([to.name, *figures]))
+        replace(patch, "drawn", lambda *args: None)
         run(out, *SEEDS, *SEARCHED, "--placebo", "1")
-    (out / "pictures.json").write_text(json.dumps(pictures))
     folders = [out, *(out / f"seed-{k}" for k in range(3))]
     summary, *own = [json.loads((path / "summary.json").read_text()) for path in folders]
     return out, summary, own
@@ -410,12 +410,11 @@ def test_search_over_layers_beside_a_grid_over_blocks(several):
             assert len(entry["searched"]["w"]) == 8
 
 
-def test_pictures_over_the_seeds(several):
+def test_report_over_the_seeds_links_to_those_of_the_seeds(several):
     out = several[0]
-    *own, over = json.loads((out / "pictures.json").read_text())
-    assert over == [out.name, "seeds.png"]
-    assert [folder for folder, *_ in own] == ["seed-0", "seed-1", "seed-2"]
-    assert all("samples_000001.png" in names and "scores.png" in names for _, *names in own)
+    links = re.findall(r'href="([^"]*)"', (out / "report.html").read_text())
+    assert links == [f"seed-{k}/report.html" for k in range(3)]
+    assert all("view-2" in (out / link).read_text() for link in links)  # of both snapshots
 
 
 def test_training_seeds_of_given_networks_are_refused(tmp_path):
@@ -558,11 +557,11 @@ def test_a_terminal_that_fails_costs_nothing(terminal, tmp_path, monkeypatch):
     with terminal() as one, terminal() as other, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", one)
         patch.setattr(sys, "stderr", other)
-        replace(patch, "plot_report", lambda figures, to: (to / "drawn").touch())
+        replace(patch, "drawn", lambda *args: None)
         edm.main([*TOY, "--out", str(out), "--protocol", "paper", "--select-images", "50"])
         print("and what follows", flush=True)
     names = {path.name for path in out.iterdir()}
-    assert {"table.md", "summary.json", "drawn", "adaptive-neon-000001.safetensors"} <= names
+    assert {"table.md", "summary.json", "report.html", "adaptive-neon-000001.safetensors"} <= names
 
 
 def test_terminal_is_the_users_again(monkeypatch, tmp_path):
