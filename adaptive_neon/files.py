@@ -116,10 +116,11 @@ def unfailing_terminal():
             ("stderr", contextlib.redirect_stderr),
         ):
             stream = getattr(sys, name)
-            if stream is not None:  # as without a console
-                terminal = Terminal(stream)
-                stack.enter_context(redirect(terminal))
-                stack.callback(terminal.flush)
+            if stream is None:  # as after 2>&-
+                stream = stack.enter_context(open(os.devnull, "w"))
+            terminal = Terminal(stream)
+            stack.enter_context(redirect(terminal))
+            stack.callback(terminal.flush)
         yield
 
 
