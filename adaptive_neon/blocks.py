@@ -134,7 +134,7 @@ class Merger:
         if isinstance(aux, dict):
             state, aux = aux, copied(base)
             aux.load_state_dict(state)
-        check_same_network(base, aux)
+        check_same_tensors(tensors_of(base), tensors_of(aux), "base and self-trained network")
         self.base, self.aux = base, aux
         self.base_hash, self.aux_hash = weights_hash(base), weights_hash(aux)
         self.net: nn.Module | None = None
@@ -287,17 +287,14 @@ def tensors_of(net: nn.Module) -> dict[str, torch.Tensor]:
     return dict(net.named_parameters()) | dict(net.named_buffers())
 
 
-def check_same_network(base: nn.Module, aux: nn.Module) -> None:
-    ours, theirs = tensors_of(base), tensors_of(aux)
+def check_same_tensors(ours: dict, theirs: dict, which: str) -> None:
+    """The same names and shapes, in {name: tensor} of two networks."""
     for name in [*ours, *theirs]:
         shapes = []
         for side in (ours, theirs):
             shapes.append(tuple(side[name].shape) if name in side else "absent")
         if shapes[0] != shapes[1]:
-            raise UserError(
-                f"base and self-trained network differ, first at {name}: {shapes[0]} and "
-                f"{shapes[1]}"
-            )
+            raise UserError(f"{which} differ, first at {name}: {shapes[0]} and {shapes[1]}")
 
 
 def spectral_weights(net: nn.Module) -> list[tuple[str, nn.Module, object, str]]:

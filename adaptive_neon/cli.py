@@ -16,27 +16,22 @@ from torch import nn
 from .blocks import Merger
 from .command import Parser, run_command
 from .config import Config, Preset, grid_values, judge_name
-from .diffusers import is_pipeline
 from .extension import neon_ext
 from .files import UserError, reading
+from .folders import is_pipeline
 from .judges import check_judges
 from .plots import figures_of, plot_report, plot_seeds
 from .processes import start_processes
 from .report import summarise, write_report, write_seeds
 from .sampling import Sampler
+from .stages import Setup, base_path, first_network, given_snapshots, prepare, self_training
 from .study import (
-    Setup,
-    base_path,
     block_names,
     blocks_of,
     check_grid,
     experiment,
-    first_network,
-    given_snapshots,
     global_weights,
     grid_points,
-    prepare,
-    self_training,
 )
 from .train import time_training
 from .verdicts import summarise_seeds
@@ -79,9 +74,7 @@ def study_one(c, preset, argv, processes, begin) -> dict | None:
     results = experiment(setup, net, sampler)
     if processes.rank > 0:
         return None
-    summary = summarise(
-        c, argv, results.entries, results.judges, setup, cost.seconds_per_image, processes, begin
-    )
+    summary = summarise(c, argv, results, setup, cost.seconds_per_image, processes, begin)
     write_report(summary, c.out)
     samples = {entry.kimg: entry.samples for entry in results.entries}
     plot_report(figures_of(summary, samples), c.out)
@@ -301,7 +294,7 @@ def check_combinations(c: Config) -> None:
         raise UserError("--bounds: give two numbers, low,high")
     if c.placebo and c.partition == "layers":
         raise UserError("--placebo draws random blocks of several layers: use another --partition")
-    if c.guidance > 1 and (c.model or not is_pipeline(c.base)):
+    if c.guidance not in (None, 1) and (c.model or not is_pipeline(c.base)):
         raise UserError("--guidance is for pipelines of diffusers as --base: leave it out")
     if c.partition in ("paper", "structural") and not c.model:
         check_grid(c, ["enc", "mid", "dec"])

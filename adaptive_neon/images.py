@@ -83,8 +83,10 @@ def split(
 
 def refuse_empty_classes(real: RealImages, classes: int) -> None:
     """All classes 0, 1, ... of a network are sampled: each needs images to be trained on."""
-    if not classes or real.labels is None:
+    if not classes:
         return
+    if real.labels is None:
+        raise UserError(f"{real.source}: no labels, the network takes {classes} classes")
     counts = torch.bincount(real.labels, minlength=classes)
     empty = (counts == 0).nonzero().flatten().tolist()
     if len(counts) > classes or empty:

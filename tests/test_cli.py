@@ -342,10 +342,10 @@ def test_networks_of_a_training_seed_are_those_of_a_run_with_it(several, k):
     out = several[0] / f"seed-{k}"
     setup = toy_setup(out)
     c = parse([*TOY, "--snapshot", "2,1", "--seed", str(7 + 2 * k), "--out", str(out)])
-    setup = neon.study.Setup(c, preset, ToyModel(), setup.processes, setup.real, setup.seeds)
-    path = neon.study.base_path(setup, neon.study.first_network(setup))
+    setup = neon.stages.Setup(c, preset, ToyModel(), setup.processes, setup.real, setup.seeds)
+    path = neon.stages.base_path(setup, neon.stages.first_network(setup))
     assert [*out.glob("base-*")] == [path]
-    paths, _, _ = neon.study.self_training(setup, ToyModel().load(path))
+    paths, _, _ = neon.stages.self_training(setup, ToyModel().load(path))
     assert sorted(out.glob("self-*/network-*")) == sorted(paths.values())
 
 

@@ -523,7 +523,7 @@ def test_a_base_is_not_trained_without_a_class(tmp_path):
     c = neon.config.Config(train_base=1.0)
     setup = types.SimpleNamespace(c=c, real=real, model=edm.EdmModel(edm.PRESETS["glyphs"], c))
     with pytest.raises(neon.files.UserError, match=r"no image of 1 of 5 classes \(0\)"):
-        neon.study.first_network(setup)
+        neon.stages.first_network(setup)
 
 
 def test_classes_with_images_are_accepted():
