@@ -193,7 +193,9 @@ class Config:
     # Sampling
     steps: int = count(18, "sampler steps", high=10_000)
     labels: str = option("balanced", "equal shares or EDM's draws", choices=("balanced", "random"))
-    guidance: float = option(1.0, "classifier-free, of diffusers' DiT; 1: none", low=1, high=1e3)
+    guidance: float = option(
+        None, "classifier-free, of pipelines (default: their own); 1: none", float, low=1, high=1e3
+    )
     sample_batch: int = count(256, "images sampled at once")
     precision: str = option(default_precision, "of sampling; on a GPU tf32", str, PRECISIONS)
     confirm_precision: str = option("", "of the final comparison", choices=PRECISIONS)

@@ -83,7 +83,7 @@ class Terminal:
     """A stream whose failure costs nothing: it may be gone (`| head`) or know no accents."""
 
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # none without a console
+        self.stream = stream or open(os.devnull, "w")  # none after 2>&-
 
     def write(self, text: str) -> int:
         encoding = self.stream.encoding or "utf-8"
