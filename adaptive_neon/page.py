@@ -89,7 +89,7 @@ class Part:
     panels: list[Panel] = dataclasses.field(default_factory=list)
     beside: Figure | None = None  # on the first screen
     tables: list[Table] = dataclasses.field(default_factory=list)
-    figures: list[Figure | None] = dataclasses.field(default_factory=list)
+    figures: list[Figure] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from functools import partial
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -30,7 +31,7 @@ STYLES = {
 INK = "#0b0c0d"  # becomes the colour of the page's text
 
 # Text stays text, so that it is read aloud, found, and in the page's font; dollars are no formulas.
-RC = {
+RC: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 10,

@@ -114,8 +114,8 @@ def model_row(entry, name, score) -> dict:
 
 
 def kernel_text(kernel) -> str:
-    values = [kernel[key] for key in ("value", "low", "high")]
-    return "inf" if None in values else spread(*values, digits=2)
+    value, low, high = (kernel[key] for key in ("value", "low", "high"))
+    return "inf" if None in (value, low, high) else spread(value, low, high, digits=2)
 
 
 def model_rows(entry, score) -> list[dict]:
@@ -355,6 +355,12 @@ def write_texts(texts, plain, out) -> None:
     text = "\n\n".join(filter(None, texts))
     write_atomically(out / "table.md", text + "\n")
     write_atomically(out / "summary.json", json.dumps(plain, indent=1, allow_nan=False))
+
+
+def publish(texts, plain, out):
+    """table.md and summary.json; then, where nothing can be lost any more, the terminal."""
+    write_texts(texts, plain, out)
+    print("\n" + "\n\n".join(filter(None, texts)), flush=True)
 
 
 WIDTH = 100  # of a terminal
