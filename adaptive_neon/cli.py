@@ -1,13 +1,9 @@
 """The command line: options, plan, estimate, run."""
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import re
-import signal
-import sys
-import threading
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -18,10 +14,11 @@ import torch.distributed as dist
 from torch import nn
 
 from .blocks import Merger
+from .command import Parser, run_command
 from .config import Config, Preset, grid_values, judge_name
 from .controls import GUIDANCES
 from .extension import neon_ext
-from .files import UserError, printable, reading, unfailing_terminal
+from .files import UserError, reading
 from .folders import is_pipeline
 from .judges import check_judges
 from .plots import figures_of, plot_report, plot_seeds
@@ -210,11 +207,6 @@ def print_plan(setup: Setup, net: nn.Module, sampler: Sampler, cost: Cost) -> No
 
 
 # -------------------- options
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{printable(message)} (see --help)")
-
-
 def in_range(field, text):
     """An option's value, its numbers within the option's range."""
     how = field.metadata
@@ -325,44 +317,15 @@ def check_machine(c: Config) -> None:
             raise PermissionError("no permission")
 
 
-# -------------------- the process: signals, one line, exit codes
-def interrupt(number, frame):
-    """One line at once: what runs may take minutes to notice."""
-    with contextlib.suppress(OSError):
-        os.write(2, b"\nedm_neon: stopped; finished parts are kept, the same command goes on\n")
-    raise KeyboardInterrupt(number)
-
-
+# -------------------- the process
 def main(argv: list[str] | None, presets: Mapping[str, Preset], doc: str) -> None:
     """A whole run; what the user can mend is one line and exit code 2."""
-    if threading.current_thread() is threading.main_thread():  # no other can catch signals
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
-                signal.signal(number, interrupt)
-    with unfailing_terminal():
-        code = exit_code(sys.argv[1:] if argv is None else argv, presets, doc)
-    if code:
-        sys.exit(code)
 
+    def work(options):
+        try:
+            run(options, presets, doc)
+        finally:
+            if dist.is_available() and dist.is_initialized():
+                dist.destroy_process_group()
 
-def exit_code(argv: list[str], presets: Mapping[str, Preset], doc: str) -> int:
-    """Of a run, whose errors are one line."""
-    try:
-        run(argv, presets, doc)
-    except UserError as error:
-        return complain(error)
-    except OSError as error:
-        return complain(f"{error}; what was finished stays")
-    except KeyboardInterrupt as stop:
-        if not stop.args:
-            complain("stopped; finished parts are kept, the same command goes on")
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)  # as shells report a signal
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
-
-
-def complain(message) -> int:
-    print(f"edm_neon: {message}", file=sys.stderr)
-    return 2
+    run_command("edm_neon", work, argv)

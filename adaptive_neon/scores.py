@@ -330,9 +330,7 @@ class Scorer:
             fd, folds = reference.prepared.fold_distances(features, FOLDS)
         if features is not None and reference.real is not None:
             if shares:
-                precision, recall = precision_recall(
-                    reference.real, features, real_radii=reference.radii
-                )
+                precision, recall = precision_recall(reference, features)
             if seeds.is_final:
                 kernel, kernel_folds, kernel_real_folds = kernel_distance(reference, features)
         if features is not None and seeds.is_final:
