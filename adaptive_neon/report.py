@@ -85,10 +85,23 @@ def model_row(entry, name, score) -> dict:
     if "precision" in final:
         row["precision"] = f"{final['precision']:.3f}"
         row["recall"] = f"{final['recall']:.3f}"
+    asked = [adherence(entry, name, judge) for judge in (None, *entry["judges"])]
+    if any(asked):
+        row["adherence (95%)"] = next(filter(None, asked))
     if "kernel" in final:
         value, low, high = (number(final["kernel"][key]) for key in ("value", "low", "high"))
         row["kernel distance (95%)"] = f"{value} [{low}, {high}]"
     return row
+
+
+def adherence(entry, name, judge=None) -> str:
+    """To what was asked for, and its interval, in the selection's features or a judge; empty where
+    it was not measured."""
+    final = (entry if judge is None else entry["judges"][judge])["final"][name]
+    if "alignment" not in final:
+        return ""
+    value, low, high = (final["alignment"][key] for key in ("value", "low", "high"))
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def judge_row(judge, name, claims) -> dict:
