@@ -16,6 +16,7 @@ from torch import nn
 from .blocks import Merger
 from .command import Parser, run_command
 from .config import Config, Preset, grid_values, judge_name
+from .controls import GUIDANCES
 from .extension import neon_ext
 from .files import UserError, reading
 from .folders import is_pipeline
@@ -122,7 +123,10 @@ class Cost:
         if c.search:
             # A gradient costs about as much as five scores, and its point is scored too.
             scores += c.evaluations * {"cobyqa": 1, "gradient": 6}[c.search]
-        finals = 4 + bool(c.search) + c.placebo + 2 * len(c.controls) + bool(c.continue_on_data)
+        finals = 4 + bool(c.search) + c.placebo + bool(c.continue_on_data)
+        finals += 2 * ("steps" in c.controls) + 2 * ("guided" in c.controls)
+        if "guidance" in c.controls and getattr(setup.model, "guidance", 1) > 1:
+            scores, finals = scores + len(GUIDANCES) + 1, finals + 2
         finals *= c.final_repeats
         images = (scores * c.select_images + finals * c.final_images) * len(c.snapshot)
         hours = (images + c.synthetic) * seconds / 3600 / setup.processes.world

@@ -110,6 +110,9 @@ def model_row(entry, name, score) -> dict:
         row["recall"] = f"{final['recall']:.3f}"
     if final.get("memorisation") is not None:
         row["memorised, %"] = f"{100 * final['memorisation']:.1f}"
+    asked = [adherence(entry, name, judge) for judge in (None, *entry["judges"])]
+    if any(asked):
+        row["adherence (95%)"] = next(filter(None, asked))
     return row
 
 
@@ -120,6 +123,16 @@ def kernel_text(kernel) -> str:
 
 def model_rows(entry, score) -> list[dict]:
     return [model_row(entry, name, score) for name in entry["final"]]
+
+
+def adherence(entry, name, judge=None) -> str:
+    """To what was asked for, and its interval, in the selection's features or a judge; empty where
+    it was not measured."""
+    final = (entry if judge is None else entry["judges"][judge])["final"][name]
+    if "alignment" not in final:
+        return ""
+    value, low, high = (final["alignment"][key] for key in ("value", "low", "high"))
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def judge_row(judge, name, claims) -> dict:

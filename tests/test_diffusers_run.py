@@ -327,10 +327,6 @@ def test_a_damaged_snapshot_of_ours(whole, pipelines, tmp_path, refused):
     safetensors.torch.save_file(lacking, tmp_path / "lacking.safetensors", note)
     assert name in refused(*options, tmp_path / "lacking.safetensors")
 
-    tensors[name].view(-1)[0] = float("nan")
-    safetensors.torch.save_file(tensors, tmp_path / "nan.safetensors", note)
-    assert "finite" in refused(*options, tmp_path / "nan.safetensors")
-
 
 @pytest.mark.parametrize(
     "kind, options, message",
