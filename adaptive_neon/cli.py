@@ -21,9 +21,9 @@ from .extension import neon_ext
 from .files import UserError, reading
 from .folders import is_pipeline
 from .judges import check_judges
-from .plots import figures_of, plot_report, plot_seeds
+from .page import write_report, write_seeds
 from .processes import start_processes
-from .report import summarise, write_report, write_seeds
+from .report import summarise
 from .sampling import Sampler
 from .stages import Setup, base_path, first_network, given_snapshots, prepare, self_training
 from .study import (
@@ -76,13 +76,7 @@ def study_one(c, preset, argv, processes, begin) -> dict | None:
     if processes.rank > 0:
         return None
     summary = summarise(c, argv, results, setup, cost.seconds_per_image, processes, begin)
-    write_report(summary, c.out)
-    samples = {entry.kimg: entry.samples for entry in results.entries}
-    plot_report(figures_of(summary, samples), c.out)
-    print(
-        f"\n{summary['seconds_total']:.1f} s; "
-        f"summary.json, table.md, grid.jsonl, pictures in {c.out}"
-    )
+    write_report(summary, {entry.kimg: entry.samples for entry in results.entries}, c.out)
     return summary
 
 
@@ -104,7 +98,6 @@ def study_seeds(c, preset, argv, processes, begin) -> None:
     elif processes.rank == 0:
         summary = summarise_seeds(c, argv, summaries, begin)
         write_seeds(summary, c.out)
-        plot_report({"seeds.png": (plot_seeds, summary)}, c.out)
 
 
 # -------------------- what it will cost
