@@ -173,7 +173,7 @@ def claims_in_order(entry) -> list[dict]:
 def headline(entry) -> str:
     """What came out, in a sentence or two."""
     text = entry.get("headline") or claims_in_order(entry)[0]["sentence"]
-    return text if text.endswith(".") else f"{text}."
+    return text[:1].upper() + text[1:].removesuffix(".") + "."
 
 
 def entry_notes(entry) -> list[str]:

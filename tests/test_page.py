@@ -129,10 +129,10 @@ def test_a_page_asks_for_nothing_from_elsewhere(read, text):
 def test_every_snapshot_has_its_headline(read, summary):
     for entry in summary["snapshots"]:
         (claim,) = [claim for claim in entry["claims"] if claim["primary"]]
-        assert read.says(f"{claim['sentence']}.") and read.says(f"{entry['kimg']} kimg")
+        assert read.says(f"P{claim['sentence'][1:]}.") and read.says(f"{entry['kimg']} kimg")
 
 
-@pytest.mark.parametrize("text, shown", [("It held", "It held."), ("It held.", "It held.")])
+@pytest.mark.parametrize("text, shown", [("it held", "It held."), ("It held.", "It held.")])
 def test_headline_of_the_summary(text, shown):
     assert neon.report.headline(entry_of() | {"headline": text}) == shown
 

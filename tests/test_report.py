@@ -414,7 +414,7 @@ def test_the_terminal_gets_a_table_and_sentences(tmp_path):
         for column in ("model", "final FD", "against base, % (95%)", "verdict"):
             assert row[column] in line
     sentence = claim_in(entry, "searched", "global")["sentence"]
-    assert f"{sentence}." in " ".join(lines[7:])
+    assert f"{sentence[1:]}." in " ".join(lines[7:])
     assert lines[-1] == "1 warnings: see the report."
 
 
