@@ -16,6 +16,10 @@ from .processes import Diverged
 from .sampling import Sampler
 from .scores import Scorer
 
+TWICE = "base, twice the steps"
+GUIDED = "guided"
+TRAINED_ON = "base, trained on"
+
 
 def with_steps(scorer: Scorer, steps: int) -> Scorer:
     """The same networks, sampled in so many steps."""
