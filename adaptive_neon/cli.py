@@ -1,13 +1,9 @@
 """The command line: options, plan, estimate, run."""
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import re
-import signal
-import sys
-import threading
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -18,14 +14,16 @@ import torch.distributed as dist
 from torch import nn
 
 from .blocks import Merger
+from .command import Parser, run_command
 from .config import Config, Preset, grid_values, judge_name
-from .diffusers import is_pipeline
+from .controls import GUIDANCES
 from .extension import neon_ext
-from .files import UserError, printable, reading, unfailing_terminal
+from .files import UserError, reading
+from .folders import is_pipeline
 from .judges import check_judges
-from .plots import figures_of, plot_report, plot_seeds
+from .page import write_report, write_seeds
 from .processes import start_processes
-from .report import summarise, write_report, write_seeds
+from .report import summarise
 from .sampling import Sampler
 from .stages import Setup, base_path, first_network, given_snapshots, prepare, self_training
 from .study import (
@@ -80,13 +78,7 @@ def study_one(c, preset, argv, processes, begin) -> dict | None:
     if processes.rank > 0:
         return None
     summary = summarise(c, argv, results, setup, cost.seconds_per_image, processes, begin)
-    write_report(summary, c.out)
-    samples = {entry.kimg: entry.samples for entry in results.entries}
-    plot_report(figures_of(summary, samples), c.out)
-    print(
-        f"\n{summary['seconds_total']:.1f} s; "
-        f"summary.json, table.md, grid.jsonl, pictures in {c.out}"
-    )
+    write_report(summary, {entry.kimg: entry.samples for entry in results.entries}, c.out)
     return summary
 
 
@@ -108,7 +100,6 @@ def study_seeds(c, preset, argv, processes, begin) -> None:
     elif processes.rank == 0:
         summary = summarise_seeds(c, argv, summaries, begin)
         write_seeds(summary, c.out)
-        plot_report({"seeds.png": (plot_seeds, summary)}, c.out)
 
 
 # -------------------- what it will cost
@@ -134,7 +125,10 @@ class Cost:
         if c.search:
             # A gradient costs about as much as five scores, and its point is scored too.
             scores += c.evaluations * {"cobyqa": 1, "gradient": 6}[c.search]
-        finals = 4 + bool(c.search) + c.placebo + 2 * len(c.controls) + bool(c.continue_on_data)
+        finals = 4 + bool(c.search) + c.placebo + bool(c.continue_on_data)
+        finals += 2 * ("steps" in c.controls) + 2 * ("guided" in c.controls)
+        if "guidance" in c.controls and getattr(setup.model, "guidance", 1) > 1:
+            scores, finals = scores + len(GUIDANCES) + 1, finals + 2
         finals *= c.final_repeats
         images = (scores * c.select_images + finals * c.final_images) * len(c.snapshot)
         hours = (images + c.synthetic) * seconds / 3600 / setup.processes.world
@@ -208,11 +202,6 @@ def print_plan(setup: Setup, net: nn.Module, sampler: Sampler, cost: Cost) -> No
 
 
 # -------------------- options
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{printable(message)} (see --help)")
-
-
 def in_range(field, text):
     """An option's value, its numbers within the option's range."""
     how = field.metadata
@@ -304,7 +293,7 @@ def check_combinations(c: Config) -> None:
         raise UserError("--bounds: give two numbers, low,high")
     if c.placebo and c.partition == "layers":
         raise UserError("--placebo draws random blocks of several layers: use another --partition")
-    if c.guidance > 1 and (c.model or not is_pipeline(c.base)):
+    if c.guidance not in (None, 1) and (c.model or not is_pipeline(c.base)):
         raise UserError("--guidance is for pipelines of diffusers as --base: leave it out")
     if c.partition in ("paper", "structural") and not c.model:
         check_grid(c, ["enc", "mid", "dec"])
@@ -323,44 +312,15 @@ def check_machine(c: Config) -> None:
             raise PermissionError("no permission")
 
 
-# -------------------- the process: signals, one line, exit codes
-def interrupt(number, frame):
-    """One line at once: what runs may take minutes to notice."""
-    with contextlib.suppress(OSError):
-        os.write(2, b"\nedm_neon: stopped; finished parts are kept, the same command goes on\n")
-    raise KeyboardInterrupt(number)
-
-
+# -------------------- the process
 def main(argv: list[str] | None, presets: Mapping[str, Preset], doc: str) -> None:
     """A whole run; what the user can mend is one line and exit code 2."""
-    if threading.current_thread() is threading.main_thread():  # no other can catch signals
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
-                signal.signal(number, interrupt)
-    with unfailing_terminal():
-        code = exit_code(sys.argv[1:] if argv is None else argv, presets, doc)
-    if code:
-        sys.exit(code)
 
+    def work(options):
+        try:
+            run(options, presets, doc)
+        finally:
+            if dist.is_available() and dist.is_initialized():
+                dist.destroy_process_group()
 
-def exit_code(argv: list[str], presets: Mapping[str, Preset], doc: str) -> int:
-    """Of a run, whose errors are one line."""
-    try:
-        run(argv, presets, doc)
-    except UserError as error:
-        return complain(error)
-    except OSError as error:
-        return complain(f"{error}; what was finished stays")
-    except KeyboardInterrupt as stop:
-        if not stop.args:
-            complain("stopped; finished parts are kept, the same command goes on")
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)  # as shells report a signal
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
-
-
-def complain(message) -> int:
-    print(f"edm_neon: {message}", file=sys.stderr)
-    return 2
+    run_command("edm_neon", work, argv)

@@ -55,7 +55,7 @@ class Preset:
 # -------------------- kinds of options
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 PARTITIONS = "paper, structural, layers"
-CONTROLS = ("steps", "guided")
+CONTROLS = ("steps", "guided", "guidance")
 MOST_VALUES = 10_000  # of a sweep
 
 
@@ -109,7 +109,8 @@ def controls(text):
         return ()
     for name in names:
         if name not in CONTROLS:
-            raise argparse.ArgumentTypeError(f"{name!r} is no control: steps, guided, or none")
+            known = ", ".join(CONTROLS)
+            raise argparse.ArgumentTypeError(f"{name!r} is no control: {known}, or none")
     return names
 
 
@@ -193,7 +194,9 @@ class Config:
     # Sampling
     steps: int = count(18, "sampler steps", high=10_000)
     labels: str = option("balanced", "equal shares or EDM's draws", choices=("balanced", "random"))
-    guidance: float = option(1.0, "classifier-free, of diffusers' DiT; 1: none", low=1, high=1e3)
+    guidance: float = option(
+        None, "classifier-free, of pipelines (default: their own); 1: none", float, low=1, high=1e3
+    )
     sample_batch: int = count(256, "images sampled at once")
     precision: str = option(default_precision, "of sampling; on a GPU tf32", str, PRECISIONS)
     confirm_precision: str = option("", "of the final comparison", choices=PRECISIONS)
@@ -239,7 +242,10 @@ class Config:
         "blockwise, against global",
     )
     controls: tuple = option(
-        CONTROLS, "by commas: steps (twice as many), guided (outputs step back), none", controls
+        CONTROLS,
+        "by commas: steps (twice as many), guided (outputs step back), guidance (the base with "
+        "more or less), none",
+        controls,
     )
     continue_on_data: float = option(
         0.0,

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from .config import Config, Preset
-from .diffusers import DiffusersModel, is_pipeline
+from .diffusers import DiffusersModel
 from .files import UserError, remove_orphans
+from .folders import is_pipeline
 from .images import RealData, read_dataset, refuse_empty_classes, write_dataset
 from .keys import base_key, self_training_key, synthetic_key, weights_hash
 from .modelfile import FileModel

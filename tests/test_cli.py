@@ -1,11 +1,8 @@
 """adaptive_neon.cli: options, plan, estimate, several training seeds, the process."""
 
-import io
+import contextlib
 import json
-import os
-import signal
-import sys
-import threading
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -274,7 +271,7 @@ def test_base_and_aux_of_files(tmp_path):
     for aux in auxes:
         (tmp_path / "aux.safetensors").write_bytes(aux.read_bytes())
         with pytest.MonkeyPatch.context() as patch:
-            replace(patch, "plot_report", lambda *args: None)
+            replace(patch, "drawn", lambda *args: None)
             run(out, *GIVEN, base, "--aux", tmp_path / "aux.safetensors")
         (entry,) = json.loads((out / "summary.json").read_text())["snapshots"]
         firsts.append([entry[name]["fd"] for name in ("base", "collapsed", "blockwise")])
@@ -322,13 +319,12 @@ SEARCHED = ("--search", "gradient", "--evaluations", "2", "--search-partition", 
 
 @pytest.fixture(scope="module")
 def several(toys, tmp_path_factory):
-    """Three training seeds of two snapshots -> folder, summary over the seeds, one for each; names
-    of the pictures, which are not drawn, and of their folders are left in pictures.json."""
-    out, pictures = tmp_path_factory.mktemp("several"), []
+    """Three training seeds of two snapshots -> folder, summary over the seeds, one for each; no
+    figure is drawn."""
+    out = tmp_path_factory.mktemp("several")
     with pytest.MonkeyPatch.context() as patch:
-        replace(patch, "plot_report", lambda figures, to: pictures.append([to.name, *figures]))
+        replace(patch, "drawn", lambda *args: None)
         run(out, *SEEDS, *SEARCHED, "--placebo", "1")
-    (out / "pictures.json").write_text(json.dumps(pictures))
     folders = [out, *(out / f"seed-{k}" for k in range(3))]
     summary, *own = [json.loads((path / "summary.json").read_text()) for path in folders]
     return out, summary, own
@@ -410,12 +406,11 @@ def test_search_over_layers_beside_a_grid_over_blocks(several):
             assert len(entry["searched"]["w"]) == 8
 
 
-def test_pictures_over_the_seeds(several):
+def test_report_over_the_seeds_links_to_those_of_the_seeds(several):
     out = several[0]
-    *own, over = json.loads((out / "pictures.json").read_text())
-    assert over == [out.name, "seeds.png"]
-    assert [folder for folder, *_ in own] == ["seed-0", "seed-1", "seed-2"]
-    assert all("samples_000001.png" in names and "scores.png" in names for _, *names in own)
+    links = re.findall(r'href="([^"]*)"', (out / "report.html").read_text())
+    assert links == [f"seed-{k}/report.html" for k in range(3)]
+    assert all("view-2" in (out / link).read_text() for link in links)  # of both snapshots
 
 
 def test_training_seeds_of_given_networks_are_refused(tmp_path):
@@ -426,150 +421,32 @@ def test_training_seeds_of_given_networks_are_refused(tmp_path):
 # -------------------- the process
 
 
-@pytest.fixture
-def outcome(monkeypatch, tmp_path):
-    """code(error): the exit code of main() where the run ends with this error."""
+def test_errors_are_one_line(monkeypatch, capsys):
+    def ending(*args):
+        raise neon.files.UserError("a wrong file")
 
-    def code(error):
-        def ending(*args):
-            raise error
-
-        replace(monkeypatch, "run", ending)
-        with pytest.raises(SystemExit) as stop:
-            edm.main([])
-        return stop.value.code
-
-    return code
-
-
-@pytest.mark.parametrize(
-    "error, code",
-    [
-        (neon.files.UserError("a wrong file"), 2),
-        (OSError(28, "No space left on device"), 2),
-        (KeyboardInterrupt(signal.SIGTERM), 143),
-        (KeyboardInterrupt(), 130),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
-)
-def test_exit_codes(outcome, error, code):
-    assert outcome(error) == code
-
-
-@pytest.mark.parametrize(
-    "error, words",
-    [
-        (neon.files.UserError("a wrong file"), "a wrong file"),
-        (OSError(28, "No space left on device"), "No space left"),
-        (KeyboardInterrupt(), "the same command goes on"),
-    ],
-    ids=["user", "disk", "stopped"],
-)
-def test_errors_are_one_line(outcome, capsys, error, words):
-    outcome(error)
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("edm_neon: ") and words in line
-
-
-def test_faults_of_ours_are_traced_back(monkeypatch):
-    def broken(*args):
-        raise NameError("a fault of ours")
-
-    replace(monkeypatch, "run", broken)
-    with pytest.raises(NameError):
+    replace(monkeypatch, "run", ending)
+    with pytest.raises(SystemExit) as stop:
         edm.main([])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "edm_neon: a wrong file\n"
 
 
-def test_a_run_that_ends_well_has_no_exit_code(monkeypatch):
-    replace(monkeypatch, "run", lambda *args: None)
-    assert edm.main([]) is None
+@pytest.mark.parametrize("fault", [None, NameError])
+def test_ranks_part_at_the_end(monkeypatch, fault):
+    ended = []
 
+    def ending(argv, presets, doc):
+        assert (argv, presets, doc) == (["--plan"], edm.PRESETS, edm.__doc__)
+        if fault:
+            raise fault
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_are_answered_with_a_line_at_once(capfd, number):
-    """Before the interrupt reaches what runs."""
-    with pytest.raises(KeyboardInterrupt) as stopped:
-        neon.cli.interrupt(number, None)
-    assert stopped.value.args == (number,)
-    (line,) = capfd.readouterr().err.strip().splitlines()
-    assert line.startswith("edm_neon: stopped") and "the same command goes on" in line
-
-
-def test_signals_are_taken_over(monkeypatch):
-    found = {}
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for number in numbers:
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    replace(
-        monkeypatch,
-        "run",
-        lambda *args: found.update((number, signal.getsignal(number)) for number in numbers),
-    )
-    edm.main([])
-    assert found == {
-        signal.SIGINT: neon.cli.interrupt,
-        signal.SIGTERM: neon.cli.interrupt,
-        signal.SIGHUP: signal.SIG_IGN,
-    }
-
-
-def test_a_signal_is_said_once(monkeypatch, capfd):
-    def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    replace(monkeypatch, "run", interrupted)
-    with pytest.raises(SystemExit) as stopped:
-        edm.main([])
-    assert stopped.value.code == 143 and capfd.readouterr().err.count("stopped") == 1
-
-
-def test_main_in_a_thread(tmp_path):
-    """Where signals cannot be caught."""
-    outcome = []
-
-    def work():
-        try:
-            edm.main([*TOY, "--plan", "--out", str(tmp_path)])
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert outcome == []
-
-
-def gone():
-    """A terminal whose reader has left."""
-    read, write = os.pipe()
-    os.close(read)
-    return open(write, "w", buffering=1)
-
-
-def without_accents():
-    return io.TextIOWrapper(io.BytesIO(), encoding="ascii", line_buffering=True)
-
-
-@pytest.mark.parametrize("terminal", [gone, without_accents])
-def test_a_terminal_that_fails_costs_nothing(terminal, tmp_path, monkeypatch):
-    """All files are there, whatever was said on the way."""
-    out = tmp_path / "Grüße"
-    with terminal() as one, terminal() as other, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", one)
-        patch.setattr(sys, "stderr", other)
-        replace(patch, "plot_report", lambda figures, to: (to / "drawn").touch())
-        edm.main([*TOY, "--out", str(out), "--protocol", "paper", "--select-images", "50"])
-        print("and what follows", flush=True)
-    names = {path.name for path in out.iterdir()}
-    assert {"table.md", "summary.json", "drawn", "adaptive-neon-000001.safetensors"} <= names
-
-
-def test_terminal_is_the_users_again(monkeypatch, tmp_path):
-    replace(monkeypatch, "run", lambda *args: None)
-    before = sys.stdout, sys.stderr
-    edm.main([])
-    assert (sys.stdout, sys.stderr) == before
+    replace(monkeypatch, "run", ending)
+    monkeypatch.setattr(neon.cli.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(neon.cli.dist, "destroy_process_group", lambda: ended.append(True))
+    with contextlib.suppress(NameError):
+        edm.main(["--plan"])
+    assert ended == [True]
 
 
 def test_measuring_time_changes_no_setting():
