@@ -296,6 +296,11 @@ def parse(argv: list[str], presets: Mapping[str, Preset], doc: str) -> Config:
             c, base=preset.bases.get(c.base or next(iter(preset.bases)), c.base)
         )
 
+    if c.model or is_pipeline(c.base):
+        if given.get("s_churn"):
+            raise UserError("--s-churn is for EDM's networks: leave it out")
+        c = dataclasses.replace(c, s_churn=0.0)  # of the preset
+
     if c.device == "cpu" and c.precision == "tf32":
         c = dataclasses.replace(c, precision="fp32")
     check_combinations(c)

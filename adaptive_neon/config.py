@@ -193,6 +193,10 @@ class Config:
     # Sampling
     steps: int = count(18, "sampler steps", high=10_000)
     labels: str = option("balanced", "equal shares or EDM's draws", choices=("balanced", "random"))
+    s_churn: float = amount(0.0, "noise added while sampling, of EDM's networks; 0: none")
+    s_min: float = amount(0.0, "not at noise levels below")
+    s_max: float = amount(80.0, "not at noise levels above; all begin at 80")
+    s_noise: float = amount(1.0, "its standard deviation")
     guidance: float = option(1.0, "classifier-free, of diffusers' DiT; 1: none", low=1, high=1e3)
     sample_batch: int = count(256, "images sampled at once")
     precision: str = option(default_precision, "of sampling; on a GPU tf32", str, PRECISIONS)

@@ -55,7 +55,7 @@ KINDS = {"cifar": CIFAR, "ncsnpp": CIFAR | NCSNPP, "uncond": CIFAR | {"label_dim
 def network(kind="cifar", seed=0, **changes):
     """A network whose parameters all matter: initial output layers are almost zero."""
     torch.manual_seed(seed)
-    net = edm.EDMPrecond(**KINDS[kind] | changes)
+    net = neon.networks.EDMPrecond(**KINDS[kind] | changes)
     for p in net.parameters():
         p.data += 0.05 * torch.randn_like(p)
     return net.eval().requires_grad_(False)

@@ -67,7 +67,7 @@ def test_preconditioning_is_edms_table_1(kind):
 @pytest.fixture(scope="module")
 def cifar10_network():
     with torch.device("meta"):
-        return edm.EDMPrecond(**edm.PRESETS["cifar10"].network)
+        return neon.networks.EDMPrecond(**edm.PRESETS["cifar10"].network)
 
 
 def test_cifar10_network_has_edms_size(cifar10_network):
@@ -168,7 +168,7 @@ def test_created_network_fits_the_images():
     images, labels = torch.zeros(6, 3, 16, 16, dtype=torch.uint8), torch.tensor([0, 4, 1, 2, 3, 4])
     net = model.create(images, labels, neon.config.Config(dropout=0.2))
     wanted = {"img_resolution": 16, "img_channels": 3, "label_dim": 5, "dropout": 0.2}
-    assert net.config == preset.network | wanted | edm.SIGMAS
+    assert net.config == preset.network | wanted | neon.networks.EDMPrecond.attributes
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_images_that_no_network_can_be_made_for(shape, labels, message):
 def test_trained_copy_has_the_dropout_asked_for():
     base = network(dropout=0.0)
     net = edm_model().trainable(base, neon.config.Config(dropout=0.3))
-    assert {m.dropout for m in net.modules() if isinstance(m, edm.UNetBlock)} == {0.3}
+    assert {m.dropout for m in net.modules() if isinstance(m, neon.networks.UNetBlock)} == {0.3}
     assert all(torch.equal(a, base.state_dict()[name]) for name, a in net.state_dict().items())
 
 
@@ -349,6 +349,9 @@ def test_draws_of_the_augmentation_are_edms(pictures):
 
 class Answers:
     """A denoiser that is a function."""
+
+    draw_sigma = neon.networks.EDMPrecond.draw_sigma
+    loss_weight = neon.networks.EDMPrecond.loss_weight
 
     def __init__(self, answer, sigma_data=0.5):
         self.answer, self.sigma_data = answer, sigma_data
