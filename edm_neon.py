@@ -26,7 +26,7 @@ def leave_quietly(number, frame):
 
 
 # The imports take seconds: a Ctrl-C in them is no fault of ours to be traced.
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, leave_quietly)
 
 import math

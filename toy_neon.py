@@ -14,37 +14,24 @@ says so.
 Exit codes: 0 done, 2 bad input or a file that cannot be read or written, 130 Ctrl-C, 143 SIGTERM.
 """
 
-# ruff: noqa: E402  imports follow the signals on purpose
+# ruff: noqa: E402  imports follow the signal handler on purpose
 import os
 import signal
-import sys
 
 
-def stopped(number, frame):
-    """Ctrl-C, or a batch system's SIGTERM: one line and the exit code, at any moment."""
-    try:
-        os.write(2, b"\ntoy_neon: stopped; finished parts are kept, run the same command again\n")
-    finally:  # whatever has become of the terminal
-        os._exit(128 + number)
+def leave_quietly(number, frame):
+    os._exit(128 + number)
 
 
-def take_signals():
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(number, stopped)
-
-
-if __name__ == "__main__":  # before the other imports, which take seconds
-    take_signals()
+# The imports take seconds: a Ctrl-C in them is no fault of ours to be traced.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, leave_quietly)
 
 import argparse
 import contextlib
 import functools
 import itertools
-import json
-import math
 import platform
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +45,13 @@ from torch.nn.functional import linear
 from tqdm import tqdm
 
 from adaptive_neon import files
+from adaptive_neon.command import Parser, run_command
 from adaptive_neon.extension import neon_ext
-from adaptive_neon.files import UserError, write_atomically
-from adaptive_neon.keys import part_key
+from adaptive_neon.files import write_atomically
+from adaptive_neon.parts import finished
+from adaptive_neon.plots import plot_report
+from adaptive_neon.processes import threads
+from adaptive_neon.report import markdown, publish, strict
 
 # ---------------------------------------------------------------- the setting
 # A constant that reaches a number belongs into constants() below, which is part of every key.
@@ -76,19 +67,24 @@ SW2_DIRECTIONS = 32
 
 SIZES = tuple(n_out * (n_in + 1) for n_out, n_in in SHAPES)  # parameters of each layer, 4418 in all
 OFFSETS = [0, *itertools.accumulate(SIZES)]
+DESCENTS = (("fd", "global"), ("fd", "zero"), ("sw2", "global"), ("sw2", "zero"))  # score, start
 GLOBAL_W = tuple(np.linspace(-2, 2, 101).round(4).tolist())
 
 # What the paper reports, for the table and the pictures.
 DELTAS = (0.05, 0.1, 0.2, 0.4, 0.6, 1.0, 1.5, 1.72)
 PAPER_FD = (0.033162, 0.033426, 0.031258, 0.025099, 0.020841, 0.015483, 0.011345, 0.009516)
 PAPER_ROWS = {"base": 0.1626, "global": 0.03554}
-PAPER_OPTIMA = {  # best global w and its FD
+PAPER_OPTIMA = {  # of the self-training settings: best global w and its FD
     "zeta 1.1, 50 epochs": (1.20, 0.0268),
     "zeta 1.1, 250 epochs": (0.28, 0.0355),
     "zeta 0.9, 50 epochs": (-1.04, 0.0521),
     "zeta 0.9, 250 epochs": (-0.28, 0.0527),
 }
+MAIN = "zeta 1.1, 250 epochs"  # the setting that the layers are studied in
 PAPER_ALIGNMENT = ((0.9, 1.1), (0.127, -0.175))
+
+# A bar on a terminal, nothing in a log.
+progress = functools.partial(tqdm, leave=False, mininterval=1, disable=None)
 
 
 @dataclass(frozen=True)
@@ -204,17 +200,14 @@ class Curve:
 
 @dataclass
 class Run:
-    """All results of one seed; scores are those of the winners."""
+    """All results of one seed."""
 
     training: Training
     data: torch.Tensor  # [N, 2], the real points
-    main: str  # the setting that the layers are studied in
-    scorer: "Scorer"  # of that setting
-    scores: dict[str, Score]  # the rows of the table: base, collapsed, global, delta 1.72, ...
-    optima: dict[str, Score]  # the best global weight of each setting
-    sweeps: dict[str, Found]  # by setting
-    grids: dict[float, Found]  # by delta
-    descents: dict[tuple[str, str], Found]  # by objective and start
+    scorer: "Scorer"  # of the main setting
+    scores: dict[str, Score]  # of the winners: in each setting, base, global, delta 1.72, ...
+    found: dict[str, Found]  # by what each search the winners come from
+    deltas: tuple[float, ...]
     alignment: Curve | None
 
 
@@ -231,57 +224,50 @@ def experiment(
 
     deltas: spacings of the layer-wise grids. A search or alignment of None is left out.
     """
-    part = functools.partial(finished, out / f"seed_{training.seed}")
+    part = functools.partial(finished, out / f"seed_{training.seed}", constants())
+    found: dict[str, Found] = {}
+    scores: dict[str, Score] = {}
+
+    def study(name, scorer, how, *inputs):
+        """What a search finds between two networks, and its score on other points."""
+        found[name] = part(f"search, {name}", Found, how, scorer, *inputs)
+        scores[name] = part(name, Score, fresh_score, scorer, found[name].w)
 
     # Train on the data, then on samples: operations that are too small for a second thread.
     with threads(1):
         models = part("models", Models, train_models, training)
 
-    scorers = {}
-    for setting, theta_s in zip(training.settings, models.theta_s, strict=True):
-        scorers[setting] = Scorer(models.theta_r, theta_s, scoring)
-
     # One weight for all layers, in each of the four settings.
-    sweeps, optima = {}, {}
-    for setting, scorer in progress(scorers.items(), "global sweeps"):
-        sweeps[setting] = part(f"sweep, {setting}", Found, global_sweep, scorer, GLOBAL_W)
-        optima[setting] = part(f"global, {setting}", Score, fresh_score, scorer, sweeps[setting].w)
+    scorers = {}
+    pairs = zip(training.settings, models.theta_s, strict=True)
+    for setting, theta_s in progress(list(pairs), "global sweeps"):
+        scorers[setting] = Scorer(models.theta_r, theta_s, scoring)
+        study(setting, scorers[setting], global_sweep, GLOBAL_W)
 
     # The layers are studied in the paper's setting: mode-seeking samples, the longer training.
-    main = f"zeta {training.zetas[0]}, {training.self_epochs[-1]} epochs"
-    scorer, w_star = scorers[main], optima[main].w[0]
-    scores = {
-        "base": part("base", Score, fresh_score, scorer, [0.0] * 6),
-        "collapsed": part("collapsed", Score, fresh_score, scorer, [-1.0] * 6),
-        "global": optima[main],
-    }
+    scorer, w_star = scorers[MAIN], scores[MAIN].w[0]
+    for name, w in {"base": 0.0, "collapsed": -1.0}.items():
+        scores[name] = part(name, Score, fresh_score, scorer, [w] * 6)
+    scores["global"] = scores[MAIN]
 
     # A weight for each layer: grids around the best global weight.
-    grids = {}
     for delta in progress(deltas, "layer-wise grids"):
-        row = row_of(delta)
-        grids[delta] = part(f"grid, {row}", Found, layer_grid, scorer, w_star, delta)
-        scores[row] = part(row, Score, fresh_score, scorer, grids[delta].w)
+        study(row_of(delta), scorer, layer_grid, w_star, delta)
 
     # The same weights by descent.
-    starts = {"global": w_star, "zero": 0.0}
-    pairs = list(itertools.product(("fd", "sw2"), starts)) if search else []
-    descents = {}
-    for objective, start in progress(pairs, "gradient searches"):
-        row = row_of((objective, start))
-        with threads(1):
-            found = part(f"search, {row}", Found, descend, scorer, search, objective, starts[start])
-        descents[objective, start] = found
-        scores[row] = part(row, Score, fresh_score, scorer, found.w)
+    if search:
+        starts = {"global": w_star, "zero": 0.0}
+        for objective, start in progress(DESCENTS, "gradient searches"):
+            with threads(1):
+                name = f"gradient on {objective} from {start}"
+                study(name, scorer, descend, search, objective, starts[start])
 
     # Why a step away from the samples helps: their gradient pulls against the data's.
     curve = None
     if alignment:
         with threads(1):
             curve = part("alignment", Curve, gradient_alignment, models.theta_r, alignment)
-
-    results = (scores, optima, sweeps, grids, descents, curve)
-    return Run(training, models.data, main, scorer, *results)
+    return Run(training, models.data, scorer, scores, found, deltas, curve)
 
 
 # ---------------------------------------------------------------- data and network
@@ -530,7 +516,7 @@ class BudgetSpent(Exception):
 
 
 class Objective:
-    """FD or SW2 and its gradient in the six weights; counts evaluations and keeps the best."""
+    """FD or SW2 and its gradient in the six weights; keeps what it was asked."""
 
     def __init__(self, scorer: Scorer, search: Search, objective: str):
         self.theta_r = scorer.theta_r.double()
@@ -538,14 +524,13 @@ class Objective:
         points = min(search.points, scorer.scoring.points // 4)
         self.z = sobol_normal(2 ** (points.bit_length() - 1), 7)  # a power of two of them
         self.objective, self.evaluations = objective, search.evaluations
-        self.best = math.inf
-        self.w: list[float] = []  # of the best
         self.tried: list[list[float]] = []
         self.fds: list[float] = []
+        self.values: list[float] = []
 
     def __call__(self, w):
         """w [6] -> value, gradient [6]."""
-        if len(self.fds) == self.evaluations:
+        if len(self.tried) == self.evaluations:
             raise BudgetSpent
 
         # Rounded, in and out, far below what matters: the last bits, which differ between machines,
@@ -561,9 +546,7 @@ class Objective:
 
         self.tried.append(w.tolist())
         self.fds.append(fd.item())
-        if loss.item() < self.best:
-            self.best = loss.item()
-            self.w = w.tolist()
+        self.values.append(loss.item())
         return round(loss.item(), 12), gradient.numpy().round(9)
 
 
@@ -581,10 +564,10 @@ def descend(scorer: Scorer, search: Search, objective: str, w_start: float) -> F
             options={"ftol": search.tolerance, "gtol": search.tolerance},
         )
 
-    tried = torch.tensor(value.tried, dtype=torch.float64)
-    points = [len(value.z)] * len(tried)
+    best = value.tried[int(np.nanargmin(value.values))]
+    tried, n = torch.tensor(value.tried, dtype=torch.float64), len(value.tried)
     seconds = time.perf_counter() - begin
-    return Found(value.w, tried, value.fds, points, len(tried), seconds)
+    return Found(best, tried, value.fds, [len(value.z)] * n, n, seconds)
 
 
 # ---------------------------------------------------------------- gradient alignment
@@ -635,77 +618,15 @@ def gradient_alignment(theta_r, alignment: Alignment) -> Curve:
     return Curve(list(alignment.zetas), cosines)
 
 
-# ---------------------------------------------------------------- parts
-def progress(items, what):
-    """A bar on a terminal, nothing in a log."""
-    hidden = sys.stderr is None or not sys.stderr.isatty()
-    return tqdm(items, desc=what, leave=False, mininterval=1, disable=hidden)
-
-
-@contextlib.contextmanager
-def threads(count: int):
-    """PyTorch's threads inside the block: on a busy core, waiting for a second costs 10x."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def finished(folder: Path, name: str, kind, make, *inputs):
-    """A part of the experiment: make(*inputs), or what an earlier run stored for the same inputs.
-
-    Its key says all that determines it: the inputs by content, earlier parts among them, the
-    constants, the version of the code and those of the packages. kind: the dataclass that holds it.
-    """
-    key = part_key(name=name, constants=constants(), inputs=inputs)
-    path = folder / f"{name}, {key}.safetensors"
-    if path.exists():
-        with files.reading(f"{path} is damaged or foreign: delete it and run again"):
-            tensors, facts = files.load_state(path)
-            if facts.pop("key", None) != key:
-                raise files.Refused("it is not what its name says")
-            return kind(**tensors, **facts)
-
-    part = make(*inputs)
-    tensors, facts = {}, {"key": key}
-    for field, value in vars(part).items():
-        kept = tensors if isinstance(value, torch.Tensor) else facts
-        kept[field] = value
-    folder.mkdir(parents=True, exist_ok=True)
-    files.save_state(path, tensors, facts)
-    return part
-
-
 # ---------------------------------------------------------------- report
 def shortest(number: float) -> str:
     """1.0 -> "1", 0.1234567 -> "0.1234567": different numbers, different names."""
     return repr(float(number)).removesuffix(".0")
 
 
-def row_of(search: float | tuple[str, str]) -> str:
-    """A grid's (delta) or a descent's (objective, start) name in the table."""
-    if isinstance(search, tuple):
-        return "gradient on {} from {}".format(*search)
-    return f"delta {shortest(search)}"
-
-
-def table_over_seeds(runs: list[Run]) -> list[dict]:
-    """For each row: mean and standard deviation over seeds, and how many seeds beat global."""
-
-    def column(name):
-        return np.array([[run.scores[name].fd, run.scores[name].sw2] for run in runs])  # [seeds, 2]
-
-    table = []
-    for name, first in runs[0].scores.items():
-        ours = column(name)
-        # One seed has no spread; FD's numerical error stands in its place.
-        std = ours.std(0, ddof=1).tolist() if len(runs) > 1 else [first.fd_error, None]
-        wins = (ours < column("global")).sum(0).tolist()
-        row = {"name": name, "mean": ours.mean(0).tolist(), "std": std, "better_than_global": wins}
-        table.append(row)
-    return table
+def row_of(delta: float) -> str:
+    """A grid's name in the table."""
+    return f"delta {shortest(delta)}"
 
 
 def digits(value: float) -> str:
@@ -713,46 +634,54 @@ def digits(value: float) -> str:
     return f"{value:.5f}" if value >= 1e-3 else f"{value:.1e}"
 
 
-def table_text(table: list[dict], runs: list[Run]) -> str:
-    """The table as it is printed; the last column is one seed's weights, or a count of seeds."""
+def table(runs: list[Run]) -> list[dict]:
+    """FD and SW2 of every winner, mean and standard deviation over the seeds; then at how many of
+    them it is better than one weight, or one seed's weights."""
     paper = PAPER_ROWS | dict(zip(map(row_of, DELTAS), PAPER_FD, strict=True))
-    last = "seeds better than global: FD, SW2"
-    if len(runs) == 1:
-        last = "weights: input, blocks 0 to 3, output"
-    lines = [(f"seeds: {len(runs)}", "FD", "SW2", "paper FD", last)]
+    scores = {}  # [seeds, 2]
+    for name in runs[0].scores:
+        scores[name] = np.array([[run.scores[name].fd, run.scores[name].sw2] for run in runs])
 
-    for row in table:
-        cells = []
-        for mean, std in zip(row["mean"], row["std"], strict=True):
-            cells.append(digits(mean) if std is None else f"{digits(mean)} +- {digits(std)}")
-        last = ", ".join(map(str, row["better_than_global"]))
-        if len(runs) == 1:
-            last = ", ".join(f"{w:.2f}" for w in runs[0].scores[row["name"]].w)
-        lines.append((row["name"], *cells, paper.get(row["name"], ""), last))
-    return "\n".join("{:<28} {:<19} {:<19} {:<9} {}".format(*line) for line in lines)
+    rows = []
+    for name, score in runs[0].scores.items():
+        if name in PAPER_OPTIMA:
+            continue  # the main setting's is the global row
+        row = {f"seeds: {len(runs)}": name}
+        # One seed has no spread; FD's numerical error stands in its place.
+        spread = scores[name].std(0, ddof=1) if len(runs) > 1 else [score.fd_error, None]
+        for column, mean, std in zip(("FD", "SW2"), scores[name].mean(0), spread, strict=True):
+            row[column] = digits(mean) if std is None else f"{digits(mean)} +- {digits(std)}"
+        row["paper FD"] = str(paper.get(name, ""))
+        if len(runs) > 1:
+            wins = (scores[name] < scores["global"]).sum(0)
+            row["seeds better than global: FD, SW2"] = ", ".join(map(str, wins))
+        else:
+            weights = ", ".join(f"{w:.2f}" for w in score.w)
+            row["weights: input, blocks 0 to 3, output"] = weights
+        rows.append(row)
+    return rows
 
 
 def summary_of(run: Run) -> dict:
     """One seed's results as they stand in summary.json."""
 
-    def entry(score: Score, found: Found) -> dict:
-        return vars(score) | {"evaluations": found.evaluations, "seconds": found.seconds}
+    def entry(name: str) -> dict:
+        found = run.found[name]
+        took = {"evaluations": found.evaluations, "seconds": found.seconds}
+        return vars(run.scores[name]) | took
 
-    optima = {name: entry(score, run.sweeps[name]) for name, score in run.optima.items()}
-    layerwise = []
-    for delta, grid in run.grids.items():
-        layerwise.append({"delta": delta} | entry(run.scores[row_of(delta)], grid))
     searches = []
-    for (objective, start), found in run.descents.items():
-        about = {"objective": objective, "start": start}
-        searches.append(about | entry(run.scores[row_of((objective, start))], found))
-
+    for objective, start in DESCENTS:
+        name = f"gradient on {objective} from {start}"
+        if name in run.found:
+            searches.append({"objective": objective, "start": start} | entry(name))
+    optima = {name: entry(name) for name in run.training.settings}
     return {
         "seed": run.training.seed,
         "base": vars(run.scores["base"]),
         "collapsed": vars(run.scores["collapsed"]),
-        "global": optima[run.main] | {"w": run.scores["global"].w[0]},
-        "layerwise": layerwise,
+        "global": optima[MAIN] | {"w": run.scores["global"].w[0]},
+        "layerwise": [{"delta": delta} | entry(row_of(delta)) for delta in run.deltas],
         "search": sorted(searches, key=lambda row: row["fd"]),
         "global_optima": optima,
         "alignment": vars(run.alignment) if run.alignment else None,
@@ -769,83 +698,63 @@ def grid_csv(grid: Found) -> str:
 
 
 # ---------------------------------------------------------------- pictures
-def new_figure(width, height, mosaic):
-    """A figure of this many inches and its axes by name."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((width, height), layout="constrained")
-    axes = figure.subplot_mosaic(mosaic)
-    for axis in axes.values():
-        axis.grid(alpha=0.3)
-    return figure, axes
+# Each takes matplotlib.pyplot and what it shows.
+CROSS = {"marker": "x", "linestyle": "", "markersize": 8, "markeredgewidth": 2}
 
 
-def save(figure, path: Path):
-    write_atomically(path, functools.partial(figure.savefig, dpi=150))
-
-
-def shades(n: int):
-    """Colours of n deltas, dark to light."""
-    from matplotlib import colormaps
-
-    return colormaps["viridis"](0.9 * np.arange(n) / max(n - 1, 1))
-
-
-def draw_sweeps(path: Path, run: Run):
+def draw_sweeps(plt, run: Run):
     """FD against the weight of all layers, in the four settings."""
-    figure, axes = new_figure(6, 4.6, [["fd"]])
-    axis = axes["fd"]
-    cross = {"marker": "x", "linestyle": "", "markersize": 8, "markeredgewidth": 2}
+    figure, axis = plt.subplots(figsize=(6, 4.6), layout="constrained")
     base = run.scores["base"].fd
     top = 2 * base  # a collapsed network's score would flatten the rest
     interesting = [0.0]
-    for k, (setting, sweep) in enumerate(run.sweeps.items()):
-        w, fd, best = sweep.W[:, 0].numpy(), np.array(sweep.fd), run.optima[setting]
+    for k, setting in enumerate(run.training.settings):
+        sweep, best = run.found[setting], run.scores[setting]
+        w, fd = sweep.W[:, 0].numpy(), np.array(sweep.fd)
         interesting.extend(w[fd < top])
         axis.plot(w, fd, color=f"C{k}", label=f"{setting}, best w = {best.w[0]:g}")
         axis.plot(best.w[0], best.fd, "o", color=f"C{k}")
-        axis.plot(*PAPER_OPTIMA[setting], color=f"C{k}", **cross)
+        axis.plot(*PAPER_OPTIMA[setting], color=f"C{k}", **CROSS)
 
     axis.axhline(base, color="black", linestyle=":", label="base, w = 0")
     axis.plot([], [], "o", color="gray", label="our optimum")
-    axis.plot([], [], color="gray", label="paper's optimum", **cross)
+    axis.plot([], [], color="gray", label="paper's optimum", **CROSS)
     axis.set(xlim=(min(interesting), max(interesting)), ylim=(0, top))
     axis.set(xlabel="w, the same for all layers", ylabel="FD")
     axis.set_title(f"One weight for all layers (seed {run.training.seed})")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    save(figure, path)
 
 
-def draw_deltas(path: Path, runs: list[Run]):
+def draw_deltas(plt, runs: list[Run]):
     """The winners' weights as bars and, where there are several deltas, their scores."""
-    first, n = runs[0], len(runs[0].grids)
+    first, n = runs[0], len(runs[0].deltas)
     mosaic, height = [["weights"]], 3.2
     if n > 1:
         mosaic, height = [["weights", "weights"], ["fd", "sw2"]], 6.5
-    figure, axes = new_figure(8.5, height, mosaic)
+    figure, axes = plt.subplot_mosaic(mosaic, figsize=(8.5, height), layout="constrained")
 
     axis, width = axes["weights"], 0.8 / n
-    for k, (delta, grid) in enumerate(first.grids.items()):
+    colours = plt.get_cmap("viridis")(0.9 * np.arange(n) / max(n - 1, 1))  # dark to light
+    for k, delta in enumerate(first.deltas):
         left = np.arange(6) - 0.4 + (k + 0.5) * width
-        axis.bar(left, grid.w, width, color=shades(n)[k], label=f"delta {delta:g}")
+        w = first.scores[row_of(delta)].w
+        axis.bar(left, w, width, color=colours[k], label=f"delta {delta:g}")
     w_star = first.scores["global"].w[0]
     axis.axhline(w_star, color="black", linestyle=":", label=f"global, {w_star:g}")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(range(6), LAYERS)
-    axis.set(
-        ylabel="weight of the winner", title=f"Layer-wise winners (seed {first.training.seed})"
-    )
+    axis.set_title(f"Layer-wise winners (seed {first.training.seed})")
+    axis.set_ylabel("weight of the winner")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
     if n > 1:
         draw_scores(axes["fd"], runs, "fd", "FD, which the grid ranks by")
         draw_scores(axes["sw2"], runs, "sw2", "SW2, which no search has seen")
-    save(figure, path)
 
 
 def draw_scores(axis, runs: list[Run], score: str, title: str):
     """fd or sw2 of the winners against delta, its mean and standard deviation over seeds."""
-    deltas = list(runs[0].grids)
+    deltas = runs[0].deltas
     ours = np.array([[getattr(run.scores[row_of(d)], score) for d in deltas] for run in runs])
     mean, label = ours.mean(0), "ours"
     if len(runs) > 1:
@@ -862,9 +771,9 @@ def draw_scores(axis, runs: list[Run], score: str, title: str):
     axis.legend(fontsize=8)
 
 
-def draw_samples(path: Path, run: Run):
+def draw_samples(plt, run: Run):
     """Real points and samples, with the target's ellipse at one and two standard deviations."""
-    best = min(map(row_of, run.grids), key=lambda row: run.scores[row].fd)
+    best = min(map(row_of, run.deltas), key=lambda row: run.scores[row].fd)
     clouds = {"real data": run.data}
     for row in ("base", "collapsed", "global", best):
         score = run.scores[row]
@@ -873,49 +782,39 @@ def draw_samples(path: Path, run: Run):
     mean, cov = target()
     circle = torch.linspace(0, 2 * torch.pi, 200).double()
     ellipse = torch.linalg.cholesky(cov) @ torch.stack([circle.cos(), circle.sin()])  # [2, 200]
-    figure, axes = new_figure(12.5, 2.7, [list(clouds)])
-    for title, points in clouds.items():
-        axis = axes[title]
+    figure, axes = plt.subplots(1, 5, figsize=(12.5, 2.7), layout="constrained")
+    for axis, (title, points) in zip(axes, clouds.items(), strict=True):
         axis.plot(*points.T, ".", markersize=2)
         for deviations in (1, 2):
             axis.plot(*(mean[:, None] + deviations * ellipse), color="C3")
         axis.set(aspect="equal", xlim=(-5, 5), ylim=(-5, 5))
         axis.set(xticks=range(-4, 5, 2), yticks=range(-4, 5, 2))
         axis.set_title(title, fontsize=10)
-    save(figure, path)
 
 
-def draw_alignment(path: Path, curve: Curve):
+def draw_alignment(plt, curve: Curve):
     """Cosine of the real and the synthetic gradient against zeta."""
-    figure, axes = new_figure(5, 3.5, [["cosine"]])
-    axis = axes["cosine"]
+    figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.plot(curve.zeta, curve.cosine, label="ours")
     axis.plot(*PAPER_ALIGNMENT, "x", color="C1", markeredgewidth=2, label="paper")
     axis.set(xlabel="zeta, score scale of the samples", ylabel="cosine with the real gradient")
     axis.legend(fontsize=8)
-    save(figure, path)
 
 
 # ---------------------------------------------------------------- command line
-def delta_list(text: str) -> list[float]:
+def delta_list(text: str) -> tuple[float, ...]:
     """ "0.4,1.0" or "all" -> floats."""
-    values = list(DELTAS) if text == "all" else sorted(set(map(float, text.split(","))))
+    values = DELTAS if text == "all" else tuple(sorted(set(map(float, text.split(",")))))
     if not all(1e-6 <= value <= 100 for value in values):
         raise ValueError
     return values
 
 
-def refuse(message: str):
-    raise UserError(f"{message} (see --help)")
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawTextHelpFormatter
-    parser.error = refuse  # type: ignore[assignment]
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--delta", type=delta_list, default=[1.72], help="spacing of the grid: 1.72, several, all")
+    add("--delta", type=delta_list, default=(1.72,), help="spacing of the grid: 1.72, several, all")
     add("--seed", type=int, default=42)
     add("--seeds", type=int, default=1, help="repeat for this many seeds from --seed on")
     protocol = "Sobol or the paper's draws"
@@ -932,45 +831,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.points is None:
         args.points = Scoring.points if exact else 1_000_000
     if args.seeds < 1 or args.base_steps < 1:
-        refuse("--seeds and --base-steps must be at least 1")
+        parser.error("--seeds and --base-steps must be at least 1")
     if not 0 <= args.seed <= 2**31 - args.seeds:
-        refuse(f"--seed {args.seed}: seeds go from 0 to {2**31 - 1}")
+        parser.error(f"--seed {args.seed}: seeds go from 0 to {2**31 - 1}")
     if not 512 <= args.points <= 2**24 or (exact and args.points.bit_count() > 1):
-        refuse(f"--points {args.points}: give a power of two from 512 to {2**24}")
+        parser.error(f"--points {args.points}: give a power of two from 512 to {2**24}")
     built_with_cuda = neon_ext.build_config()["cuda"]
     if args.device == "cuda" and not (torch.cuda.is_available() and built_with_cuda):
-        refuse("--device cuda: no usable GPU, or neon_ext was built without CUDA: use cpu")
+        parser.error("--device cuda: no usable GPU, or neon_ext was built without CUDA: use cpu")
     return args
 
 
-def write_results(out: Path, runs: list[Run], about: dict):
-    """Grids, pictures and summary.json; what another study has left of them in this folder goes."""
-    for old in [*out.glob("grid_*.csv"), out / "alignment.png"]:
-        old.unlink(missing_ok=True)
-    for delta, grid in runs[0].grids.items():
-        write_atomically(out / f"grid_{shortest(delta)}.csv", grid_csv(grid))
-
-    draw_sweeps(out / "score_against_w.png", runs[0])
-    draw_deltas(out / "layers_and_deltas.png", runs)
-    draw_samples(out / "samples.png", runs[0])
-    if runs[0].alignment:
-        draw_alignment(out / "alignment.png", runs[0].alignment)
-    write_atomically(out / "summary.json", json.dumps(about, indent=1) + "\n")
-
-
-def say(text: str):
-    """On the terminal, whose failure costs nothing: all results are in files already."""
-    try:
-        print(text, flush=True)
-    except OSError:  # `| head` has left, or a full disk behind `>`: no second try at the exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def study(argv: list[str]):
+def study(argv: list[str]) -> None:
     """One experiment a seed, then everything about them as files and the table."""
     begin = time.perf_counter()
     args = parse(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    with files.reading(f"--out {args.out} cannot be written, choose another folder"):
+        args.out.mkdir(parents=True, exist_ok=True)
     for folder in [args.out, *args.out.glob("seed_*")]:
         files.remove_orphans(folder)
 
@@ -982,13 +859,12 @@ def study(argv: list[str]):
         alignment = Alignment(seed) if args.alignment and not runs else None  # one curve
         runs.append(experiment(training, scoring, args.delta, search, alignment, args.out))
 
-    first, table = runs[0], table_over_seeds(runs)
-    threads_used = torch.get_num_threads()
     levels = {"noise_levels": NOISE_LEVELS, "sample_steps": SAMPLE_STEPS}
+    threads_used = torch.get_num_threads()
     seconds = time.perf_counter() - begin
     summary = {
         "command": " ".join(["python toy_neon.py", *argv]),
-        "config": vars(first.scorer.scoring) | vars(first.training) | levels,
+        "config": vars(runs[0].scorer.scoring) | vars(runs[0].training) | levels,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads_used} threads",
         "versions": {
             "python": platform.python_version(),
@@ -997,38 +873,39 @@ def study(argv: list[str]):
             "scipy": scipy.__version__,
             "neon_ext": neon_ext.build_config(),
         },
-        **summary_of(first),
-        "over_seeds": table,
+        **summary_of(runs[0]),
         "seeds": [summary_of(run) for run in runs],
         "seconds_total": seconds,
     }
-    write_results(args.out, runs, summary)
-    say(f"\n{table_text(table, runs)}")
-    say(f"\n{seconds:.1f} s; summary.json, grids and pictures in {args.out}")
+    done = f"{seconds:.1f} s; summary.json, table.md, grids and pictures in {args.out}"
+    write_results(args.out, runs, summary, [markdown(table(runs)), done])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code. argv: options from Python, where signals are left alone
-    as in any thread but the first; None: those of the command line.
-    """
-    if argv is None:
-        argv = sys.argv[1:]
-        if threading.current_thread() is threading.main_thread():
-            take_signals()
-    if hasattr(sys.stdout, "reconfigure"):  # an ASCII terminal and a folder with an accent
-        sys.stdout.reconfigure(errors="backslashreplace")
+def write_results(out: Path, runs: list[Run], summary: dict, texts: list[str]):
+    """Grids, pictures, summary and table; what another study has left of them in this folder
+    goes."""
+    for old in [*out.glob("grid_*.csv"), out / "alignment.png"]:
+        old.unlink(missing_ok=True)
+    for delta in runs[0].deltas:
+        write_atomically(
+            out / f"grid_{shortest(delta)}.csv", grid_csv(runs[0].found[row_of(delta)])
+        )
 
-    try:
-        study(argv)
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error}: choose an --out that can be written"
-    else:
-        return 0
-    print(f"toy_neon: {message}", file=sys.stderr)
-    return 2
+    figures = {
+        "score_against_w.png": (draw_sweeps, runs[0]),
+        "layers_and_deltas.png": (draw_deltas, runs),
+        "samples.png": (draw_samples, runs[0]),
+    }
+    if runs[0].alignment:
+        figures["alignment.png"] = (draw_alignment, runs[0].alignment)
+    plot_report(figures, out)
+    publish(texts, strict(summary), out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; argv: options from Python, None: those of the command line."""
+    run_command("toy_neon", study, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -134,7 +134,7 @@ class Merger:
         if isinstance(aux, dict):
             state, aux = aux, copied(base)
             aux.load_state_dict(state)
-        check_same_network(base, aux)
+        check_same_tensors(tensors_of(base), tensors_of(aux), "base and self-trained network")
         self.base, self.aux = base, aux
         self.base_hash, self.aux_hash = weights_hash(base), weights_hash(aux)
         self.net: nn.Module | None = None
@@ -214,14 +214,11 @@ class Merger:
         for name, (ours, theirs) in self.rest.items():
             # How far it goes, by the weight of the module that it belongs to.
             share = min(max(-w[self.owner_of(name)], 0.0), 1.0)
-            if share == 0:
-                value = ours
-            elif share == 1:
+            value = ours
+            if share == 1:
                 value = theirs
-            elif ours.is_floating_point():
+            elif share > 0 and ours.is_floating_point():
                 value = torch.lerp(ours, theirs, share)
-            else:
-                value = ours
             resident[name].copy_(value)
 
         for name, module, norm, start in self.spectral:
@@ -287,17 +284,14 @@ def tensors_of(net: nn.Module) -> dict[str, torch.Tensor]:
     return dict(net.named_parameters()) | dict(net.named_buffers())
 
 
-def check_same_network(base: nn.Module, aux: nn.Module) -> None:
-    ours, theirs = tensors_of(base), tensors_of(aux)
+def check_same_tensors(ours: dict, theirs: dict, which: str) -> None:
+    """The same names and shapes, in {name: tensor} of two networks."""
     for name in [*ours, *theirs]:
         shapes = []
         for side in (ours, theirs):
             shapes.append(tuple(side[name].shape) if name in side else "absent")
         if shapes[0] != shapes[1]:
-            raise UserError(
-                f"base and self-trained network differ, first at {name}: {shapes[0]} and "
-                f"{shapes[1]}"
-            )
+            raise UserError(f"{which} differ, first at {name}: {shapes[0]} and {shapes[1]}")
 
 
 def spectral_weights(net: nn.Module) -> list[tuple[str, nn.Module, object, str]]:

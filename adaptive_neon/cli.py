@@ -1,13 +1,9 @@
 """The command line: options, plan, estimate, run."""
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import re
-import signal
-import sys
-import threading
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -18,28 +14,24 @@ import torch.distributed as dist
 from torch import nn
 
 from .blocks import Merger
+from .command import Parser, run_command
 from .config import Config, Preset, grid_values, judge_name
-from .diffusers import is_pipeline
 from .extension import neon_ext
-from .files import UserError, printable, reading, unfailing_terminal
+from .files import UserError, reading
+from .folders import is_pipeline
 from .judges import check_judges
 from .plots import figures_of, plot_report, plot_seeds
 from .processes import start_processes
 from .report import summarise, write_report, write_seeds
 from .sampling import Sampler
+from .stages import Setup, base_path, first_network, given_snapshots, prepare, self_training
 from .study import (
-    Setup,
-    base_path,
     block_names,
     blocks_of,
     check_grid,
     experiment,
-    first_network,
-    given_snapshots,
     global_weights,
     grid_points,
-    prepare,
-    self_training,
 )
 from .train import time_training
 from .verdicts import summarise_seeds
@@ -82,9 +74,7 @@ def study_one(c, preset, argv, processes, begin) -> dict | None:
     results = experiment(setup, net, sampler)
     if processes.rank > 0:
         return None
-    summary = summarise(
-        c, argv, results.entries, results.judges, setup, cost.seconds_per_image, processes, begin
-    )
+    summary = summarise(c, argv, results, setup, cost.seconds_per_image, processes, begin)
     write_report(summary, c.out)
     samples = {entry.kimg: entry.samples for entry in results.entries}
     plot_report(figures_of(summary, samples), c.out)
@@ -213,11 +203,6 @@ def print_plan(setup: Setup, net: nn.Module, sampler: Sampler, cost: Cost) -> No
 
 
 # -------------------- options
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{printable(message)} (see --help)")
-
-
 def in_range(field, text):
     """An option's value, its numbers within the option's range."""
     how = field.metadata
@@ -314,7 +299,7 @@ def check_combinations(c: Config) -> None:
         raise UserError("--bounds: give two numbers, low,high")
     if c.placebo and c.partition == "layers":
         raise UserError("--placebo draws random blocks of several layers: use another --partition")
-    if c.guidance > 1 and (c.model or not is_pipeline(c.base)):
+    if c.guidance not in (None, 1) and (c.model or not is_pipeline(c.base)):
         raise UserError("--guidance is for pipelines of diffusers as --base: leave it out")
     if c.partition in ("paper", "structural") and not c.model:
         check_grid(c, ["enc", "mid", "dec"])
@@ -333,44 +318,15 @@ def check_machine(c: Config) -> None:
             raise PermissionError("no permission")
 
 
-# -------------------- the process: signals, one line, exit codes
-def interrupt(number, frame):
-    """One line at once: what runs may take minutes to notice."""
-    with contextlib.suppress(OSError):
-        os.write(2, b"\nedm_neon: stopped; finished parts are kept, the same command goes on\n")
-    raise KeyboardInterrupt(number)
-
-
+# -------------------- the process
 def main(argv: list[str] | None, presets: Mapping[str, Preset], doc: str) -> None:
     """A whole run; what the user can mend is one line and exit code 2."""
-    if threading.current_thread() is threading.main_thread():  # no other can catch signals
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
-                signal.signal(number, interrupt)
-    with unfailing_terminal():
-        code = exit_code(sys.argv[1:] if argv is None else argv, presets, doc)
-    if code:
-        sys.exit(code)
 
+    def work(options):
+        try:
+            run(options, presets, doc)
+        finally:
+            if dist.is_available() and dist.is_initialized():
+                dist.destroy_process_group()
 
-def exit_code(argv: list[str], presets: Mapping[str, Preset], doc: str) -> int:
-    """Of a run, whose errors are one line."""
-    try:
-        run(argv, presets, doc)
-    except UserError as error:
-        return complain(error)
-    except OSError as error:
-        return complain(f"{error}; what was finished stays")
-    except KeyboardInterrupt as stop:
-        if not stop.args:
-            complain("stopped; finished parts are kept, the same command goes on")
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)  # as shells report a signal
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
-
-
-def complain(message) -> int:
-    print(f"edm_neon: {message}", file=sys.stderr)
-    return 2
+    run_command("edm_neon", work, argv)

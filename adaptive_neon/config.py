@@ -197,7 +197,9 @@ class Config:
     s_min: float = amount(0.0, "not at noise levels below")
     s_max: float = amount(80.0, "not at noise levels above; all begin at 80")
     s_noise: float = amount(1.0, "its standard deviation")
-    guidance: float = option(1.0, "classifier-free, of diffusers' DiT; 1: none", low=1, high=1e3)
+    guidance: float = option(
+        None, "classifier-free, of pipelines (default: their own); 1: none", float, low=1, high=1e3
+    )
     sample_batch: int = count(256, "images sampled at once")
     precision: str = option(default_precision, "of sampling; on a GPU tf32", str, PRECISIONS)
     confirm_precision: str = option("", "of the final comparison", choices=PRECISIONS)

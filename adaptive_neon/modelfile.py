@@ -5,6 +5,7 @@ import json
 import math
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,13 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from .blocks import copied, layer_of, movable_parameters
+from .blocks import check_same_tensors, copied, movable_parameters, tensors_of
 from .features import FileFeatures
-from .files import (
-    UserError,
-    fetch,
-    is_safetensors,
-    printable,
-    reading,
-    write_atomically,
-)
+from .files import UserError, fetch, is_safetensors, load_state, printable, reading, save_state
 from .keys import content_hash, key_of, weights_hash
 from .processes import Processes
 from .sampling import Model, draw_noise, network_calls, to_pixels
-from .userfile import JudgeFile, UserFile, where_in
-
-__all__ = ["FileModel", "JudgeFile", "UserModel"]
+from .userfile import UserFile, where_in
 
 
 class UserModel(Model):
@@ -80,34 +72,15 @@ class UserModel(Model):
 
         net = copied(base).cpu()
         state = state_of(net)
-        for name in [*state, *tensors]:
-            ours, theirs = (
-                tuple(side[name].shape) if name in side else None for side in (state, tensors)
-            )
-            if ours != theirs:
-                raise UserError(f"{path}: {name} has shape {theirs}, the base's is {ours}")
-            if not tensors[name].isfinite().all():
-                raise UserError(f"{path}: {name} has values that are not finite")
+        check_same_tensors(state, tensors, f"base and {path}")
         with torch.no_grad():
             for name, tensor in state.items():
                 tensor.copy_(tensors[name])
         return net.eval()
 
-    def save(self, net: nn.Module, path: Path, recipe: dict):
+    def save(self, net: nn.Module, path: Path, recipe: dict) -> None:
         """A snapshot that load_like() reads back."""
-        tensors = {}
-        for name, tensor in state_of(net).items():
-            # A copy: safetensors writes no tensors that share memory.
-            tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        content = safetensors.torch.save(tensors, {"config": json.dumps({"recipe": recipe})})
-
-        def write(part):
-            part.write_bytes(content)
-
-        write_atomically(path, write)
-
-    def layer(self, name: str) -> str:
-        return layer_of(name)
+        save_state(path, state_of(net), {"recipe": recipe})
 
     def no_blocks(self, partition: str, advice: str = "") -> UserError:
         if partition == "structural":
@@ -127,16 +100,20 @@ class FileModel(UserFile, UserModel):
     """The functions of a Python file behind the seam; examples/flow_glyphs.py is such a file."""
 
     NEEDED = ("SHAPE", "CLASSES", "load", "sample")
-    FUNCTIONS = ("load", "sample", "loss", "create", "encode", "block", "layer", "save", "features")
 
     def __init__(self, path: str | Path):
         if not Path(path).is_file():
             raise UserError(f"--model {path} does not exist, or is no file")
-        super().__init__(path, "--model")
+        UserFile.__init__(self, path, "--model")
         self.check_names()
+        self.shape, self.number_of_classes = tuple(self.file.SHAPE), self.file.CLASSES
+        self.functions = {}
+        for name in ("sample", "loss", "encode", "block", "layer"):
+            self.functions[name] = partial(self.call, name) if self.has(name) else None
+
         self.base_content = ""
         self.encodes = self.has("encode")
-        self.has_features, self.has_save = self.has("features"), self.has("save")
+        self.has_save = self.has("save")
         if getattr(self.file, "differentiable", True) is False:
             self.why_not = getattr(self.file, "why_not", "this model cannot be differentiated")
 
@@ -148,9 +125,6 @@ class FileModel(UserFile, UserModel):
         missing = [name for name in self.NEEDED if not self.has(name)]
         if missing:
             raise UserError(f"{wrong} lacks {', '.join(missing)}")
-        for name in self.FUNCTIONS:
-            if self.has(name) and not callable(getattr(self.file, name)):
-                raise UserError(f"{wrong}: {name} must be a function")
 
         shape, classes = self.file.SHAPE, self.file.CLASSES
         sizes = shape if isinstance(shape, (tuple, list)) else []
@@ -188,17 +162,11 @@ class FileModel(UserFile, UserModel):
         return net
 
     def create(self, images: torch.Tensor, labels: torch.Tensor | None, c) -> nn.Module:
+        """The weights are in the key of the training: a run that goes on must make them again."""
         if not self.has("create"):
             raise UserError(
                 f"--train-base needs a function create() in {self.path}, or give --base"
             )
-        self.needs_loss("--train-base")
-        classes = self.file.CLASSES
-        if classes and (labels is None or int(labels.max()) >= classes):
-            theirs = "has none" if labels is None else f"has labels up to {int(labels.max())}"
-            raise UserError(f"{self.path}: CLASSES is {classes}, but the data {theirs}")
-
-        # The weights are in the key of the training: a run that goes on must make them again.
         nets = []
         for _ in range(2):
             torch.manual_seed(c.seed)
@@ -210,41 +178,20 @@ class FileModel(UserFile, UserModel):
             )
         return nets[0]
 
-    def trainable(self, base: nn.Module, c=None) -> nn.Module:
-        self.needs_loss("self-training")
-        return copied(base)
-
-    def needs_loss(self, what: str):
-        if not self.has("loss"):
-            raise UserError(f"{what} needs a function loss() in {self.path}, or give --aux")
-
-    def noise_shape(self, net: nn.Module) -> tuple[int, ...]:
-        return tuple(self.file.SHAPE)
-
-    def classes(self, net: nn.Module) -> int:
-        return self.file.CLASSES
-
-    def sample(self, net: nn.Module, noise: torch.Tensor, labels: torch.Tensor | None, steps: int):
-        return self.call("sample", net, noise, labels, steps)
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        if self.encodes:
-            return self.call("encode", images)
-        return images.float() / 127.5 - 1
-
     def loss(self, net: nn.Module, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        return self.call("loss", net, x, labels if self.file.CLASSES else None)
+        if not self.has("loss"):
+            raise UserError(f"training needs a function loss() in {self.path}, or give --aux")
+        return super().loss(net, x, labels if self.number_of_classes else None)
 
     def block(self, name: str, net: nn.Module, partition: str) -> str:
         if partition == "structural" or not self.has("block"):
             raise self.no_blocks(partition, "write one, or ")
-        return self.named("block", name)
+        return self.checked_name("block", name, super().block(name, net, partition))
 
     def layer(self, name: str) -> str:
-        return self.named("layer", name) if self.has("layer") else layer_of(name)
+        return self.checked_name("layer", name, super().layer(name))
 
-    def named(self, function: str, name: str) -> str:
-        found = self.call(function, name)
+    def checked_name(self, function: str, name: str, found: Any) -> str:
         if not isinstance(found, str) or not found or not found.isprintable():
             raise UserError(
                 f"{self.path}: {function}({name!r}) must give a string on one line, "
@@ -263,7 +210,7 @@ class FileModel(UserFile, UserModel):
         self.call("save", plain, path)
 
     def own_features(self, example: torch.Tensor) -> FileFeatures | None:
-        return FileFeatures(self, example) if self.has_features else None
+        return FileFeatures(self, example) if self.has("features") else None
 
     def start_check(self, base: nn.Module, c, trained: bool):
         self.scope.sealed = False
@@ -273,25 +220,18 @@ class FileModel(UserFile, UserModel):
 
 def network_fault(net: Any) -> tuple[str, str] | None:
     """(what is expected of a network, what this one is instead), or None."""
-    kind = type(net).__name__
-    if not isinstance(net, nn.Module):
-        return "a torch.nn.Module", kind
-    if isinstance(net, torch.jit.ScriptModule):
-        return "a torch.nn.Module in Python", "a TorchScript module"
+    if not isinstance(net, nn.Module) or isinstance(net, torch.jit.ScriptModule):
+        return "a torch.nn.Module in Python", type(net).__name__
 
     parameters = dict(net.named_parameters())
     if not parameters:
-        return "a network with parameters", f"a {kind} without"
+        return "a network with parameters", f"a {type(net).__name__} without"
     moving = movable_parameters(net)
     for name, parameter in parameters.items():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            return "a complete network", f"{name} that is lazy: call it once before"
-        if parameter.is_meta:
-            return "weights", f"{name} on the meta device"
+        if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta:
+            return "weights", f"{name} that has none (lazy, or on the meta device)"
         if name in moving and parameter.dtype not in (torch.float32, torch.float64):
             return "float32 parameters", f"{name} of {str(parameter.dtype).removeprefix('torch.')}"
-        if name in moving and parameter.layout != torch.strided:
-            return "dense parameters", f"{name} that is sparse"
         if not parameter.isfinite().all():
             return "finite weights", f"{name} that is not"
     return None
@@ -299,8 +239,7 @@ def network_fault(net: Any) -> tuple[str, str] | None:
 
 # What the start check tries: function, and what it must give (or be, or leave).
 PROMISES = {
-    "kind": "sample() must give a floating-point tensor",
-    "shape": "sample() must give images [{count}, 1 or 3, H, W]",
+    "images": "sample() must give floating-point images [{count}, 1 or 3, H, W]",
     "finite": "sample() must give finite images",
     "again": "sample() must give the same images for the same noise, without hidden randomness",
     "batch": "sample() must give the same images for the same noise in another batch",
@@ -311,22 +250,21 @@ PROMISES = {
     "same time (or use --threads {cores})",
     "memory": "sample() must keep nothing of earlier weights of the network",
     "weights": "sample() must depend on {trained}",
-    "whole": "sample() must call net(...) for --precision {precision}, which wraps it (or use fp32 "
-    "or tf32)",
+    "whole": "sample() must call net(...) for half precision, which wraps it (or use fp32 or tf32)",
     "encode": "encode() must give a tensor with one row for each image",
     "loss": "loss() must give one number a sample, [4]",
-    "loss finite": "loss() must give finite numbers",
     "loss again": "loss() must give the same numbers for the same torch.manual_seed(), random ones "
     "from torch's global generator",
     "learning": "loss() must depend on the network's weights",
-    "through": "{function} must let a gradient through, without torch.no_grad(), detach() or .data",
-    "backward": "the gradient through {function} must exist",
-    "dense": "the gradient through {function} must be dense: sparse=False",
-    "gradient finite": "the gradient of loss() must be finite",
+    "gradient": "{function} must let a gradient through, without no_grad(), detach() or .data",
+    "gradient finite": "loss() must give finite numbers and gradients",
     "derivative": "the gradient through sample() must be its derivative, without detach(), "
     "rounding or .data",
     "save": "save(net, path) must write something at path, or beside it",
 }
+
+
+FOUR, TWO = slice(0, 4), slice(0, 2)  # of the seeds
 
 
 class StartCheck:
@@ -345,9 +283,10 @@ class StartCheck:
     def run(self) -> torch.Tensor:
         """-> four images, uint8 [4, C, H, W]."""
         with torch.no_grad(), network_calls(self.net, "fp32"):
-            images = self.sample(slice(0, 4))
+            images = self.sample(self.net)
             self.check_repetition(images)
             if self.trained:
+                self.check_noise(images)
                 self.check_range(images)
             self.check_threads(images)
         example = to_pixels(images).to(torch.uint8)
@@ -370,38 +309,35 @@ class StartCheck:
             expected = PROMISES[promise].format(**words)
             raise UserError(f"{self.model.path}: {expected}, got {printable(got, 300)}")
 
+    def expect_close(self, images, others, most: float, promise: str, got="images", **words):
+        """The largest difference, of images in [-1, 1], is at most this."""
+        scale = max(1.0, float(images.abs().max()))
+        apart = float((images - others).abs().max()) / scale
+        self.expect(apart <= most, promise, f"{got} that differ by {apart:.2g}", **words)
+
     def fresh(self) -> nn.Module:
         return copied(self.base).to(self.c.device).eval().requires_grad_(False)
 
-    def sample(self, part: slice, net: nn.Module | None = None, turned=False) -> torch.Tensor:
+    def sample(self, net: nn.Module, part: slice = FOUR, turned=False) -> torch.Tensor:
         """Checked images of some of the seeds; turned: their noise in the other order."""
         noise = self.noise[part].flip(0) if turned else self.noise[part].clone()
         labels = None if self.labels is None else self.labels[part].clone()
-        images = self.model.sample(self.net if net is None else net, noise, labels, self.c.steps)
+        images = self.model.sample(net, noise, labels, self.c.steps)
 
-        is_tensor = isinstance(images, torch.Tensor)
-        kind = images.dtype if is_tensor else type(images).__name__
-        self.expect(is_tensor and images.is_floating_point(), "kind", kind)
-        n, shape = len(noise), list(images.shape)
-        fits = len(shape) == 4 and shape[0] == n and shape[1] in (1, 3)
-        self.expect(fits, "shape", shape, count=n)
+        # One image for each row of noise, that a judge can look at.
+        got, fits = type(images).__name__, False
+        if isinstance(images, torch.Tensor):
+            got, shape = f"{images.dtype} {list(images.shape)}", images.shape
+            fits = len(shape) == 4 and shape[0] == len(noise) and shape[1] in (1, 3)
+            fits = fits and images.is_floating_point()
+        self.expect(fits, "images", got, count=len(noise))
         self.expect(images.isfinite().all(), "finite", "others: are the weights sound?")
         return images
 
-    def difference(self, images: torch.Tensor, others: torch.Tensor) -> float:
-        """The largest, for images in [-1, 1]."""
-        scale = max(1.0, float(images.abs().max()))
-        return float((images - others).abs().max()) / scale
-
     def check_repetition(self, images: torch.Tensor):
         """Common random numbers: a seed alone decides its image."""
-        apart = self.difference(images, self.sample(slice(0, 4)))
-        self.expect(apart <= self.SAME, "again", f"images that differ by {apart:.2g}")
-        apart = self.difference(images[1:3], self.sample(slice(1, 3)))
-        self.expect(apart <= self.CLOSE, "batch", f"images that differ by {apart:.2g}")
-        if self.trained:
-            turned = self.sample(slice(0, 4), turned=True)
-            self.expect(not torch.equal(images, turned), "noise", "the same: is it used?")
+        self.expect_close(images, self.sample(self.net), self.SAME, "again")
+        self.expect_close(images[1:3], self.sample(self.net, slice(1, 3)), self.CLOSE, "batch")
 
         # It reads the network: weights that it casts or moves are no longer those of the pipeline.
         before = dict(self.base.named_parameters())
@@ -409,6 +345,10 @@ class StartCheck:
             stays = parameter.data_ptr() == self.pointers[name]
             stays = stays and torch.equal(parameter.cpu(), before[name].cpu())
             self.expect(stays, "frozen", f"another one, first in {name}")
+
+    def check_noise(self, images: torch.Tensor):
+        turned = self.sample(self.net, turned=True)
+        self.expect(not torch.equal(images, turned), "noise", "the same: is it used?")
 
     def check_range(self, images: torch.Tensor):
         """A base that was trained here only now may have outliers, which are clipped: what took
@@ -429,13 +369,12 @@ class StartCheck:
 
         def one(i):
             with torch.no_grad():  # per thread
-                return self.sample(slice(i % 4, i % 4 + 1))
+                return self.sample(self.net, slice(i % 4, i % 4 + 1))
 
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            parts = list(pool.map(one, range(8)))
-        apart = self.difference(images.repeat(2, 1, 1, 1), torch.cat(parts))
-        got = f"mixed batches, whose images differ by {apart:.2g}"
-        self.expect(apart <= self.CLOSE, "threads", got, cores=os.cpu_count())
+            parts = torch.cat(list(pool.map(one, range(8))))
+        got, cores = "mixed batches, images", os.cpu_count()
+        self.expect_close(images.repeat(2, 1, 1, 1), parts, self.CLOSE, "threads", got, cores=cores)
 
     def check_loss(self, example: torch.Tensor) -> set[str]:
         """Shape, randomness and gradient of loss() -> names of the parameters that it trains."""
@@ -456,107 +395,94 @@ class StartCheck:
         first, loss = losses
         shape = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
         self.expect(shape == [4], "loss", shape)
-        self.expect(loss.isfinite().all(), "loss finite", "others")
-        apart = (first - loss).detach().abs()
-        same = (apart <= 1e-3 * (1 + loss.detach().abs())).all()
-        self.expect(same, "loss again", f"numbers that differ by {float(apart.max()):.2g}")
 
         grads = self.gradients(loss.sum(), movable_parameters(net), "loss()")
         for name, grad in grads.items():
             self.expect(grad.isfinite().all(), "gradient finite", f"others, first in {name}")
+        apart = (first - loss).detach().abs()
+        same = (apart <= 1e-3 * (1 + loss.detach().abs())).all()
+        self.expect(same, "loss again", f"numbers that differ by {float(apart.max()):.2g}")
         learning = {name for name, grad in grads.items() if grad.any()}
         self.expect(learning, "learning", "no derivative by any")
         return learning
 
     def gradients(self, values, parameters, function, weights=None) -> dict[str, torch.Tensor]:
         """{name: derivative} of the parameters that are used."""
-        self.expect(values.requires_grad, "through", "none", function=function)
+        grads: tuple = ()
         try:
             grads = torch.autograd.grad(
                 values, list(parameters.values()), weights, allow_unused=True
             )
         except RuntimeError as error:
             got = where_in(self.model.path, error)
-            self.expect(False, "backward", got, function=function)
-        found = {}
-        for name, grad in zip(parameters, grads, strict=True):
-            if grad is not None:
-                dense = grad.layout == torch.strided
-                self.expect(dense, "dense", f"a sparse one of {name}", function=function)
-                found[name] = grad
-        return found
+            self.expect(False, "gradient", got, function=function)
+        found = dict(zip(parameters, grads, strict=True))
+        return {name: grad for name, grad in found.items() if grad is not None}
 
-    def moved(self, amount=0.05) -> dict[str, torch.Tensor]:
-        """A small random step of the network's weights, the same every time: {name: step}."""
+    def moved(self, amount: float, names) -> dict[str, torch.Tensor]:
+        """A small random step of these weights, the same every time: {name: step}."""
         generator = torch.Generator().manual_seed(0)
         steps = {}
         for name, parameter in movable_parameters(self.net, like=self.base).items():
             size = float(parameter.detach().square().mean().sqrt()) + 1e-3
             step = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            steps[name] = (amount * size * step).to(parameter.device)
+            if name in names:
+                steps[name] = (amount * size * step).to(parameter.device)
         return steps
 
     @staticmethod
+    @torch.no_grad()
     def add(net: nn.Module, steps: dict[str, torch.Tensor], factor=1.0):
-        with torch.no_grad():
-            for name, parameter in net.named_parameters():
-                if name in steps:
-                    parameter.add_(steps[name], alpha=factor)
+        parameters = dict(net.named_parameters())
+        for name, step in steps.items():
+            parameters[name].add_(step, alpha=factor)
 
     @torch.no_grad()
     def check_weights(self, learning: set[str]):
         """The images follow the weights, as they are now, of the network that is passed."""
-        steps = {name: step for name, step in self.moved().items() if name in learning}
-        fresh = self.fresh()
+        steps, fresh = self.moved(0.05, learning), self.fresh()
         self.add(fresh, steps)
-        expected = self.sample(slice(0, 2), fresh)
-        before = self.sample(slice(0, 2))
+        expected = self.sample(fresh, TWO)
+        before = self.sample(self.net, TWO)
         self.add(self.net, steps)
-        found = self.sample(slice(0, 2))
+        found = self.sample(self.net, TWO)
         self.add(self.net, steps, -1.0)
 
-        apart = self.difference(expected, found)
-        self.expect(apart <= self.SAME, "memory", f"images that differ by {apart:.2g}")
+        self.expect_close(expected, found, self.SAME, "memory")
         what = "the network's weights" if self.c.aux else "the weights that loss() trains"
         self.expect(not torch.equal(found, before), "weights", "the same images", trained=what)
 
     @torch.no_grad()
     def check_precision(self):
         """Half precision wraps the network's own call, so there must be one."""
+        if {self.c.precision, self.c.confirm_precision}.isdisjoint({"bf16", "fp16"}):
+            return
         calls = []
-        forward = self.net.forward
-
-        def counted(*args, **kwargs):
-            calls.append(True)
-            return forward(*args, **kwargs)
-
-        for precision in {self.c.precision, self.c.confirm_precision} & {"bf16", "fp16"}:
-            self.net.forward = counted
-            with network_calls(self.net, precision):
-                self.sample(slice(0, 2))
-            self.net.forward = forward
-            self.expect(calls, "whole", "calls of its parts alone", precision=precision)
+        hook = self.net.register_forward_pre_hook(lambda *_: calls.append(True))
+        self.sample(self.net, TWO)
+        hook.remove()
+        self.expect(calls, "whole", "calls of its parts alone")
 
     def check_gradient(self):
         """The gradient of the search is the derivative of the images: along a random step of the
         weights, differences of the images and the pulled-back derivative agree."""
         if self.model.why_not:
             raise UserError(f"--search gradient: {self.model.why_not}")
-        net, two = self.net, slice(0, 2)
-        steps = self.moved(1e-3)
+        net = self.net
+        parameters = movable_parameters(net, like=self.base)
+        steps = self.moved(1e-3, parameters)
         with torch.no_grad():
             self.add(net, steps)
-            ahead = self.sample(two)
+            ahead = self.sample(net, TWO)
             self.add(net, steps, -2.0)
-            behind = self.sample(two)
+            behind = self.sample(net, TWO)
             self.add(net, steps)
         difference = (ahead - behind) / 2
 
-        parameters = movable_parameters(net, like=self.base)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         with torch.enable_grad(), network_calls(net, "fp32", checkpointed=True):
-            images = self.sample(two)
+            images = self.sample(net, TWO)
             grads = self.gradients(images, parameters, "sample()", difference)
         net.requires_grad_(False)
         along = sum(float((grad.double() * steps[name]).sum()) for name, grad in grads.items())
@@ -575,12 +501,8 @@ class StartCheck:
 
 def state_of(net: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters, tied ones once, and buffers that belong to the state."""
-    tensors: dict[str, torch.Tensor] = dict(net.named_parameters())
-    every = dict(net.named_parameters(remove_duplicate=False))
-    for name, tensor in net.state_dict(keep_vars=True).items():
-        if name not in every and isinstance(tensor, torch.Tensor):
-            tensors[name] = tensor
-    return tensors
+    kept = net.state_dict()
+    return {name: tensor for name, tensor in tensors_of(net).items() if name in kept}
 
 
 def own_snapshot(path: Path) -> dict[str, torch.Tensor] | None:
@@ -588,6 +510,5 @@ def own_snapshot(path: Path) -> dict[str, torch.Tensor] | None:
     if path.is_dir() or not is_safetensors(path):
         return None
     with safetensors.safe_open(path, "pt") as file:
-        if "recipe" not in json.loads((file.metadata() or {}).get("config", "{}")):
-            return None
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = json.loads((file.metadata() or {}).get("config", "{}"))
+    return load_state(path)[0] if "recipe" in facts else None

@@ -131,6 +131,17 @@ def cgroup_share(root: Path = Path("/sys/fs/cgroup")) -> float:
     return math.inf
 
 
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch's threads inside the block: on a busy core, waiting for a second costs 10x."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of torchrun
 
 

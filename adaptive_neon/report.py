@@ -271,8 +271,9 @@ def publish(texts, plain, out):
     print("\n" + text, flush=True)
 
 
-def summarise(c, argv, entries, judges, setup, seconds, processes, begin):
+def summarise(c, argv, results, setup, seconds, processes, begin):
     """What summary.json holds."""
+    judges = results.judges
     judge = judges[0]
     apart = judge.selection is not judge.final and judge.selection.real is not None
     most = len(judge.selection.real) if apart else 0
@@ -292,7 +293,7 @@ def summarise(c, argv, entries, judges, setup, seconds, processes, begin):
         "score": judge.features.score,
         "judges": [judge.name for judge in judges if not judge.is_part],
         "reference": judge.facts,
-        "snapshots": [entry.as_json() for entry in entries],
+        "snapshots": [entry.as_json() for entry in results.entries],
         "floors": [judge.floor(count) for count in counts],
         "seconds_per_image": seconds,
         "first_seeds": setup.first_seeds(),
@@ -301,5 +302,6 @@ def summarise(c, argv, entries, judges, setup, seconds, processes, begin):
         "world": processes.world,
         "neon_ext": neon_ext.build_config(),
         "versions": versions,
+        "seconds": results.seconds,
         "seconds_total": time.perf_counter() - begin,
     }

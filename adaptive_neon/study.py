@@ -3,29 +3,23 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+import time
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from .blocks import Blocks, Merger, block_order, partition, placebo_partitions
-from .config import Config, Preset
+from .config import Config
 from .controls import guided, with_steps
-from .diffusers import DiffusersModel, is_pipeline
-from .files import UserError, remove_orphans, write_atomically
-from .images import RealData, read_dataset, refuse_empty_classes, write_dataset
+from .files import UserError, write_atomically
 from .judges import Judge, build_judges
-from .keys import base_key, self_training_key, synthetic_key, weights_hash
-from .modelfile import FileModel
-from .processes import Diverged, Processes
+from .processes import Diverged
 from .sampling import Model, Sampler, network_calls
 from .scores import Score, ScoreLog, Scorer
 from .search import SEARCHES, choose, grid, grid_size, sweep
-from .seeds import Ledger, seed_ledger
+from .stages import Setup, continued_base, self_trained, trained_base
 from .stats import compare, fd_interval
-from .train import Recipe, train
 from .verdicts import claims_of, final_comparison, warnings_of
 
 MAX_POINTS = 10_000  # of a grid, without --yes
@@ -34,24 +28,27 @@ SHOWN = 64  # images of every model in the pictures
 
 
 # -------------------- the method
-def experiment(setup: "Setup", net: nn.Module, sampler: Sampler) -> "Results":
+def experiment(setup: Setup, net: nn.Module, sampler: Sampler) -> "Results":
     """Train the base on its own samples, step the other way, block by block, and ask on fresh noise
     and fresh real images whether it is better.
 
     net: the base, or the untrained network that becomes it. sampler: holds the one network that
     samples.
     """
-    c, model = setup.c, setup.model
+    c, model, clock = setup.c, setup.model, Clock()
 
     # What judges is complete before anything long begins.
     example = getattr(model, "example", None)
     judges = build_judges(c, setup.preset, model, setup.real, setup.processes, example)
     log = ScoreLog(c.out)
+    clock.ends("judges")
 
     # theta_r, and theta_s: the same network after training on samples of theta_r.
     base = trained_base(setup, net)
     sampler.write(base)
+    clock.ends("base")
     snapshots = self_trained(setup, base, sampler)
+    clock.ends("synthetic set and self-training")
 
     entries = []
     for kimg, path in sorted(snapshots.items()):
@@ -68,18 +65,21 @@ def experiment(setup: "Setup", net: nn.Module, sampler: Sampler) -> "Results":
             raise UserError("the base network's images are not finite: are its weights sound?")
         best = choose(score for score in swept if single_weight(score) != -1)
         models["global"] = Candidate.at(swept, single_weight(best), scorer)
+        clock.ends("global weights")
 
         # One weight a block, from a grid; and from a search, perhaps over other blocks.
-        gridded = []
+        gridded, found = [], []
         if grid_points(c, scorer.merger.blocks):
             gridded = grid(scorer, c.grid, c.block_grid, c.race)
             models["blockwise"] = Candidate.of(choose(gridded), scorer)
+            clock.ends("grid")
         if c.search:
             searcher = scorer
             if c.search_partition:
                 searcher = scorer.with_blocks(blocks_of(c.search_partition, model, base))
             found = SEARCHES[c.search](searcher, single_weight(best), c.evaluations, c.bounds)
             models["searched"] = Candidate.of(choose(found), searcher)
+            clock.ends("search")
 
         # The same grid over random blocks: what any further freedom would gain.
         placebos = {}
@@ -91,37 +91,35 @@ def experiment(setup: "Setup", net: nn.Module, sampler: Sampler) -> "Results":
 
         # What a critic asks for first: more steps, more training, guidance instead of new weights.
         controls = controls_of(setup, scorer, values)
+        clock.ends("random blocks and controls")
 
         # The winners once more, on noise and real images that no selection has seen.
         finals: dict[str, dict] = {judge.name: {} for judge in judges}
         for name, candidate in (models | controls | placebos).items():
             for judge, scores in candidate.scorer.finals(candidate.w, name).items():
                 finals[judge][name] = scores
-        entries.append(Entry.of(c, scorer, swept, gridded, models, controls, placebos, finals))
+        tried = {"sweep": swept, "grid": gridded, "search": found}
+        entries.append(Entry.of(c, scorer, tried, models, controls, placebos, finals))
+        clock.ends("final comparison")
         show_and_export(setup, entries[-1])
-    return Results(judges, entries)
+        clock.ends("pictures and the repaired network")
+    return Results(judges, entries, clock.seconds)
+
+
+class Clock:
+    """Seconds by stage, over all snapshots; what an earlier call has finished takes none."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def ends(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
+        self.last = now
 
 
 LANDMARKS = {"base": 0.0, "collapsed": -1.0}
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What a study begins with."""
-
-    c: Config
-    preset: Preset
-    model: Model
-    processes: Processes
-    real: RealData | None
-    seeds: Ledger
-
-    def first_seeds(self) -> dict:
-        """For the report: of the noise, and of real images that are drawn here."""
-        firsts = self.seeds.first_seeds()
-        if self.preset.streams:
-            firsts["real_streams"] = self.preset.streams
-        return firsts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +128,7 @@ class Results:
 
     judges: list[Judge]
     entries: list["Entry"]  # one a snapshot
+    seconds: dict[str, float]  # by stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,83 +158,7 @@ def single_weight(score: Score) -> float:
     return next(iter(score.w.values()))
 
 
-# -------------------- what a study begins with
-def prepare(c: Config, preset: Preset, processes: Processes) -> Setup:
-    """Model, real images and seeds; nothing long."""
-    paper = c.protocol == "paper"
-    seeds = seed_ledger(
-        c.select_images,
-        c.final_images,
-        c.final_repeats,
-        c.synthetic,
-        searched=c.search == "gradient",
-        paper=paper,
-        final_seed=c.final_seed,
-    )
-    if paper and processes.rank == 0:
-        print(
-            f"--protocol paper: the first {min(c.select_images, c.synthetic)} selection seeds are "
-            "also those of the synthetic training set"
-        )
-    model = open_model(c, preset, processes)
-    real = processes.one_by_one(partial(preset.real_images, c))
-    if c.continue_on_data and real is None:
-        raise UserError("--continue-on-data trains on real images: give --data")
-    setup = Setup(c, preset, model, processes, real, seeds)
-    if c.aux:
-        given_snapshots(setup)  # a wrong --aux shows now
-    return setup
-
-
-def open_model(c: Config, preset: Preset, processes: Processes) -> Model:
-    """--model FILE.py, a pipeline of diffusers as --base, or the preset's own networks."""
-    if c.model:
-        return processes.one_by_one(partial(FileModel, c.model))
-    if is_pipeline(c.base):
-        return processes.one_by_one(partial(DiffusersModel, c))
-    if c.base and Path(c.base).is_dir():
-        raise UserError(
-            f"--base {c.base} is a folder without model_index.json, so no pipeline of diffusers; "
-            "EDM's networks are files, and other folders need --model"
-        )
-    return preset.model(c)
-
-
-def first_network(setup: Setup) -> nn.Module:
-    """The base, given or downloaded; with --train-base an untrained network. Both are checked."""
-    c, model, real = setup.c, setup.model, setup.real
-    if not c.train_base:
-        if c.model and not c.base:
-            raise UserError(
-                f"--model {c.model} needs --base FILE for its load(), or --train-base KIMG"
-            )
-        path = setup.processes.one_by_one(partial(model.fetch, c.base, "the base network"))
-        net = model.load(path)
-    else:
-        if real is None:
-            raise UserError("--train-base needs --data ZIP or folder of images")
-        torch.manual_seed(c.seed)
-        net = model.create(real.training.images, real.training.labels, c)
-        refuse_empty_classes(real.training, model.classes(net))
-    check_model(setup, net, trained=not c.train_base)
-    return net
-
-
-def check_model(setup: Setup, net: nn.Module, trained: bool) -> None:
-    """The model keeps the seam's promises and makes images like the real ones."""
-    setup.model.start_check(net, setup.c, trained)
-    if setup.real is None:
-        return
-    shape = tuple(setup.model.image_shape(net))
-    theirs = tuple(setup.real.training.images.shape[1:])
-    if shape != theirs:
-        raise UserError(
-            f"the base makes images of shape {shape} (channels, height, width), the real ones of "
-            f"{setup.real.training.source} are {theirs}: choose other --data, or another --preset "
-            f"than {setup.c.preset}"
-        )
-
-
+# -------------------- blocks and weights that are tried
 def blocks_of(named: str | dict, model: Model, net: nn.Module) -> Blocks:
     """--partition, as Merger takes it."""
     if isinstance(named, dict):
@@ -306,7 +229,7 @@ def controls_of(setup: Setup, scorer: Scorer, values: set[float]) -> dict[str, C
             print("no guided control: the sampler calls parts of the network, not the network")
     if c.continue_on_data:
         kimg = scorer.snapshot if c.continue_on_data < 0 else c.continue_on_data
-        further = trained_on(setup, scorer.merger.base, kimg)
+        further = continued_base(setup, scorer.merger.base, kimg)
         merger = Merger(scorer.merger.base, further, lambda name: "all")
         other = Scorer(
             scorer.sampler,
@@ -322,204 +245,6 @@ def controls_of(setup: Setup, scorer: Scorer, values: set[float]) -> dict[str, C
     return found
 
 
-def trained_on(setup: Setup, base: nn.Module, kimg: float) -> nn.Module:
-    """The base after so many thousand real images more, by the recipe of the self-training."""
-    c, model, real = setup.c, setup.model, setup.real
-    assert real is not None  # see prepare()
-    recipe = dataclasses.replace(self_recipe(c), name="training on")
-    key = base_key(
-        initial=weights_hash(base),
-        kimg=kimg,
-        images=real.training.identity,
-        model=model.training_identity,
-        recipe=dataclasses.asdict(recipe),
-    )
-    path = c.out / f"continued-{key}.safetensors"
-    state = path.with_name(f"training-state-{path.stem}.safetensors")
-
-    def images():
-        return real.training.images, real.training.labels
-
-    train_once(setup, model.trainable(base, c), images, recipe, {kimg: path}, state, {})
-    if setup.processes.rank == 0:
-        state.unlink(missing_ok=True)
-    return model.load_like(base, path)
-
-
-# -------------------- training stages: what is finished is read back
-def trained_base(setup: Setup, net: nn.Module) -> nn.Module:
-    """The base: as it was given, or trained from `net` on the training part of the real images."""
-    c, model, real = setup.c, setup.model, setup.real
-    if not c.train_base:
-        return net
-    assert real is not None
-    recipe = base_recipe(c)
-    path = base_path(setup, net)
-    state = path.with_name(f"training-state-{path.stem}.safetensors")
-
-    def images():
-        return real.training.images, real.training.labels
-
-    train_once(setup, net, images, recipe, {c.train_base: path}, state, {})
-    if setup.processes.rank == 0:
-        state.unlink(missing_ok=True)
-    base = model.load_like(net, path)
-    try:
-        check_model(setup, base, trained=True)
-    except UserError as error:
-        raise UserError(f"{error} (the trained base is kept: {path})") from error
-    return base
-
-
-def base_recipe(c: Config) -> Recipe:
-    """Ramp and average are a twentieth of the whole, as EDM's are of its 200 million images."""
-    return Recipe(
-        name="base",
-        batch=c.batch,
-        lr=c.base_lr,
-        ramp_kimg=c.train_base / 20,
-        ema_kimg=c.train_base / 20,
-        seed=c.seed,
-        ramp_ratio=0.05,
-        precision=c.train_precision,
-    )
-
-
-def base_path(setup: Setup, net: nn.Module) -> Path:
-    """Where a base that is trained from `net` is kept."""
-    assert setup.real is not None
-    key = base_key(
-        initial=weights_hash(net),
-        kimg=setup.c.train_base,
-        images=setup.real.training.identity,
-        model=setup.model.training_identity,
-        recipe=dataclasses.asdict(base_recipe(setup.c)),
-    )
-    return setup.c.out / f"base-{key}.safetensors"
-
-
-def self_trained(setup: Setup, base: nn.Module, sampler: Sampler) -> dict[int, Path]:
-    """{kimg: file} of self-trained networks: those of --aux, or trained here on samples of the
-    base."""
-    c = setup.c
-    if c.aux:
-        return given_snapshots(setup)
-    paths, synthetic, recipe = self_training(setup, base)
-
-    def images():
-        return synthetic_set(setup, sampler, c.out / f"synthetic-{synthetic}.zip")
-
-    net = setup.model.trainable(base, c)
-    state = paths[c.snapshot[0]].with_name("training-state.safetensors")
-    facts = {"base_weights": weights_hash(base), "synthetic": synthetic}
-    train_once(setup, net, images, recipe, paths, state, facts)
-    return paths
-
-
-def self_training(setup: Setup, base: nn.Module) -> tuple[dict[int, Path], str, Recipe]:
-    """{kimg: file}, the key of the synthetic set, and the recipe."""
-    c, model = setup.c, setup.model
-    recipe = self_recipe(c)
-    synthetic = synthetic_key(
-        base=weights_hash(base),
-        model=model.identity,
-        count=c.synthetic,
-        labels=c.labels,
-        steps=c.steps,
-        device=c.device,
-        precision=c.precision,
-    )
-    key = self_training_key(
-        synthetic=synthetic, model=model.training_identity, recipe=dataclasses.asdict(recipe)
-    )
-    folder = c.out / f"self-{key}"
-    paths = {kimg: folder / f"network-snapshot-{kimg:06d}.safetensors" for kimg in c.snapshot}
-    return paths, synthetic, recipe
-
-
-def self_recipe(c: Config) -> Recipe:
-    return Recipe(
-        name="self-training",
-        batch=c.batch,
-        lr=c.lr,
-        ramp_kimg=c.ramp_kimg,
-        ema_kimg=c.ema_kimg,
-        seed=c.seed + 1,
-        precision=c.train_precision,
-    )
-
-
-def given_snapshots(setup: Setup) -> dict[int, Path]:
-    """{kimg: path} from --aux: one network, or a folder of network-snapshot-*."""
-    c, folder = setup.c, Path(setup.c.aux)
-    if not folder.is_dir() or not any(folder.glob("network-snapshot-*")):
-        if len(c.snapshot) > 1:
-            raise UserError(
-                f"--aux {c.aux} is one network, --snapshot names {len(c.snapshot)} "
-                f"({', '.join(map(str, c.snapshot))}): give its own length alone, or a folder of "
-                "network-snapshot-* files"
-            )
-        fetch = partial(setup.model.fetch, c.aux, "the self-trained network")
-        return {c.snapshot[0]: setup.processes.one_by_one(fetch)}
-    files = {}
-    for path in sorted(folder.glob("network-snapshot-*.*")):
-        files[path.stem.removeprefix("network-snapshot-")] = path
-    wanted = {}
-    for kimg in c.snapshot:
-        if f"{kimg:06d}" not in files:
-            raise UserError(f"--aux {folder} has snapshots {[*files]}, not --snapshot {kimg}")
-        wanted[kimg] = files[f"{kimg:06d}"]
-    return wanted
-
-
-def synthetic_set(setup: Setup, sampler: Sampler, path: Path):
-    """Images of the base at seeds 0, 1, ... with their classes, as an EDM dataset zip."""
-    c, processes = setup.c, setup.processes
-    if not processes.decide(path.exists):
-        images, labels = sampler.images(range(c.synthetic), c.precision, "synthetic set")
-        if processes.rank == 0:
-            write_dataset(path, images, labels)
-        processes.barrier()
-    return read_dataset(path, quiet=True)
-
-
-def train_once(
-    setup: Setup,
-    net: nn.Module,
-    data: Callable,
-    recipe: Recipe,
-    paths: dict,
-    state: Path,
-    facts: dict,
-) -> None:
-    """Leaves the networks of `paths` {kimg: file}, unless they are there. data() -> images, labels;
-    facts: what else a network's file says about its origin."""
-
-    def done():
-        return all(path.exists() for path in paths.values())
-
-    def save(ema, kimg):
-        told = {**facts, "training": dataclasses.asdict(recipe), "kimg": kimg}
-        setup.model.save(ema, paths[kimg], told)
-
-    if setup.processes.decide(done):
-        return
-    images, labels = data()
-    state.parent.mkdir(exist_ok=True)
-    remove_orphans(state.parent)
-    try:
-        train(setup.model, net, images, labels, recipe, list(paths), save, state, setup.processes)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory in training with --batch {recipe.batch}: give a smaller one"
-        ) from error
-    if not setup.processes.decide(done):
-        raise UserError(
-            f"the saved training in {state.parent} is already past one of --snapshot "
-            f"{', '.join(map(str, paths))}: delete {state.name} there to train again"
-        )
-
-
 # -------------------- what a study ends with
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -529,6 +254,7 @@ class Entry:
     blocks: dict  # {block: tensors, parameters, drift}
     sweep: list[Score]  # of global weights
     grid: list[Score]  # of the block-wise grid; empty if there was none
+    search: list[Score]  # in its order; empty if there was none
     models: dict[str, Candidate]  # base, collapsed, global, blockwise, searched
     controls: dict[str, Candidate]
     final: dict  # {model: final_comparison()}
@@ -540,8 +266,8 @@ class Entry:
     samples: dict  # {model: uint8 [N, C, H, W]}, from the same noise
 
     @classmethod
-    def of(cls, c, scorer, swept, gridded, models, controls, placebos, finals) -> "Entry":
-        """finals: {judge: {model: [Score]}}."""
+    def of(cls, c, scorer, tried, models, controls, placebos, finals) -> "Entry":
+        """tried: {sweep, grid, search: [Score]}; finals: {judge: {model: [Score]}}."""
         own = finals[scorer.judge.name]
         random_blocks = []
         for name, candidate in placebos.items():
@@ -550,7 +276,7 @@ class Entry:
                 {"w": candidate.w, "fd": candidate.fd, "against_global": gain.as_json()}
             )
         final = final_comparison({name: own[name] for name in models | controls})
-        warnings = warnings_of(c, models, final, bool(gridded), scorer.judge)
+        warnings = warnings_of(c, models, final, bool(tried["grid"]), scorer.judge)
         if len(placebos) < c.placebo:
             warnings.append(
                 f"--placebo {c.placebo}: the layers allow only {len(placebos)} other blocks"
@@ -572,8 +298,7 @@ class Entry:
         return cls(
             kimg=scorer.snapshot,
             blocks=scorer.merger.table(),
-            sweep=swept,
-            grid=gridded,
+            **tried,
             models=models,
             controls=controls,
             final=final,
@@ -604,6 +329,7 @@ class Entry:
             "kimg": self.kimg,
             "blocks": self.blocks,
             "grid": [short(score) for score in self.grid],
+            "search": [short(score) for score in self.search],
             "sweep": [short(score) | {"w_global": single_weight(score)} for score in self.sweep],
             **models,
             "final": self.final,

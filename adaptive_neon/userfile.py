@@ -12,7 +12,6 @@ import functools
 import hashlib
 import importlib.util
 import os
-import stat
 import sys
 import sysconfig
 import threading
@@ -33,20 +32,11 @@ from .processes import Diverged
 
 PROGRAM = ("adaptive_neon", "neon_ext", "edm_neon", "toy_neon", "__main__")
 PACKAGE = Path(__file__).resolve().parent
+STANDARD = os.path.realpath(sysconfig.get_path("stdlib")) + os.sep
 
 LOCK = threading.RLock()  # held while sys.modules and sys.path change hands
 shown: "Scope | None" = None  # the scope whose modules stand in sys.modules
-# In this thread: the scope whose code runs, and whether what it reads matters to no key.
-active: contextvars.ContextVar = contextvars.ContextVar("active", default=None)
-quiet: contextvars.ContextVar = contextvars.ContextVar("quiet", default=False)
-
-
-@functools.cache
-def environment() -> tuple[str, ...]:
-    """Folders of Python and of its installed packages."""
-    paths = sysconfig.get_paths()
-    names = ("stdlib", "platstdlib", "purelib", "platlib")
-    return tuple(os.path.realpath(paths[name]) + os.sep for name in names)
+active: contextvars.ContextVar = contextvars.ContextVar("active", default=None)  # in this thread
 
 
 def is_installed(path: str | Path) -> bool:
@@ -54,8 +44,14 @@ def is_installed(path: str | Path) -> bool:
     path = Path(os.path.realpath(path))
     if PACKAGE in path.parents or (path.parent == PACKAGE.parent and path.stem in PROGRAM):
         return True
-    folders = {"site-packages", "dist-packages"}
-    return str(path).startswith(environment()) or not folders.isdisjoint(path.parts)
+    packages = {"site-packages", "dist-packages"}
+    return str(path).startswith(STANDARD) or not packages.isdisjoint(path.parts)
+
+
+def taken(tops: set[str]) -> dict[str, ModuleType]:
+    """Out of sys.modules: the modules of these names, and those in them."""
+    names = [name for name in list(sys.modules) if name.partition(".")[0] in tops]
+    return {name: sys.modules.pop(name) for name in names}
 
 
 class Scope:
@@ -71,20 +67,17 @@ class Scope:
         self.file, self.name = path.resolve(), f"neon_model_{path.stem}"
         self.folder = self.file.parent
         self.builtins = {**vars(builtins), "__import__": self.import_}
-        self.modules: dict[str, ModuleType] = {}
-        self.owned: dict[str, bool] = {}  # whether the user means a module of the own by a name
-        self.before = [str(self.folder)]  # the entries of sys.path
-        self.behind: list[str] = []  # and after them
+        self.own = {self.name}  # names by which the user means a module of the own
+        self.modules: dict[str, ModuleType] = {}  # of these names, while others are shown,
+        self.replaced: dict[str, ModuleType] = {}  # and others' modules, while these are
+        self.path = [str(self.folder), *sys.path]
+        self.path_outside: list[str] = []
         self.inside = 0  # calls that run now
-        self.grown = False  # modules have come since it was shown
-        self.replaced: dict[str, ModuleType] = {}  # of sys.modules, while it is shown
-        self.path: list[str] = []  # sys.path before it was shown
 
         self.records: dict[str, str] = {}  # {module or file: hash of its content}
         self.sources: set[Path] = set()  # files of the modules
         self.roots = {self.folder}  # what is read below these is recorded,
         self.apart: set[Path] = set()  # but networks: their weights have keys of their own
-        self.hashes: dict[Path, tuple] = {}
         self.sealed = False  # keys have been made of the records
         self.late = ""  # what has been read since
         watch()
@@ -94,46 +87,56 @@ class Scope:
     def load(self) -> ModuleType:
         """The user's file itself, as a module."""
         loader = Loader(self, self.name, str(self.file))
-        spec = ModuleSpec(self.name, loader, origin=str(self.file))
-        spec.has_location = True
+        spec = importlib.util.spec_from_file_location(self.name, self.file, loader=loader)
+        assert spec is not None
         module = importlib.util.module_from_spec(spec)
         with LOCK, self.entered():
-            self.owned[self.name] = True
-            self.replace([self.name])
-            # Dataclasses and pickle look it up.
-            self.modules[self.name] = sys.modules[self.name] = module
+            sys.modules[self.name] = module  # dataclasses and pickle look it up
             loader.exec_module(module)
         return module
 
     def import_(self, name, globals=None, locals=None, fromlist=(), level=0):
         """What `import` does in the user's code."""
         absolute = name if level == 0 else (globals or {}).get("__package__") or ""
-        top = absolute.partition(".")[0]
-        if not self.owns(top):
+        if not self.owns(absolute):
             return builtins.__import__(name, globals, locals, fromlist, level)
         with LOCK, self.entered():
             return builtins.__import__(name, globals, locals, fromlist, level)
 
-    def owns(self, top: str) -> bool:
+    def owns(self, name: str) -> bool:
         """Whether the user's code means a module of its own by this name."""
-        if top in PROGRAM or not top:
-            return False
-        if top not in self.owned:
-            with LOCK, self.entered():
-                spec = self.find(top)
-                if spec is None:
-                    return False  # not yet: sys.path may still grow
-                self.owned[top] = is_own(spec)
-                self.replace([top])
-        return self.owned[top]
+        top = name.partition(".")[0]
+        if top in self.own or top in PROGRAM or not top:
+            return top in self.own
+        with LOCK, self.entered():
+            spec = self.find(top)
+            if spec is None:
+                return False
+            places = [spec.origin] if spec.has_location else spec.submodule_search_locations
+            if not places or is_installed(str(list(places)[0])):
+                return False
+            self.own.add(top)
+            self.replaced |= taken({top})
+        return True
 
     def find(self, name: str, path=None) -> ModuleSpec | None:
         """The spec of a module, as Python finds it with the scope's sys.path."""
         for finder in sys.meta_path:
-            spec = None if finder is Finder else finder.find_spec(name, path)
+            spec = None if finder is self else finder.find_spec(name, path)
             if spec is not None:
                 return spec
         return None
+
+    def find_spec(self, name, path=None, target=None):
+        """As a finder of sys.meta_path: its own modules are loaded in this scope."""
+        if not self.owns(name):
+            return None
+        spec = self.find(name, path)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = Loader(self, name, spec.origin)
+        elif spec is not None and spec.has_location:
+            self.record(f"module {name}", file_hash(spec.origin))
+        return spec
 
     @contextlib.contextmanager
     def entered(self):
@@ -159,101 +162,60 @@ class Scope:
         if shown is not None:
             shown.hide()
         shown = self
-        self.grown = False
-        self.replace([top for top, own in self.owned.items() if own])
+        self.replaced = taken(self.own)
         sys.modules.update(self.modules)
+        self.path_outside, sys.path[:] = list(sys.path), self.path
+        sys.meta_path.insert(0, self)
+
+        # torch.compile keeps modules by their names.
         compiler = sys.modules.get("torch._dynamo.symbolic_convert")
         kept = getattr(compiler, "_import_module", None)
-        if hasattr(kept, "cache_clear"):  # torch.compile keeps modules by their names
+        if hasattr(kept, "cache_clear"):
             kept.cache_clear()
-        self.path = list(sys.path)
-        sys.path[:] = [*self.before, *self.path, *self.behind]
-
-    def replace(self, tops: list[str]):
-        """Others' modules of these names, and those in them, are not what is meant here."""
-        if any(top in sys.modules and self.owned[top] for top in tops):
-            for name in list(sys.modules):
-                if name.partition(".")[0] in tops:
-                    self.replaced[name] = sys.modules.pop(name)
 
     def hide(self):
         """Takes them out again, with those that have come in the meantime."""
         global shown
-        if self.grown:
-            for name in list(sys.modules):
-                if self.owned.get(name.partition(".")[0]):
-                    self.modules[name] = sys.modules[name]
-        for name in self.modules:
-            sys.modules.pop(name, None)
-        sys.modules.update(self.replaced)
-        self.replaced = {}
-
-        # Entries of sys.path that the user's code has added stay its own.
-        known = [*self.before, *self.path, *self.behind]
-        front = True
-        added: dict[bool, list[str]] = {True: [], False: []}
-        for place in dict.fromkeys(sys.path):
-            if place in known:
-                front = False
-            else:
-                added[front].append(place)
-        self.before = added[True] + self.before
-        self.behind = self.behind + added[False]
-        sys.path[:] = self.path
         shown = None
+        self.modules = taken(self.own)
+        sys.modules.update(self.replaced)
+        self.path, sys.path[:] = list(sys.path), self.path_outside
+        sys.meta_path.remove(self)
 
     # -------------------- the record
 
     def record(self, name: str, content: str):
-        if self.sealed and quiet.get():
-            return
         if self.records.get(name) != content:
             self.records[name] = content
             if self.sealed:
                 self.late = name
 
-    def opened(self, file: Any, mode: str | None, flags: int):
+    def opened(self, file: Any, flags: int):
         """Records a file that the user's code opens for reading."""
-        if mode is None:
-            reads = not flags & (os.O_WRONLY | os.O_RDWR)
-        else:
-            reads = not set("wax+") & set(mode)
         if not isinstance(file, (str, bytes, os.PathLike)):
             return
         path = Path(os.path.abspath(os.fsdecode(file)))
-        if not self.below(path):
+        if not self.roots.intersection(path.parents):
             path = Path(os.path.realpath(path))
-        if path.parent.name == "__pycache__" and path.suffix == ".pyc":
+        if path.suffix == ".pyc":
             path = Path(importlib.util.source_from_cache(path))
-        if not reads:
+        if flags & (os.O_WRONLY | os.O_RDWR):
             self.apart.add(path)  # what it writes itself is no input
-        elif self.decides(path) and stat.S_ISREG(os.stat(path).st_mode):
-            self.record(os.path.relpath(path, self.folder), self.hash_of(path))
-
-    def below(self, path: Path) -> Path | None:
-        """The recorded folder in which a file lies."""
-        return next((root for root in self.roots if root in path.parents), None)
+        elif self.decides(path):
+            self.record(os.path.relpath(path, self.folder), hash_of(path))
 
     def decides(self, path: Path) -> bool:
         """Whether the content of a file belongs into the keys."""
-        apart = path in self.apart or not self.apart.isdisjoint(path.parents)
-        if apart or path in self.sources or is_installed(path):
+        apart = self.apart.intersection((path, *path.parents))
+        if apart or path in self.sources or is_installed(path) or not path.is_file():
             return False
         if path.suffix == ".py" and opened_by("linecache"):  # for a line in a warning
             return False
-        root = self.below(path)
-        if root is None:  # a module by its place
-            return path.suffix == ".py" and opened_by("importlib")
-        folders = path.relative_to(root).parts[:-1]
-        return not any(folder.startswith((".", "torchinductor_")) for folder in folders)  # caches
-
-    def hash_of(self, path: Path) -> str:
-        """Hash of a file, which large files need once while they stay as they are."""
-        facts = os.stat(path)
-        state = (facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
-        if self.hashes.get(path, ("",))[1:] != state:
-            self.hashes[path] = (file_hash(path), *state)
-        return self.hashes[path][0]
+        for root in self.roots.intersection(path.parents):
+            folders = path.relative_to(root).parts[:-1]
+            caches = [folder for folder in folders if folder.startswith((".", "torchinductor_"))]
+            return not caches
+        return path.suffix == ".py" and opened_by("importlib")  # a module by its place
 
     def seal(self):
         """From here on keys are made of the records. They also hold the networks that the user's
@@ -286,21 +248,15 @@ class Loader(SourceFileLoader):
         super().exec_module(module)
 
 
-class Finder:
-    """On sys.meta_path: modules that a scope owns are loaded in it."""
+def hash_of(path: Path) -> str:
+    """Hash of a file, which large files need once while they stay as they are."""
+    facts = os.stat(path)
+    return hash_in_state(path, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        scope = active.get()
-        if scope is None or not scope.owns(name.partition(".")[0]):
-            return None
-        spec = scope.find(name, path)
-        scope.grown = True
-        if spec is not None and isinstance(spec.loader, SourceFileLoader):
-            spec.loader = Loader(scope, name, spec.origin)
-        elif spec is not None and spec.has_location:
-            scope.record(f"module {name}", file_hash(spec.origin))
-        return spec
+
+@functools.cache
+def hash_in_state(path: Path, *state: int) -> str:
+    return file_hash(path)
 
 
 def opened_by(module: str) -> bool:
@@ -311,46 +267,35 @@ def opened_by(module: str) -> bool:
     return frame is not None
 
 
-def is_own(spec: ModuleSpec) -> bool:
-    """Whether a module's file or, without one, the first of its folders is the user's."""
-    places = [spec.origin] if spec.has_location else list(spec.submodule_search_locations or ())
-    return bool(places) and not is_installed(str(places[0]))
-
-
 @functools.cache
 def watch():
-    """Once: scopes hear of imports and of files that are opened."""
-    sys.meta_path.insert(0, Finder)
+    """Once: scopes hear of files that are opened, also in Rust and C++."""
     sys.addaudithook(hear)
-    # These open files in Rust and C++, of which Python hears nothing.
-    for module in (safetensors, safetensors.torch):
-        announce(module, "safe_open")
-    announce(torch.jit, "load")
+    safetensors.safe_open = safetensors.torch.safe_open = announced(safetensors.safe_open)
+    torch.jit.load = announced(torch.jit.load)
 
 
 def hear(event: str, args: tuple):
-    if event != "open":
-        return
-    scope = active.get()
+    scope = active.get() if event == "open" else None
     if scope is None:
         return
     token = active.set(None)  # the hash opens the file too
     with contextlib.suppress(OSError, ValueError):  # which its own open() will report
-        scope.opened(*args)
+        file, _, flags = args
+        scope.opened(file, flags)
     active.reset(token)
 
 
-def announce(module: ModuleType, name: str):
-    """Makes a function that reads a file say so, as open() does."""
-    read = getattr(module, name)
+def announced(read):
+    """A function that reads a file, and says so as open() does."""
 
     @functools.wraps(read, updated=())
-    def announced(*args, **kwargs):
+    def announcing(*args, **kwargs):
         file = next(iter([*args, *kwargs.values()]), None)
         sys.audit("open", file, "rb", 0)
         return read(*args, **kwargs)
 
-    setattr(module, name, announced)
+    return announcing
 
 
 class UserFile:
@@ -364,14 +309,8 @@ class UserFile:
         if self.path.suffix != ".py":
             raise UserError(f"{option} {path} is no Python file: its name must end in .py")
         self.scope = Scope(self.path)
-        before = torch_settings()
-        try:
+        with running(self.path, f"{option} {path}", "cannot be imported"):
             self.file = self.scope.load()
-        except (Exception, SystemExit) as error:
-            raise UserError(
-                f"{option} {path} cannot be imported: {where_in(self.path, error)}"
-            ) from error
-        refuse_changed_settings(before, f"{option} {path}, when it is imported,")
 
     @property
     def identity(self) -> str:
@@ -380,21 +319,11 @@ class UserFile:
 
     def call(self, name: str, *args) -> Any:
         """A function of the file; its errors name it and the line."""
-        before = torch_settings()
-        scope = self.scope
-        token = quiet.set(name in self.UNRECORDED)
-        try:
-            with scope.entered():
-                result = getattr(self.file, name)(*args)
-        except (UserError, Diverged, torch.OutOfMemoryError):
-            raise
-        except (Exception, SystemExit) as error:
-            raise UserError(
-                f"{self.path}: {name}() failed: {where_in(self.path, error)}"
-            ) from error
-        finally:
-            quiet.reset(token)
-        refuse_changed_settings(before, f"{self.path}: {name}()")
+        scope, records = self.scope, dict(self.scope.records)
+        with running(self.path, f"{self.path}: {name}()", "failed"), scope.entered():
+            result = getattr(self.file, name)(*args)
+        if scope.sealed and name in self.UNRECORDED:
+            scope.records, scope.late = records, ""
         if scope.late:
             raise UserError(
                 f"{self.path}: {name}() reads {printable(scope.late)}, which is new or has changed "
@@ -423,6 +352,22 @@ class JudgeFile(UserFile):
         return result
 
 
+@contextlib.contextmanager
+def running(path: Path, what: str, failed: str):
+    """Code of the user's: errors are one line, and torch's settings stay as they are."""
+    before = torch_settings()
+    try:
+        yield
+    except (UserError, Diverged, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{what} {failed}: {where_in(path, error)}") from error
+
+    for name, value in torch_settings().items():
+        if value != before[name]:
+            raise UserError(f"{what} changes torch's {name} from {before[name]} to {value}")
+
+
 def torch_settings() -> dict[str, Any]:
     """Settings of torch that a user's file must leave as they are."""
     backends: Any = torch.backends
@@ -438,19 +383,11 @@ def torch_settings() -> dict[str, Any]:
     }
 
 
-def refuse_changed_settings(before: dict[str, Any], who: str):
-    for name, value in torch_settings().items():
-        if value != before[name]:
-            raise UserError(f"{who} changes torch's {name} from {before[name]} to {value}")
-
-
 def where_in(path: str | Path, error: BaseException) -> str:
     """Kind and text of an error, and the line of this file where it arose."""
     path = str(Path(path).resolve())
-    lines = []
-    for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename == path:
-            lines.append(frame.lineno)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
     if isinstance(error, SyntaxError) and error.filename == path:
         lines = [error.lineno]
     place = f"line {lines[-1]}: " if lines else ""

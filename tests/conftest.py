@@ -1,7 +1,6 @@
 """The extension must be built; without a GPU the CUDA twins of tests are left out, and counted."""
 
 import pickle
-import signal
 import threading
 from pathlib import Path
 
@@ -55,16 +54,6 @@ def device(request):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def signals():
-    """edm_neon.main() in this process takes the signals over."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, handlers, strict=True):
-        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -277,7 +277,7 @@ def toy_scorer(out, real=True, **options):
 def toy_setup(out, **options):
     """What a toy study begins with."""
     c = config(out, **options)
-    return neon.study.Setup(
+    return neon.stages.Setup(
         c, preset, ToyModel(), neon.processes.Processes("cpu"), real_toys(), seeds_of(c)
     )
 

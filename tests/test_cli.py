@@ -1,11 +1,7 @@
 """adaptive_neon.cli: options, plan, estimate, several training seeds, the process."""
 
-import io
+import contextlib
 import json
-import os
-import signal
-import sys
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -346,10 +342,10 @@ def test_networks_of_a_training_seed_are_those_of_a_run_with_it(several, k):
     out = several[0] / f"seed-{k}"
     setup = toy_setup(out)
     c = parse([*TOY, "--snapshot", "2,1", "--seed", str(7 + 2 * k), "--out", str(out)])
-    setup = neon.study.Setup(c, preset, ToyModel(), setup.processes, setup.real, setup.seeds)
-    path = neon.study.base_path(setup, neon.study.first_network(setup))
+    setup = neon.stages.Setup(c, preset, ToyModel(), setup.processes, setup.real, setup.seeds)
+    path = neon.stages.base_path(setup, neon.stages.first_network(setup))
     assert [*out.glob("base-*")] == [path]
-    paths, _, _ = neon.study.self_training(setup, ToyModel().load(path))
+    paths, _, _ = neon.stages.self_training(setup, ToyModel().load(path))
     assert sorted(out.glob("self-*/network-*")) == sorted(paths.values())
 
 
@@ -426,150 +422,32 @@ def test_training_seeds_of_given_networks_are_refused(tmp_path):
 # -------------------- the process
 
 
-@pytest.fixture
-def outcome(monkeypatch, tmp_path):
-    """code(error): the exit code of main() where the run ends with this error."""
+def test_errors_are_one_line(monkeypatch, capsys):
+    def ending(*args):
+        raise neon.files.UserError("a wrong file")
 
-    def code(error):
-        def ending(*args):
-            raise error
-
-        replace(monkeypatch, "run", ending)
-        with pytest.raises(SystemExit) as stop:
-            edm.main([])
-        return stop.value.code
-
-    return code
-
-
-@pytest.mark.parametrize(
-    "error, code",
-    [
-        (neon.files.UserError("a wrong file"), 2),
-        (OSError(28, "No space left on device"), 2),
-        (KeyboardInterrupt(signal.SIGTERM), 143),
-        (KeyboardInterrupt(), 130),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
-)
-def test_exit_codes(outcome, error, code):
-    assert outcome(error) == code
-
-
-@pytest.mark.parametrize(
-    "error, words",
-    [
-        (neon.files.UserError("a wrong file"), "a wrong file"),
-        (OSError(28, "No space left on device"), "No space left"),
-        (KeyboardInterrupt(), "the same command goes on"),
-    ],
-    ids=["user", "disk", "stopped"],
-)
-def test_errors_are_one_line(outcome, capsys, error, words):
-    outcome(error)
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("edm_neon: ") and words in line
-
-
-def test_faults_of_ours_are_traced_back(monkeypatch):
-    def broken(*args):
-        raise NameError("a fault of ours")
-
-    replace(monkeypatch, "run", broken)
-    with pytest.raises(NameError):
+    replace(monkeypatch, "run", ending)
+    with pytest.raises(SystemExit) as stop:
         edm.main([])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "edm_neon: a wrong file\n"
 
 
-def test_a_run_that_ends_well_has_no_exit_code(monkeypatch):
-    replace(monkeypatch, "run", lambda *args: None)
-    assert edm.main([]) is None
+@pytest.mark.parametrize("fault", [None, NameError])
+def test_ranks_part_at_the_end(monkeypatch, fault):
+    ended = []
 
+    def ending(argv, presets, doc):
+        assert (argv, presets, doc) == (["--plan"], edm.PRESETS, edm.__doc__)
+        if fault:
+            raise fault
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_are_answered_with_a_line_at_once(capfd, number):
-    """Before the interrupt reaches what runs."""
-    with pytest.raises(KeyboardInterrupt) as stopped:
-        neon.cli.interrupt(number, None)
-    assert stopped.value.args == (number,)
-    (line,) = capfd.readouterr().err.strip().splitlines()
-    assert line.startswith("edm_neon: stopped") and "the same command goes on" in line
-
-
-def test_signals_are_taken_over(monkeypatch):
-    found = {}
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for number in numbers:
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    replace(
-        monkeypatch,
-        "run",
-        lambda *args: found.update((number, signal.getsignal(number)) for number in numbers),
-    )
-    edm.main([])
-    assert found == {
-        signal.SIGINT: neon.cli.interrupt,
-        signal.SIGTERM: neon.cli.interrupt,
-        signal.SIGHUP: signal.SIG_IGN,
-    }
-
-
-def test_a_signal_is_said_once(monkeypatch, capfd):
-    def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    replace(monkeypatch, "run", interrupted)
-    with pytest.raises(SystemExit) as stopped:
-        edm.main([])
-    assert stopped.value.code == 143 and capfd.readouterr().err.count("stopped") == 1
-
-
-def test_main_in_a_thread(tmp_path):
-    """Where signals cannot be caught."""
-    outcome = []
-
-    def work():
-        try:
-            edm.main([*TOY, "--plan", "--out", str(tmp_path)])
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert outcome == []
-
-
-def gone():
-    """A terminal whose reader has left."""
-    read, write = os.pipe()
-    os.close(read)
-    return open(write, "w", buffering=1)
-
-
-def without_accents():
-    return io.TextIOWrapper(io.BytesIO(), encoding="ascii", line_buffering=True)
-
-
-@pytest.mark.parametrize("terminal", [gone, without_accents])
-def test_a_terminal_that_fails_costs_nothing(terminal, tmp_path, monkeypatch):
-    """All files are there, whatever was said on the way."""
-    out = tmp_path / "Grüße"
-    with terminal() as one, terminal() as other, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", one)
-        patch.setattr(sys, "stderr", other)
-        replace(patch, "plot_report", lambda figures, to: (to / "drawn").touch())
-        edm.main([*TOY, "--out", str(out), "--protocol", "paper", "--select-images", "50"])
-        print("and what follows", flush=True)
-    names = {path.name for path in out.iterdir()}
-    assert {"table.md", "summary.json", "drawn", "adaptive-neon-000001.safetensors"} <= names
-
-
-def test_terminal_is_the_users_again(monkeypatch, tmp_path):
-    replace(monkeypatch, "run", lambda *args: None)
-    before = sys.stdout, sys.stderr
-    edm.main([])
-    assert (sys.stdout, sys.stderr) == before
+    replace(monkeypatch, "run", ending)
+    monkeypatch.setattr(neon.cli.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(neon.cli.dist, "destroy_process_group", lambda: ended.append(True))
+    with contextlib.suppress(NameError):
+        edm.main(["--plan"])
+    assert ended == [True]
 
 
 def test_measuring_time_changes_no_setting():

@@ -188,7 +188,7 @@ def test_training_on_needs_real_images(tmp_path):
 
     c = dataclasses.replace(toy_setup(tmp_path).c, continue_on_data=-1.0)
     with pytest.raises(neon.files.UserError, match="--continue-on-data .* give --data"):
-        neon.study.prepare(c, NoImages(), neon.processes.Processes("cpu"))
+        neon.stages.prepare(c, NoImages(), neon.processes.Processes("cpu"))
 
 
 def test_a_network_with_parts_of_its_own_name_is_guided():

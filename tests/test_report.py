@@ -251,7 +251,8 @@ def summarised(out, real=True, argv=(), entries=(), **options):
     judges = [toy_judge(out, real)]
     setup = SimpleNamespace(first_seeds=lambda: {"final": [50_000]})
     c = config(out, **options)
-    return neon.report.summarise(c, [*argv], [*entries], judges, setup, 0.5, CPU, 0.0)
+    results = neon.study.Results(judges, [*entries], {"grid": 2.5})
+    return neon.report.summarise(c, [*argv], results, setup, 0.5, CPU, 0.0)
 
 
 def test_summary_of_a_run(tmp_path):
@@ -261,6 +262,7 @@ def test_summary_of_a_run(tmp_path):
     assert [floor["images"] for floor in found["floors"]] == [100, 120]
     assert found["reference"]["images"] == 400 and found["world"] == 1
     assert found["config"]["final_repeats"] == 2 and found["seconds_per_image"] == 0.5
+    assert found["seconds"] == {"grid": 2.5}
     assert found["versions"]["torch"] == torch.__version__
 
 

@@ -79,7 +79,7 @@ def sampler_of(setup, net):
 def prepared(out, monkeypatch, **options):
     replace(monkeypatch, "open_model", lambda *args: ToyModel())
     own = SimpleNamespace(real_images=lambda c: real_toys())
-    return neon.study.prepare(config(out, **options), own, CPU)
+    return neon.stages.prepare(config(out, **options), own, CPU)
 
 
 def test_seeds_are_those_of_the_options(tmp_path, monkeypatch):
@@ -131,7 +131,7 @@ def test_without_drawn_images_there_are_no_streams(tmp_path):
 
 def test_folder_that_is_no_pipeline_is_refused(tmp_path):
     with pytest.raises(neon.files.UserError, match="model_index.json"):
-        neon.study.open_model(config(tmp_path, base=str(tmp_path)), preset, CPU)
+        neon.stages.open_model(config(tmp_path, base=str(tmp_path)), preset, CPU)
 
 
 # -------------------- the first network
@@ -140,7 +140,7 @@ def test_folder_that_is_no_pipeline_is_refused(tmp_path):
 def test_base_of_a_file(tmp_path):
     base, _ = toy_pair()
     ToyModel().save(base, tmp_path / "base.safetensors", {})
-    net = neon.study.first_network(setup_of(tmp_path, base=str(tmp_path / "base.safetensors")))
+    net = neon.stages.first_network(setup_of(tmp_path, base=str(tmp_path / "base.safetensors")))
     assert neon.keys.weights_hash(net) == neon.keys.weights_hash(base)
 
 
@@ -149,7 +149,7 @@ def test_model_is_checked_before_anything_is_trained(tmp_path, given):
     ToyModel().save(toy_pair()[0], tmp_path / "base.safetensors", {})
     options = {"base": str(tmp_path / "base.safetensors")} if given else {"train_base": 0.4}
     setup = setup_of(tmp_path, **options)
-    neon.study.first_network(setup)
+    neon.stages.first_network(setup)
     assert setup.model.checked == given and setup.model.steps == 0
 
 
@@ -157,7 +157,7 @@ def test_untrained_network_depends_on_the_seed_alone(tmp_path):
     hashes = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(hashes))
-        net = neon.study.first_network(setup_of(tmp_path, train_base=0.4, seed=seed))
+        net = neon.stages.first_network(setup_of(tmp_path, train_base=0.4, seed=seed))
         hashes.append(neon.keys.weights_hash(net))
     assert hashes[0] == hashes[1] != hashes[2]
 
@@ -165,12 +165,12 @@ def test_untrained_network_depends_on_the_seed_alone(tmp_path):
 def test_training_a_base_needs_images(tmp_path):
     setup = dataclasses.replace(toy_setup(tmp_path, train_base=1.0), real=None)
     with pytest.raises(neon.files.UserError, match="--train-base needs --data"):
-        neon.study.first_network(setup)
+        neon.stages.first_network(setup)
 
 
 def test_model_file_needs_a_base(tmp_path):
     with pytest.raises(neon.files.UserError, match="mine.py needs --base FILE.*--train-base"):
-        neon.study.first_network(toy_setup(tmp_path, model="mine.py"))
+        neon.stages.first_network(toy_setup(tmp_path, model="mine.py"))
 
 
 def images_of(*shape):
@@ -181,13 +181,13 @@ def images_of(*shape):
 def test_base_that_does_not_fit_the_images_is_refused(tmp_path):
     setup = setup_of(tmp_path, real=images_of(3, 4, 4))
     with pytest.raises(neon.files.UserError, match=r"\(1, 4, 4\).*images.zip are \(3, 4, 4\)"):
-        neon.study.check_model(setup, ToyNet(), True)
+        neon.stages.check_model(setup, ToyNet(), True)
 
 
 @pytest.mark.parametrize("real", [images_of(1, 4, 4), None], ids=["fitting", "none"])
 def test_base_that_fits_the_images(tmp_path, real):
     setup = dataclasses.replace(toy_setup(tmp_path), real=real)
-    neon.study.check_model(setup, ToyNet(), True)
+    neon.stages.check_model(setup, ToyNet(), True)
 
 
 # -------------------- the base, where it is trained here
@@ -195,8 +195,8 @@ def test_base_that_fits_the_images(tmp_path, real):
 
 def base_of(out, model=None, **options):
     setup = setup_of(out, model, **{"train_base": 0.4} | options)
-    net = neon.study.first_network(setup)
-    return neon.study.trained_base(setup, net), setup.model
+    net = neon.stages.first_network(setup)
+    return neon.stages.trained_base(setup, net), setup.model
 
 
 def test_base_is_trained_once(tmp_path):
@@ -214,12 +214,12 @@ def test_trained_base_leaves_no_state(tmp_path):
 
 def test_given_base_is_not_trained(tmp_path):
     setup, net = setup_of(tmp_path), toy_pair()[0]
-    assert neon.study.trained_base(setup, net) is net and setup.model.steps == 0
+    assert neon.stages.trained_base(setup, net) is net and setup.model.steps == 0
 
 
 def test_trained_base_is_checked_again(tmp_path):
     setup = setup_of(tmp_path, train_base=0.4)
-    neon.study.trained_base(setup, ToyNet())
+    neon.stages.trained_base(setup, ToyNet())
     assert setup.model.checked is True
 
 
@@ -272,7 +272,7 @@ def test_base_is_trained_on_the_training_part(tmp_path, trainings, part):
 
 def base_path(out, net=None, **options):
     setup = setup_of(out, **{"train_base": 0.4} | options)
-    return neon.study.base_path(setup, net or toy_pair()[0])
+    return neon.stages.base_path(setup, net or toy_pair()[0])
 
 
 @pytest.mark.parametrize(
@@ -320,13 +320,13 @@ def snapshots_of(out, model=None, base=None, **options):
     """{kimg: file} and the model, of a self-training in the folder `out`."""
     setup = setup_of(out, model, **{"lr": 1e-3, "ramp_kimg": 0.0, "ema_kimg": 0.1} | options)
     base = base or toy_pair()[0]
-    return neon.study.self_trained(setup, base, sampler_of(setup, base)), setup.model
+    return neon.stages.self_trained(setup, base, sampler_of(setup, base)), setup.model
 
 
 def test_synthetic_set_is_the_bases_at_seeds_from_zero(tmp_path):
     setup, base = setup_of(tmp_path, ToyModel(), synthetic=90), toy_pair()[0]
     path = tmp_path / "s.zip"
-    images, labels = neon.study.synthetic_set(setup, sampler_of(setup, base), path)
+    images, labels = neon.stages.synthetic_set(setup, sampler_of(setup, base), path)
     want, want_labels = neon.sampling.Sampler(ToyModel(), base, 2, 100).batch_images(range(90))
     assert (images.int() - want.int()).abs().max() <= 1 and images.dtype == torch.uint8
     assert torch.equal(labels, want_labels)
@@ -335,7 +335,7 @@ def test_synthetic_set_is_the_bases_at_seeds_from_zero(tmp_path):
 def test_unconditional_synthetic_set_has_no_labels(tmp_path):
     base, path = network("uncond"), tmp_path / "s.zip"
     setup = setup_of(tmp_path, edm_model(), synthetic=40, steps=1)
-    images, labels = neon.study.synthetic_set(setup, sampler_of(setup, base), path)
+    images, labels = neon.stages.synthetic_set(setup, sampler_of(setup, base), path)
     assert labels is None and images.shape == (40, 3, 16, 16)
 
 
@@ -403,7 +403,7 @@ def test_snapshots_say_where_they_come_from(tmp_path, trainings):
 def planned(out, base=None, model=None, **options):
     """Path of the snapshot and key of the synthetic set."""
     setup = setup_of(out, model, **options)
-    paths, synthetic, _ = neon.study.self_training(setup, base or toy_pair()[0])
+    paths, synthetic, _ = neon.stages.self_training(setup, base or toy_pair()[0])
     return paths[1], synthetic
 
 
@@ -496,26 +496,26 @@ def test_given_snapshots(tmp_path, snapshots):
         (tmp_path / f"network-snapshot-{kimg:06d}.pkl").touch()
     setup = setup_of(tmp_path, aux=str(tmp_path), snapshot=snapshots)
     want = {kimg: tmp_path / f"network-snapshot-{kimg:06d}.pkl" for kimg in snapshots}
-    assert neon.study.self_trained(setup, None, None) == want
+    assert neon.stages.self_trained(setup, None, None) == want
 
 
 def test_given_network(tmp_path):
     (tmp_path / "aux.pkl").touch()
     setup = setup_of(tmp_path, aux=str(tmp_path / "aux.pkl"), snapshot=(7,))
-    assert neon.study.given_snapshots(setup) == {7: tmp_path / "aux.pkl"}
+    assert neon.stages.given_snapshots(setup) == {7: tmp_path / "aux.pkl"}
 
 
 def test_given_snapshots_that_are_not_there(tmp_path):
     (tmp_path / "network-snapshot-best.pkl").touch()
     with pytest.raises(neon.files.UserError, match=r"has snapshots \['best'\], not --snapshot"):
-        neon.study.given_snapshots(setup_of(tmp_path, aux=str(tmp_path)))
+        neon.stages.given_snapshots(setup_of(tmp_path, aux=str(tmp_path)))
 
 
 def test_one_network_for_several_snapshots_is_refused(tmp_path):
     (tmp_path / "aux.pkl").touch()
     setup = setup_of(tmp_path, aux=str(tmp_path / "aux.pkl"), snapshot=(3, 6))
     with pytest.raises(neon.files.UserError, match=r"one network, --snapshot names 2 \(3, 6\)"):
-        neon.study.given_snapshots(setup)
+        neon.stages.given_snapshots(setup)
 
 
 # -------------------- blocks and the size of the grid
@@ -1072,7 +1072,7 @@ def test_judges_come_before_any_training(tmp_path, monkeypatch):
     replace(monkeypatch, "train", pytest.fail)
     monkeypatch.setattr(preset, "features", no_features)
     setup = setup_of(tmp_path, train_base=0.4)
-    net = neon.study.first_network(setup)
+    net = neon.stages.first_network(setup)
     with pytest.raises(neon.files.UserError, match="Inception weights"):
         neon.study.experiment(setup, net, sampler_of(setup, net))
 
@@ -1171,3 +1171,15 @@ def test_best_of_several_equal_models_is_the_first(tmp_path):
     models = {name: neon.study.Candidate(weights(0, 0, 1), 1.0, scorer) for name in MODELS}
     neon.study.export_best(setup, SimpleNamespace(kimg=7, models=models))
     assert setup.model.exported["model"] == "base"
+
+
+# -------------------- time
+
+
+def test_seconds_of_a_stage_add_up_over_snapshots(monkeypatch):
+    times = iter((1.0, 3.0, 3.5, 7.5))
+    monkeypatch.setattr(neon.study.time, "perf_counter", lambda: next(times))
+    clock = neon.study.Clock()
+    for stage in ("sweep", "grid", "sweep"):
+        clock.ends(stage)
+    assert clock.seconds == {"sweep": 2.0 + 4.0, "grid": 0.5}

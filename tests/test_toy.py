@@ -7,18 +7,17 @@ import hashlib
 import io
 import json
 import os
-import re
 import resource
 import shutil
-import signal
 import stat
 import subprocess
 import sys
-import threading
 import time
 from functools import partial
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import reference
@@ -30,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import toy_neon as toy
 from adaptive_neon.extension import Missing
 
+matplotlib.use("Agg")
 SCRIPT = Path(toy.__file__)
 # The operations are small, and the machine may be busy.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -167,85 +167,66 @@ def test_first_step_is_adams_and_epochs_are_saved_when_they_end():
     assert torch.equal(theta, parameters().double())  # the start is left alone
 
 
-@pytest.fixture(scope="module")
-def recorded_training():
-    """train_models, with the inputs of every training and every sampling."""
-    calls = {"train": [], "ddim": [], "noise": []}
-    train, ddim = toy.train, toy.ddim
-
-    def recording_train(theta, data, lr, epochs):
-        calls["noise"].append(torch.get_rng_state())
-        saved = train(theta, data, lr, epochs)
-        state = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
-        calls["train"].append((theta, data, lr, tuple(epochs), saved, state))
-        return saved
-
-    def recording_ddim(theta, z, zeta):
-        x = ddim(theta, z, zeta)
-        calls["ddim"].append((theta, z, zeta, x))
-        return x
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "train", recording_train)
-        patch.setattr(toy, "ddim", recording_ddim)
-        return toy.train_models(toy.Training(base_steps=200)), calls
-
-
-def test_base_starts_from_the_authors_draws(recorded_training):
-    models, calls = recorded_training
-    theta, data, lr, epochs, saved, _ = calls["train"][0]
+def test_base_starts_from_the_authors_draws(small_run):
+    theta, data, lr, epochs, saved, noise, _ = small_run.calls["train"][0]
     assert torch.equal(theta, parameters(42).double())
-    assert torch.equal(data, toy.real_data(1000, 42).double())
-    assert (lr, epochs) == (1e-4, (200,))
-    assert torch.equal(models.theta_r, saved[200].float())
+    assert torch.equal(data, toy.real_data(POINTS, 42).double())
+    assert (lr, epochs) == (1e-4, (STEPS,))
     torch.manual_seed(42)  # the noise begins where the weights did, as in the recorded study
-    assert torch.equal(calls["noise"][0], torch.get_rng_state())
-    torch.manual_seed(42 + 2**20)
-    torch.randn(1000, 2, dtype=torch.float64)  # the starting noise of the samples
-    assert torch.equal(calls["noise"][1], torch.get_rng_state())
-    assert torch.equal(models.data, toy.real_data(1000, 42))
+    assert torch.equal(noise, torch.get_rng_state())
+
+    theta_r, _, data = models_in(small_run.out, 42)
+    assert torch.equal(theta_r, saved[STEPS].float())
+    assert torch.equal(data, toy.real_data(POINTS, 42))
 
 
-def test_self_training_starts_from_the_base_on_its_own_samples(recorded_training):
-    models, calls = recorded_training
-    base = calls["train"][0][4][200]
-    assert [zeta for _, _, zeta, _ in calls["ddim"]] == [1.1, 0.9]
-    assert len(calls["train"]) == 3
-    stored = dict(zip(SETTINGS, models.theta_s, strict=True))
-    for run, draw, zeta in zip(calls["train"][1:], calls["ddim"], (1.1, 0.9), strict=True):
-        theta, data, lr, epochs, saved, _ = run
-        assert torch.equal(draw[0], base) and torch.equal(theta, base)  # not rounded in between
+@pytest.mark.parametrize("place, seed", [(0, 42), (1, 43)])
+def test_self_training_starts_from_the_base_on_its_own_samples(small_run, place, seed):
+    base, *runs = small_run.calls["train"][3 * place : 3 * place + 3]
+    draws = small_run.calls["ddim"][2 * place : 2 * place + 2]
+    theta_r = base[4][STEPS]
+    _, theta_s, _ = models_in(small_run.out, seed)
+    for run, draw, zeta in zip(runs, draws, (1.1, 0.9), strict=True):
+        theta, data, lr, epochs, saved, _, _ = run
+        assert draw[2] == zeta
+        assert torch.equal(draw[0], theta_r) and torch.equal(theta, theta_r)  # not rounded between
         assert torch.equal(data, draw[3]) and data.dtype == torch.float64
         assert (lr, epochs) == (1e-5, (50, 250))
         for epoch in epochs:
-            theta_s = stored[f"zeta {zeta}, {epoch} epochs"]
-            assert theta_s.dtype == torch.float32 and torch.equal(theta_s, saved[epoch].float())
+            stored = theta_s[f"zeta {zeta}, {epoch} epochs"]
+            assert stored.dtype == torch.float32 and torch.equal(stored, saved[epoch].float())
+
+
+def test_both_self_trainings_see_the_same_noise(small_run):
+    """After the starting noise of their samples, and to the end."""
+    _, first, second = small_run.calls["train"][:3]
+    torch.manual_seed(42 + 2**20)
+    torch.randn(POINTS, 2, dtype=torch.float64)
+    assert torch.equal(first[5], torch.get_rng_state()) and torch.equal(second[5], first[5])
+    assert first[6] == second[6]
     assert toy.Training().settings == list(SETTINGS)
-    assert calls["train"][1][5] == calls["train"][2][5]  # both trainings see the same noise
 
 
-def test_synthetic_noise_is_its_own(recorded_training):
+def test_synthetic_noise_is_its_own(small_run):
     """Same for both zetas; neither what the real points are made of nor the training's noise."""
-    _, calls = recorded_training
-    z = calls["ddim"][0][1]
-    assert torch.equal(z, calls["ddim"][1][1]) and z.shape == (1000, 2)
+    z, again = small_run.calls["ddim"][0][1], small_run.calls["ddim"][1][1]
+    assert torch.equal(z, again) and z.shape == (POINTS, 2)
     root = torch.linalg.cholesky(toy.target()[1])
-    whitened = torch.linalg.solve(root, toy.real_data(1000, 42).double().T).T
+    whitened = torch.linalg.solve(root, toy.real_data(POINTS, 42).double().T).T
     torch.manual_seed(42)
-    stream = torch.randn(1000, 2, dtype=torch.float64)
-    legacy = torch.from_numpy(np.random.RandomState(42).standard_normal((1000, 2)))
+    stream = torch.randn(POINTS, 2, dtype=torch.float64)
+    legacy = torch.from_numpy(np.random.RandomState(42).standard_normal((POINTS, 2)))
     for other in (whitened, stream, legacy):
         correlation = torch.corrcoef(torch.cat([z, other], 1).T)[:2, 2:]
-        assert correlation.abs().max() < 0.13  # 4 sigma
+        assert correlation.abs().max() < 4 / POINTS**0.5  # 4 sigma
 
 
-def test_training_learns(recorded_training):
-    models = recorded_training[0]
+def test_training_learns(small_run):
+    theta_r, _, data = models_in(small_run.out, 42)
     abar, losses = toy.cosine_schedule(1000), []
-    for theta in (parameters(42), models.theta_r):
+    for theta in (parameters(42), theta_r):
         torch.manual_seed(1)
-        data = models.data.double().repeat(20, 1)
-        losses.append(float(toy.denoising_loss(theta.double(), data, abar)))
+        losses.append(float(toy.denoising_loss(theta.double(), data.double().repeat(40, 1), abar)))
     assert losses[1] < 0.95 * losses[0]
 
 
@@ -312,8 +293,8 @@ def test_scores_follow_the_target(monkeypatch):
 
 
 def test_exact_protocol_equals_gauss_hermite(scorer):
-    """A tensor Gauss-Hermite rule of 200 x 200 nodes in float64: an independent quadrature."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(200)
+    """A tensor Gauss-Hermite rule of 120 x 120 nodes in float64: an independent quadrature."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(120)
     weights = torch.from_numpy(weights / weights.sum())
     grid = torch.cartesian_prod(*[torch.from_numpy(nodes)] * 2)
     product = torch.outer(weights, weights).flatten()
@@ -629,7 +610,7 @@ def part(tmp_path):
         return toy.Curve([1.0], [float(len(made))])
 
     def call(*inputs, name="a part"):
-        return toy.finished(tmp_path, name, toy.Curve, make, *inputs).cosine[0]
+        return toy.finished(tmp_path, toy.constants(), name, toy.Curve, make, *inputs).cosine[0]
 
     return call
 
@@ -707,7 +688,7 @@ def test_a_part_comes_back_as_it_was(tmp_path, kind):
     }
     made = parts[kind]
     for make in (lambda: made, None):  # the second comes from the file
-        got = toy.finished(tmp_path, "a part", type(made), make)
+        got = toy.finished(tmp_path, {}, "a part", type(made), make)
         assert type(got) is type(made) and vars(got).keys() == vars(made).keys()
         for name, value in vars(made).items():
             if isinstance(value, torch.Tensor):
@@ -722,19 +703,31 @@ def test_deltas_keep_all_their_digits():
 
 
 # ---------------------------------------------------------------- a study
-QUICK = ("--base-steps", 200, "--points", 512)
-EVALUATIONS = 12
+POINTS, STEPS, EVALUATIONS = 250, 150, 8
+QUICK = ("--base-steps", STEPS, "--points", 512)
 DELTAS = (0.1234567, 0.4, 1.72)
-DESCENTS = [("fd", "global"), ("fd", "zero"), ("sw2", "global"), ("sw2", "zero")]
 ROWS = [
     *("base", "collapsed", "global", "delta 0.1234567", "delta 0.4", "delta 1.72"),
-    *(f"gradient on {objective} from {start}" for objective, start in DESCENTS),
+    *(f"gradient on {objective} from {start}" for objective, start in toy.DESCENTS),
 ]
+PAPER = {"base": "0.1626", "global": "0.03554", "delta 0.4": "0.025099", "delta 1.72": "0.009516"}
+
+
+@dataclasses.dataclass(frozen=True)
+class FewReal(toy.Training):
+    real_points: int = POINTS
 
 
 @dataclasses.dataclass(frozen=True)
 class FewPoints(toy.Scoring):
     sw2_points: int = 2**11
+
+
+def smaller(patch):
+    """Fewer points and evaluations than the options allow."""
+    patch.setattr(toy, "Training", FewReal)
+    patch.setattr(toy, "Scoring", FewPoints)
+    patch.setattr(toy, "Search", partial(toy.Search, evaluations=EVALUATIONS))
 
 
 @dataclasses.dataclass
@@ -746,9 +739,13 @@ class Done:
 
 def launch(*args) -> Done:
     """The command in this process."""
+    code = 0
     with contextlib.redirect_stdout(io.StringIO()) as out:
         with contextlib.redirect_stderr(io.StringIO()) as err:
-            code = toy.main([str(arg) for arg in args])
+            try:
+                toy.main([str(arg) for arg in args])
+            except SystemExit as stop:
+                code = stop.code
     return Done(code, out.getvalue(), err.getvalue())
 
 
@@ -759,22 +756,53 @@ def one_line(done, *words):
     assert done.stderr.startswith("toy_neon: ") and all(word in done.stderr for word in words)
 
 
+@dataclasses.dataclass
+class Study:
+    """A run, where it lies, and the inputs and results of its trainings and samplings."""
+
+    out: Path
+    args: tuple
+    done: Done
+    calls: dict
+
+
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
     """Two seeds, three deltas out of order, all searches."""
     out = tmp_path_factory.mktemp("toy")
-    few = partial(toy.Search, evaluations=EVALUATIONS)
-    search = ("--seeds", 2, "--search", "gradient")
-    args = ("--delta", "1.72,0.1234567,0.4", *QUICK, *search, "--out", out)
+    args = ("--delta", "1.72,0.1234567,0.4", *QUICK, "--seeds", 2, "--search", "gradient")
+    calls, train, ddim = {"train": [], "ddim": []}, toy.train, toy.ddim
+
+    def recording_train(theta, data, lr, epochs):
+        noise = torch.get_rng_state()
+        saved = train(theta, data, lr, epochs)
+        end = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
+        calls["train"].append((theta, data, lr, tuple(epochs), saved, noise, end))
+        return saved
+
+    def recording_ddim(theta, z, *zeta):
+        x = ddim(theta, z, *zeta)
+        if zeta:  # not those of a search
+            calls["ddim"].append((theta, z, *zeta, x))
+        return x
+
     before = os.umask(0o022)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "Search", few)
-        patch.setattr(toy, "Scoring", FewPoints)
-        done = launch(*args)
-        os.umask(before)
-        assert done.code == 0, done.stderr
-        assert done.stderr == ""  # no bars in a log
-        yield out, args, done
+        smaller(patch)
+        patch.setattr(toy, "train", recording_train)
+        patch.setattr(toy, "ddim", recording_ddim)
+        done = launch(*args, "--out", out)
+    os.umask(before)
+    assert done.code == 0, done.stderr
+    assert done.stderr == ""  # no bars in a log
+    return Study(out, args, done, calls)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Later runs of the small study: as small, and without pictures."""
+    smaller(monkeypatch)
+    monkeypatch.setattr(toy, "plot_report", lambda figures, out: None)
 
 
 @pytest.fixture(scope="module")
@@ -782,14 +810,17 @@ def paper_run(tmp_path_factory):
     """Two seeds with the authors' draws, one delta, and the alignment of few points."""
     out = tmp_path_factory.mktemp("paper")
     few = partial(toy.Alignment, points=200, passes=2, batch=90, zetas=(0.9, 1.1))
-    protocol = ("--protocol", "paper", "--points", 700, "--base-steps", 120, "--delta", 0.6)
+    args = ("--protocol", "paper", "--points", 700, "--base-steps", 60, "--delta", 0.6)
+    args += ("--seed", 7, "--seeds", 2, "--alignment")
     with pytest.MonkeyPatch.context() as patch:
+        smaller(patch)
         patch.setattr(toy, "Alignment", few)
-        patch.setattr(toy, "Scoring", FewPoints)
         patch.setattr(toy, "GLOBAL_W", tuple(np.linspace(-2, 2, 11).round(4).tolist()))
-        done = launch(*protocol, "--seed", 7, "--seeds", 2, "--alignment", "--out", out)
+        patch.setattr(toy, "plot_report", lambda figures, out: calls.update(figures))
+        calls = {}
+        done = launch(*args, "--out", out)
     assert done.code == 0, done.stderr
-    return out, done
+    return Study(out, args, done, calls)
 
 
 def summary_in(folder):
@@ -842,19 +873,10 @@ def rows_of(seed):
     return rows
 
 
-def test_models_are_those_of_each_seed(small_run, recorded_training):
-    out, _, _ = small_run
-    theta_r, theta_s, data = models_in(out, 42)
-    models = recorded_training[0]  # the same steps
-    assert torch.equal(theta_r, models.theta_r) and torch.equal(data, models.data)
-    assert torch.equal(torch.stack(list(theta_s.values())), models.theta_s)
-    assert torch.equal(models_in(out, 43)[2], toy.real_data(1000, 43))
-
-
 @pytest.mark.parametrize("number", [0, 1])
 def test_every_winner_is_scored_in_its_own_setting(small_run, number):
     """Each row's FD is that of its weights between the base and its setting's network."""
-    out, _, _ = small_run
+    out = small_run.out
     seed = summary_in(out)["seeds"][number]
     theta_r, theta_s, _ = models_in(out, seed["seed"])
     rows = rows_of(seed)
@@ -870,7 +892,7 @@ def test_every_winner_is_scored_in_its_own_setting(small_run, number):
 
 @pytest.mark.parametrize("row", ["collapsed", "zeta 0.9, 50 epochs", "delta 0.4"])
 def test_unseen_score_is_of_the_same_weights(small_run, row):
-    out, _, _ = small_run
+    out = small_run.out
     theta_r, theta_s, _ = models_in(out, 43)
     setting, found = rows_of(summary_in(out)["seeds"][1])[row]
     x = again(
@@ -882,9 +904,9 @@ def test_unseen_score_is_of_the_same_weights(small_run, row):
 @pytest.mark.parametrize("seed, delta", [(42, 0.4), (43, 1.72)])
 def test_the_grid_is_ranked_in_the_papers_setting(small_run, seed, delta):
     """All 729 on 8 points, the survivors on 64, four on 512; the last round's best wins."""
-    out, _, _ = small_run
+    out = small_run.out
     theta_r, theta_s, _ = models_in(out, seed)
-    found = stored_search(out, seed, f"grid, delta {delta}")
+    found = stored_search(out, seed, f"search, delta {delta}")
     summary = {s["seed"]: s for s in summary_in(out)["seeds"]}[seed]
     steps = np.array([-delta, 0, delta]) + summary["global"]["w"]
     W = np.stack(np.meshgrid(*[steps] * 6, indexing="ij"), -1).reshape(729, 6)
@@ -909,9 +931,9 @@ def stored_search(folder, seed, name):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_each_sweep_is_of_its_setting(small_run, setting):
-    out, _, _ = small_run
+    out = small_run.out
     theta_r, theta_s, _ = models_in(out, 43)
-    found = stored_search(out, 43, f"sweep, {setting}")
+    found = stored_search(out, 43, f"search, {setting}")
     assert found["W"].tolist() == [[w] * 6 for w in toy.GLOBAL_W]
     for w in (-0.4, 1.0, 2.0):
         i = toy.GLOBAL_W.index(w)
@@ -925,9 +947,9 @@ def test_each_sweep_is_of_its_setting(small_run, setting):
     assert optimum["w"] == found["w"] == [toy.GLOBAL_W[best]] * 6
 
 
-@pytest.mark.parametrize("objective, start", DESCENTS)
+@pytest.mark.parametrize("objective, start", toy.DESCENTS)
 def test_searches_start_where_they_say_and_keep_their_best(small_run, objective, start):
-    out, _, _ = small_run
+    out = small_run.out
     w_star = summary_in(out)["seeds"][1]["global"]["w"]
     theta_r, theta_s, _ = models_in(out, 43)
     found = stored_search(out, 43, f"search, gradient on {objective} from {start}")
@@ -943,18 +965,20 @@ def test_searches_start_where_they_say_and_keep_their_best(small_run, objective,
 
 def test_summary(small_run):
     """What stands where; numbers are computed again elsewhere."""
-    out, args, _ = small_run
+    out, args = small_run.out, small_run.args
     summary = summary_in(out)
     scores = {"w", "fd", "fd_error", "sw2"}
     took = {"evaluations", "seconds"}
     one_seed = {"seed", "base", "collapsed", "global", "layerwise", "search", "global_optima"}
     one_seed |= {"alignment"}
-    study = {"command", "config", "machine", "versions", "over_seeds", "seeds", "seconds_total"}
+    study = {"command", "config", "machine", "versions", "seeds", "seconds_total"}
     assert set(summary) == one_seed | study
     assert {name: summary[name] for name in one_seed} == summary["seeds"][0]
-    assert summary["command"] == " ".join(["python toy_neon.py", *map(str, args)])
-    config = {"base_steps": 200, "points": 512, "device": "cpu", "seed": 42, "protocol": "exact"}
-    config |= {"noise_levels": 1000, "sample_steps": 20, "real_points": 1000, "base_lr": 1e-4}
+    assert summary["command"] == " ".join(
+        ["python toy_neon.py", *map(str, args), "--out", str(out)]
+    )
+    config = {"base_steps": STEPS, "points": 512, "device": "cpu", "seed": 42, "protocol": "exact"}
+    config |= {"noise_levels": 1000, "sample_steps": 20, "real_points": POINTS, "base_lr": 1e-4}
     assert summary["config"].items() >= config.items()
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["versions"]["neon_ext"] == toy.neon_ext.build_config()
@@ -967,13 +991,13 @@ def test_summary(small_run):
         assert all(set(row) == scores | took | {"objective", "start"} for row in seed["search"])
         assert all(set(row) == scores | took for row in seed["global_optima"].values())
         assert seed["search"] == sorted(seed["search"], key=lambda row: row["fd"])
-        assert {(row["objective"], row["start"]) for row in seed["search"]} == set(DESCENTS)
+        assert {(row["objective"], row["start"]) for row in seed["search"]} == set(toy.DESCENTS)
         assert 0 < seed["layerwise"][0]["seconds"] < summary["seconds_total"]
 
 
 def test_rows_of_the_study_belong_together(small_run):
     """Base and collapsed at 0 and -1, the global row that of the paper's setting."""
-    out, _, _ = small_run
+    out = small_run.out
     for seed in summary_in(out)["seeds"]:
         assert seed["base"]["w"] == [0.0] * 6 and seed["collapsed"]["w"] == [-1.0] * 6
         main = seed["global_optima"][MAIN]
@@ -985,86 +1009,73 @@ def test_rows_of_the_study_belong_together(small_run):
 
 def test_grids_are_written(small_run):
     """Of the first seed, one line a configuration, in the grid's order."""
-    out, _, _ = small_run
+    out = small_run.out
     names = {p.name for p in out.glob("grid_*.csv")}
     assert names == {f"grid_{delta}.csv" for delta in DELTAS}
     for delta in DELTAS:
         header, *lines = csv.reader((out / f"grid_{delta}.csv").open())
         layers = ["input", "block_0", "block_1", "block_2", "block_3", "output"]
         assert header == [*(f"w_{layer}" for layer in layers), "fd", "points"]
-        found = stored_search(out, 42, f"grid, delta {delta}")
+        found = stored_search(out, 42, f"search, delta {delta}")
         table = np.array(lines, dtype=float)
         np.testing.assert_array_equal(table[:, :6], found["W"])
         np.testing.assert_allclose(table[:, 6], found["fd"], rtol=1e-6)
         np.testing.assert_array_equal(table[:, 7], found["points"])
 
 
-def test_table_over_seeds(small_run):
+def cells_of(text):
+    """{first cell: [other cells]} of a Markdown table, and its header."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in row] for row in rows]
+    return rows[0], {name: cells for name, *cells in rows if not name.startswith(("---", "seeds:"))}
+
+
+def test_table_of_several_seeds(small_run):
     """Mean, standard deviation and wins of every row, from the seeds' own numbers."""
-    out, _, _ = small_run
-    summary = summary_in(out)
-    table = {row["name"]: row for row in summary["over_seeds"]}
+    header, table = cells_of(small_run.done.stdout)
+    assert header == ["seeds: 2", "FD", "SW2", "paper FD", "seeds better than global: FD, SW2"]
     assert list(table) == ROWS
-    seeds = [{name: row for name, (_, row) in rows_of(s).items()} for s in summary["seeds"]]
-    for seed in seeds:
-        seed["global"] = seed[MAIN]
+    seeds = []
+    for seed in summary_in(small_run.out)["seeds"]:
+        seeds.append({name: row for name, (_, row) in rows_of(seed).items()})
+        seeds[-1]["global"] = seeds[-1][MAIN]
     for name, row in table.items():
+        wins = []
         for column, score in enumerate(("fd", "sw2")):
-            ours = [seed[name][score] for seed in seeds]
-            assert row["mean"][column] == pytest.approx(np.mean(ours))
-            assert row["std"][column] == pytest.approx(abs(ours[0] - ours[1]) / 2**0.5)
-            wins = sum(seed[name][score] < seed["global"][score] for seed in seeds)
-            assert row["better_than_global"][column] == wins
+            a, b = (seed[name][score] for seed in seeds)
+            assert row[column] == f"{(a + b) / 2:.5f} +- {abs(a - b) / 2**0.5:.5f}"
+            wins.append(str(sum(seed[name][score] < seed["global"][score] for seed in seeds)))
+        assert row[2:] == [PAPER.get(name, ""), ", ".join(wins)]
 
 
-def words(text):
-    """The printed table, line by line, without the spaces of its columns."""
-    return [line.split() for line in text.strip("\n").splitlines()]
+def test_table_is_printed_and_kept(small_run):
+    text = (small_run.out / "table.md").read_text()
+    assert small_run.done.stdout.strip("\n") == text.strip("\n")
+    last = text.splitlines()[-1]
+    assert str(small_run.out) in last and float(last.split(" s;")[0]) > 0
 
 
-def test_printed_table_of_several_seeds(small_run):
-    out, _, done = small_run
-    header, *lines = words(done.stdout)
-    assert header == "seeds: 2 FD SW2 paper FD seeds better than global: FD, SW2".split()
-    papers = {"base": "0.1626", "global": "0.03554", "delta 0.4": "0.025099"}
-    papers["delta 1.72"] = "0.009516"
-    for line, row in zip(lines, summary_in(out)["over_seeds"], strict=False):
-        fd, sw2 = (f"{m:.5f} +- {s:.5f}" for m, s in zip(row["mean"], row["std"], strict=True))
-        wins = "{}, {}".format(*row["better_than_global"])
-        assert line == " ".join([row["name"], fd, sw2, papers.get(row["name"], ""), wins]).split()
-    assert lines[len(ROWS)] == [] and str(out) in done.stdout.splitlines()[-1]
-
-
-def test_printed_table_of_one_seed(run):
+def test_table_of_one_seed(run):
     """Its numerical error in the place of the spread, its weights in the last column."""
-    table = toy.table_over_seeds([run])
-    assert [row["std"] for row in table][:3] == [[1e-4, None], [1e-4, None], [1e-5, None]]
-    assert table[4]["better_than_global"] == [1, 1] and table[0]["better_than_global"] == [0, 0]
-    lines = words(toy.table_text(table, [run]))
-    assert lines[0] == "seeds: 1 FD SW2 paper FD weights: input, blocks 0 to 3, output".split()
-    assert " ".join(lines[1]).startswith("base 0.20000 +- 1.0e-04 0.10000 0.1626 0.00, 0.00")
+    header, table = cells_of(toy.markdown(toy.table([run])))
+    assert header == ["seeds: 1", "FD", "SW2", "paper FD", "weights: input, blocks 0 to 3, output"]
+    base = ["0.20000 +- 1.0e-04", "0.10000", "0.1626", "0.00, 0.00, 0.00, 0.00, 0.00, 0.00"]
+    assert table["base"] == base
     weights = "0.25, 0.50, -0.75, 1.00, 1.25, -1.50"
-    assert " ".join(lines[5]) == f"delta 0.5 0.03000 +- 1.0e-05 0.02000 {weights}"
-
-
-def test_columns_never_touch(run):
-    """Numbers of an untrained network, which are wide."""
-    wide = dataclasses.replace(run.scores["base"], fd=123.456, sw2=1234.5)
-    other = dataclasses.replace(run, scores=run.scores | {"base": wide})
-    text = toy.table_text(toy.table_over_seeds([run, other]), [run, other])
-    assert words(text)[1] == "base 61.82800 +- 87.15515 617.30000 +- 872.85261 0.1626 0, 0".split()
+    assert table["delta 0.5"] == ["0.03000 +- 1.0e-05", "0.02000", "", weights]
+    assert table["global"][2] == "0.03554"
 
 
 # ---------------------------------------------------------------- the authors' draws
 def test_several_seeds_with_the_authors_draws(paper_run):
     """Every winner of both seeds on its own 700 points, with the covariance divided by n - 1."""
-    out, done = paper_run
+    out, done = paper_run.out, paper_run.done
     summary = summary_in(out)
     assert [seed["seed"] for seed in summary["seeds"]] == [7, 8]
-    assert [line[:2] for line in words(done.stdout)[1:5]][3] == ["delta", "0.6"]
+    assert list(cells_of(done.stdout)[1]) == ["base", "collapsed", "global", "delta 0.6"]
     for seed in summary["seeds"]:
         theta_r, theta_s, data = models_in(out, seed["seed"])
-        assert torch.equal(data, toy.real_data(1000, seed["seed"]))
+        assert torch.equal(data, toy.real_data(POINTS, seed["seed"]))
         generator = torch.Generator().manual_seed(seed["seed"] + 2**21 + 1000)
         z = torch.randn(700, 2, dtype=torch.float64, generator=generator)
         for name, (setting, row) in rows_of(seed).items():
@@ -1074,12 +1085,12 @@ def test_several_seeds_with_the_authors_draws(paper_run):
 
 
 @pytest.mark.parametrize("seed", [7, 8])
-@pytest.mark.parametrize("name, n", [(f"sweep, {SETTINGS[2]}", 700), ("grid, delta 0.6", 7)])
+@pytest.mark.parametrize("name, n", [(f"search, {SETTINGS[2]}", 700), ("search, delta 0.6", 7)])
 def test_one_draw_a_configuration_in_turn(paper_run, seed, name, n):
-    out, _ = paper_run
+    out = paper_run.out
     theta_r, theta_s, _ = models_in(out, seed)
     found = stored_search(out, seed, name)
-    setting = SETTINGS[2] if "sweep" in name else MAIN
+    setting = MAIN if "delta" in name else SETTINGS[2]
     generator = torch.Generator().manual_seed(seed + 2**21)
     for i in range(11):
         z = torch.randn(n, 2, dtype=torch.float64, generator=generator)
@@ -1090,23 +1101,23 @@ def test_one_draw_a_configuration_in_turn(paper_run, seed, name, n):
 
 
 def test_alignment_is_of_the_first_seed(paper_run):
-    out, _ = paper_run
+    out = paper_run.out
     first, second = summary_in(out)["seeds"]
     assert second["alignment"] is None
     few = toy.Alignment(7, points=200, passes=2, batch=90, zetas=(0.9, 1.1))
     want = toy.gradient_alignment(models_in(out, 7)[0], few)
     assert first["alignment"] == {"zeta": [0.9, 1.1], "cosine": want.cosine}
-    assert (out / "alignment.png").exists()
+    assert paper_run.calls["alignment.png"] == (toy.draw_alignment, toy.Curve(**first["alignment"]))
 
 
 # ---------------------------------------------------------------- a study goes on
-def test_second_run_uses_the_cache_and_repeats_the_numbers(small_run):
-    out, args, done = small_run
+def test_second_run_uses_the_cache_and_repeats_the_numbers(small_run, quick):
+    out, args, done = small_run.out, small_run.args, small_run.done
     before = summary_in(out)
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     # models, sweeps with their scores, base and collapsed, grids and searches with their scores
     assert len(stamps) == 2 * (1 + 4 * 2 + 2 + 3 * 2 + 4 * 2)
-    repeated = launch(*args)
+    repeated = launch(*args, "--out", out)
     assert repeated.code == 0
     assert repeated.stdout.splitlines()[:-1] == done.stdout.splitlines()[:-1]
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == stamps
@@ -1114,70 +1125,62 @@ def test_second_run_uses_the_cache_and_repeats_the_numbers(small_run):
 
 
 def test_files_have_the_usual_mode_and_nothing_else_is_left(small_run):
-    out, _, _ = small_run
+    out = small_run.out
     files = [p for p in out.rglob("*") if p.is_file()]
     assert {stat.S_IMODE(p.stat().st_mode) for p in files} == {0o644}
     pictures = {"score_against_w.png", "layers_and_deltas.png", "samples.png"}
     grids = {f"grid_{delta}.csv" for delta in DELTAS}
-    assert {p.name for p in out.iterdir()} == {
-        "summary.json",
-        "seed_42",
-        "seed_43",
-    } | pictures | grids
+    rest = {"summary.json", "table.md", "seed_42", "seed_43"}
+    assert {p.name for p in out.iterdir()} == rest | pictures | grids
     assert {p.suffix for p in out.glob("seed_*/*")} == {".safetensors"}
 
 
-def test_another_delta_or_accuracy_keeps_the_models(small_run, tmp_path):
-    out, _, _ = small_run
+def test_another_delta_or_accuracy_keeps_the_models(small_run, tmp_path, quick):
     copy = tmp_path / "copy"
-    shutil.copytree(out, copy)
+    shutil.copytree(small_run.out, copy)
     (copy / "alignment.png").write_text("an earlier study's")
-    args = ("--base-steps", 200, "--points", 1024, "--delta", 0.6, "--out", copy)
+    args = ("--base-steps", STEPS, "--points", 1024, "--delta", 0.6, "--out", copy)
     assert launch(*args).code == 0
     seed = copy / "seed_42"
     assert len(list(seed.glob("models, *"))) == 1 and len(list(seed.glob("base, *"))) == 2
     # no table or picture of the earlier study beside this one's summary
     assert [p.name for p in copy.glob("grid_*")] == ["grid_0.6.csv"]
     assert not (copy / "alignment.png").exists()
-    assert summary_in(copy)["base"]["fd"] != summary_in(out)["base"]["fd"]  # on other points
+    assert summary_in(copy)["base"]["fd"] != summary_in(small_run.out)["base"]["fd"]  # other points
 
 
-def test_resume_after_interruption_gives_the_same_result(small_run, tmp_path):
+def test_resume_after_interruption_gives_the_same_result(small_run, tmp_path, quick):
     """Without the later parts, as after an interruption: same numbers, earlier parts untouched."""
-    out, args, _ = small_run
     resumed = tmp_path / "resumed"
-    shutil.copytree(out / "seed_42", resumed / "seed_42")
-    shutil.copytree(out / "seed_43", resumed / "seed_43")
-    for lost in [*resumed.rglob("*delta 1.72*"), *resumed.rglob("*gradient on sw2*")]:
+    for seed in ("seed_42", "seed_43"):
+        shutil.copytree(small_run.out / seed, resumed / seed)
+    for lost in [*resumed.rglob("*delta 0.4*"), *resumed.rglob("*gradient on sw2 from zero*")]:
         lost.unlink()
     for folder in (resumed, resumed / "seed_42"):  # what a killed run leaves
         (folder / ".part-abc").mkdir()
-        (folder / ".part-abc/models.safetensors").write_text("half")
+        (folder / ".part-abc/models").write_text("half")
     stamps = {p: p.stat().st_mtime_ns for p in resumed.rglob("*.safetensors")}
-    assert launch(*args[:-1], resumed).code == 0
-    kept = [p for p in stamps if ".part-" not in str(p)]
-    assert {p: p.stat().st_mtime_ns for p in kept} == {p: stamps[p] for p in kept}
+    assert launch(*small_run.args, "--out", resumed).code == 0
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
     assert not list(resumed.rglob(".part-*"))
-    a, b = summary_in(out), summary_in(resumed)
-    assert numbers_of(a["seeds"]) == numbers_of(b["seeds"])
+    assert numbers_of(summary_in(resumed)) == numbers_of(summary_in(small_run.out))
 
 
-def numbers_of(seeds):
+def numbers_of(summary):
     found = []
-    for seed in seeds:
-        found.append(
-            {name: (row["fd"], row["sw2"], row["w"]) for name, (_, row) in rows_of(seed).items()}
-        )
+    for seed in summary["seeds"]:
+        for name, (_, row) in rows_of(seed).items():
+            found.append((name, row["fd"], row["sw2"], row["w"]))
     return found
 
 
 # ---------------------------------------------------------------- manners
 def test_defaults():
     args = toy.parse([])
-    assert args.out == Path("runs/toy") and args.delta == [1.72] and args.points == 2**15
+    assert args.out == Path("runs/toy") and args.delta == (1.72,) and args.points == 2**15
     assert (args.seed, args.seeds, args.base_steps) == (42, 1, 10_000)
     assert toy.parse(["--protocol", "paper"]).points == 1_000_000
-    assert toy.parse(["--delta", "all"]).delta == [0.05, 0.1, 0.2, 0.4, 0.6, 1.0, 1.5, 1.72]
+    assert toy.parse(["--delta", "all"]).delta == (0.05, 0.1, 0.2, 0.4, 0.6, 1.0, 1.5, 1.72)
 
 
 @pytest.mark.parametrize(
@@ -1185,19 +1188,15 @@ def test_defaults():
     [
         (("--delta", "abc"), "'abc'"),
         (("--delta", "-1"), "'-1'"),
-        (("--delta", ""), "--delta"),
         (("--delta", "nan"), "--delta"),
-        (("--delta", "1,,2"), "--delta"),
         (("--delta", "1e-12"), "--delta"),
         (("--delta", "101"), "--delta"),
         (("--seeds", "0"), "--seeds"),
         (("--base-steps", "0"), "--base-steps"),
-        (("--protocol", "best"), "--protocol"),
         (("--points", "1000"), "--points 1000"),
         (("--points", "256"), "--points 256"),
         (("--points", "33554432"), "--points 33554432"),
         (("--device", "cuda"), "--device cuda"),
-        (("--device", "tpu"), "--device"),
         (("--seed", "-1"), "--seed"),
         (("--seed", "2147483647", "--seeds", "2"), "--seed"),
         (("--out", "/proc/no"), "/proc/no"),
@@ -1241,15 +1240,17 @@ def flip(path, _):
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("damage", [cut, another_part, text, flip])
-@pytest.mark.parametrize("name", ["models", "grid, delta 1.72", "base"])
-def test_bad_cache_leaves_results_alone(small_run, name, damage):
-    out, args, _ = small_run
+@pytest.mark.parametrize(
+    "name, damage",
+    [("models", cut), ("search, delta 1.72", another_part), ("base", text), ("models", flip)],
+)
+def test_bad_cache_leaves_results_alone(small_run, quick, name, damage):
+    out = small_run.out
     path = next((out / "seed_43").glob(f"{name}, *"))
     good, before = path.read_bytes(), {p: p.read_bytes() for p in out.iterdir() if p.is_file()}
     damage(path, list((out / "seed_42").glob(f"{name}, *")))
     try:
-        one_line(launch(*args), "delete it", str(path))
+        one_line(launch(*small_run.args, "--out", out), "delete it", str(path))
     finally:
         path.write_bytes(good)
     assert {p: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
@@ -1261,7 +1262,7 @@ def test_out_that_is_a_file(tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_full_disk(tmp_path):
+def test_full_disk(tmp_path, quick):
     """Files may not grow over 16 kB: one line, and no trace of it."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, limits[1]))
@@ -1273,129 +1274,38 @@ def test_full_disk(tmp_path):
     assert not [p for p in tmp_path.rglob("*") if p.is_file()] and not list(tmp_path.rglob(".*"))
 
 
-# ---------------------------------------------------------------- the terminal
-def test_ascii_terminal_and_a_folder_with_an_accent(small_run, tmp_path, monkeypatch):
-    out, args, done = small_run
+def test_folder_with_an_accent_on_an_ascii_terminal(small_run, quick, tmp_path, monkeypatch):
     folder = tmp_path / "modèles"
-    shutil.copytree(out, folder)
+    shutil.copytree(small_run.out, folder)
     (folder / "summary.json").unlink()
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
-    assert toy.main([*map(str, args[:-1]), str(folder)]) == 0
-    printed = terminal.buffer.getvalue().decode("ascii")
-    assert printed.splitlines()[:-1] == done.stdout.splitlines()[:-1]
-    assert "mod\\xe8les" in printed and summary_in(folder)["seeds"] == summary_in(out)["seeds"]
+    toy.main([*map(str, small_run.args), "--out", str(folder)])
+    assert "mod\\xe8les" in terminal.buffer.getvalue().decode("ascii")
+    assert summary_in(folder)["seeds"] == summary_in(small_run.out)["seeds"]
 
 
-def pipe_without_reader():
-    end, write = os.pipe()
-    os.close(end)
-    return open(write, "w")
-
-
-@pytest.mark.parametrize(
-    "terminal",
-    [pipe_without_reader, partial(open, "/dev/full", "w"), lambda: None],
-    ids=["reader left", "full", "none"],
-)
-def test_terminal_that_fails_costs_nothing(small_run, monkeypatch, terminal):
-    out, args, _ = small_run
-    (out / "summary.json").unlink()
-    monkeypatch.setattr(sys, "stdout", stream := terminal())
-    assert toy.main([*map(str, args)]) == 0
-    assert summary_in(out)["seeds"]
-    if stream:
-        stream.close()  # as at the exit: what is left in it hurts nobody
-
-
-def test_no_error_stream(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", None)  # as Python has it after 2>&-
-    assert list(toy.progress(range(3), "any")) == [0, 1, 2]
-
-
-def test_head_leaves_after_one_line(small_run, tmp_path):
-    """A process of its own, with the shell's pipe: `| head -1`."""
-    (models,) = (small_run[0] / "seed_42").glob("models, *")
-    (tmp_path / "seed_42").mkdir()
-    shutil.copy(models, tmp_path / "seed_42")
-    command = (sys.executable, SCRIPT, *QUICK, "--out", tmp_path)
-    python = " ".join(f"'{word}'" for word in command)
-    shell = f"set -o pipefail; {python} | (exec <&-; sleep 0.1)"
-    options = {"capture_output": True, "text": True, "env": ONE_THREAD, "timeout": 100}
-    done = subprocess.run(["bash", "-c", shell], **options)
-    assert done.returncode == 0 and done.stderr == "" and summary_in(tmp_path)["seed"] == 42
-
-
-def test_main_in_another_thread(small_run, monkeypatch):
-    """Signals are the first thread's."""
-    out, args, _ = small_run
-    monkeypatch.setattr(sys, "argv", ["toy-neon", *map(str, args)])
-    codes = []
-    thread = threading.Thread(target=lambda: codes.append(toy.main()))
-    thread.start()
-    thread.join()
-    assert codes == [0]
-
-
-def test_console_command_takes_the_signals_and_a_call_does_not(monkeypatch, capsys):
-    monkeypatch.setattr(toy, "study", lambda argv: taken.append(argv))
-    monkeypatch.setattr(sys, "argv", ["toy-neon", "--seed", "3"])
-    handlers, taken = {}, []
-    monkeypatch.setattr(toy.signal, "signal", handlers.__setitem__)
-    monkeypatch.setattr(toy.signal, "getsignal", lambda number: signal.SIG_DFL)
-    assert toy.main(["--seed", "4"]) == 0 and not handlers
-    assert toy.main() == 0 and taken == [["--seed", "4"], ["--seed", "3"]]
-    assert handlers == {signal.SIGINT: toy.stopped, signal.SIGTERM: toy.stopped}
-    monkeypatch.setattr(toy.signal, "getsignal", lambda number: signal.SIG_IGN)  # nohup
-    handlers.clear()
-    assert toy.main() == 0 and not handlers
-
-
-def handles_sigterm(process):
-    """Whether the process has installed its handler (bit 14 of the caught signals)."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
-    return bool(caught >> (signal.SIGTERM - 1) & 1)
-
-
-def start(*args):
-    def allow_signals():
-        """A shell's background job ignores Ctrl-C, and so would what we start."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
-    options = {"stderr": subprocess.PIPE, "text": True, "env": ONE_THREAD}
-    return subprocess.Popen(command, **options, preexec_fn=allow_signals)
-
-
-STOPPED = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-@pytest.mark.parametrize("number, code", STOPPED, ids=["Ctrl-C", "SIGTERM"])
-@pytest.mark.parametrize("later", [0.0, pytest.param(0.6, marks=pytest.mark.slow)])
-def test_stopped_while_imports_run(tmp_path, number, code, later):
-    process = start("--out", tmp_path)
-    while not handles_sigterm(process):
-        time.sleep(0.005)
-    time.sleep(later)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert len(error.strip().splitlines()) == 1 and "run the same command again" in error
+def test_console_command_reads_the_command_line(monkeypatch):
+    """And ends as run_command() does, in the toy's name."""
+    taken = []
+    monkeypatch.setattr(toy, "run_command", lambda *args: taken.append(args))
+    toy.main()
+    toy.main(["--seed", "4"])
+    assert taken == [("toy_neon", toy.study, None), ("toy_neon", toy.study, ["--seed", "4"])]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, code", STOPPED, ids=["Ctrl-C", "SIGTERM"])
-def test_stopped_in_a_long_run(tmp_path, number, code):
+def test_stopped_in_a_long_run(tmp_path):
     """The finished parts stay whole."""
-    process = start("--base-steps", 300, "--points", 512, "--seeds", 99, "--out", tmp_path)
+    command = [sys.executable, SCRIPT, "--base-steps", 300, "--points", 512, "--out", tmp_path]
+    command = [*map(str, command), "--seeds", "99"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
     deadline = time.time() + 100
-    while not list(tmp_path.glob("seed_42/grid*")) and time.time() < deadline:
+    while not list(tmp_path.glob("seed_42/search, delta*")) and time.time() < deadline:
         time.sleep(0.05)
-    process.send_signal(number)
+    process.terminate()
     _, error = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == 143
     assert len(error.strip().splitlines()) == 1 and "finished parts are kept" in error
     parts = list(tmp_path.rglob("*.safetensors"))
     assert parts and all(toy.files.load_state(p)[1]["key"] for p in parts)
@@ -1410,49 +1320,43 @@ W_OF[1.0] = [1.3, -0.7, 0.3, 0.3, 1.3, -0.7]
 @pytest.fixture
 def run():
     """Results with round numbers, no two the same: optima 0.1 to 0.4, deltas 0.1, 0.5 and 1."""
-    ws, optima, sweeps = (-2.0, -1.0, 0.0, 0.3, 2.0), {}, {}
+    scores, found = {}, {}
     for k, setting in enumerate(SETTINGS):
-        best = round(0.2 + 0.1 * k, 1)
-        optima[setting] = toy.Score([best] * 6, 0.04 + 0.01 * k, 1e-5, 0.03 + 0.01 * k)
+        w = [round(0.2 + 0.1 * k, 1)] * 6
+        scores[setting] = toy.Score(w, 0.04 + 0.01 * k, 1e-5, 0.03 + 0.01 * k)
+        W = torch.tensor([[w] * 6 for w in (-2.0, -1.0, 0.0, 0.3, 2.0)])
         fd = [3.0 + k, 1.5, 0.2, 0.04 + 0.01 * k, 0.9]
-        sweeps[setting] = toy.Found(
-            [best] * 6, torch.tensor([[w] * 6 for w in ws]), fd, [512] * 5, 5, 0.1
-        )
+        found[setting] = toy.Found(w, W, fd, [512] * 5, 5, 0.1)
 
-    scores = {
-        "base": toy.Score([0.0] * 6, 0.2, 1e-4, 0.1),
-        "collapsed": toy.Score([-1.0] * 6, 1.5, 1e-4, 0.7),
-        "global": optima[MAIN],
-    }
-    grids = {}
+    scores["base"] = toy.Score([0.0] * 6, 0.2, 1e-4, 0.1)
+    scores["collapsed"] = toy.Score([-1.0] * 6, 1.5, 1e-4, 0.7)
+    scores["global"] = scores[MAIN]
     for k, (delta, w) in enumerate(W_OF.items()):
         fd = 0.02 if delta == 0.1 else 0.02 + 0.01 * k  # the smallest delta wins
-        grids[delta] = toy.Found(w, torch.zeros(729, 6), [fd] * 729, [512] * 729, 729, 0.1)
         scores[toy.row_of(delta)] = toy.Score(w, fd, 1e-5, 0.03 - 0.01 * k)
-    descents = {
-        ("fd", "zero"): toy.Found([0.5] * 6, torch.zeros(3, 6), [0.2, 0.3, 0.01], [9] * 3, 3, 1.0)
-    }
-    scores["gradient on fd from zero"] = toy.Score([0.5] * 6, 0.011, 1e-5, 0.012)
+        tried = torch.zeros(729, 6)
+        found[toy.row_of(delta)] = toy.Found(w, tried, [fd] * 729, [512] * 729, 729, 0.1)
 
+    name = "gradient on fd from zero"
+    scores[name] = toy.Score([0.5] * 6, 0.011, 1e-5, 0.012)
+    found[name] = toy.Found([0.5] * 6, torch.zeros(3, 6), [0.2, 0.3, 0.01], [9] * 3, 3, 1.0)
     scorer = toy.Scorer(parameters(), parameters(1), toy.Scoring())
     curve = toy.Curve([0.8, 1.0, 1.2], [0.1, 0.02, -0.2])
     data = toy.real_data(50, 0)
-    results = (scores, optima, sweeps, grids, descents, curve)
-    return toy.Run(toy.Training(), data, MAIN, scorer, *results)
+    return toy.Run(toy.Training(), data, scorer, scores, found, tuple(W_OF), curve)
 
 
 @pytest.fixture
-def drawn(monkeypatch, tmp_path):
-    """draw(function, ...) -> its axes, after layout."""
-    figures = []
-    monkeypatch.setattr(toy, "save", lambda figure, path: figures.append(figure))
+def drawn():
+    """draw(function, what) -> its axes, after layout."""
 
-    def draw(function, *args):
-        function(tmp_path / "picture.png", *args)
-        figures[-1].draw_without_rendering()
-        return figures[-1].axes
+    def draw(function, what):
+        function(plt, what)
+        plt.gcf().draw_without_rendering()
+        return plt.gcf().axes
 
-    return draw
+    yield draw
+    plt.close("all")
 
 
 def xy(line):
@@ -1467,33 +1371,27 @@ def legend_of(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-def test_pictures_have_150_dots_an_inch(run, tmp_path):
-    toy.draw_alignment(tmp_path / "a.png", run.alignment)
-    with Image.open(tmp_path / "a.png") as image:
-        assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1) and image.size == (750, 525)
-
-
 def test_each_file_holds_its_picture_of_the_first_seed(run, monkeypatch, tmp_path):
-    titles = {}
-
-    def save(figure, path):
-        titles[path.name] = [axis.get_title() or axis.get_ylabel() for axis in figure.axes]
-
-    monkeypatch.setattr(toy, "save", save)
+    figures = {}
+    monkeypatch.setattr(toy, "plot_report", lambda found, out: figures.update(found))
     other = dataclasses.replace(run, training=toy.Training(43), alignment=None)
-    toy.write_results(tmp_path, [run, other], {"any": "thing"})
-    samples = titles.pop("samples.png")
-    assert samples[0] == "real data" and len(samples) == 5
-    assert titles.pop("layers_and_deltas.png") == [
-        "Layer-wise winners (seed 42)",
-        "FD, which the grid ranks by",
-        "SW2, which no search has seen",
-    ]
-    assert titles == {
-        "score_against_w.png": ["One weight for all layers (seed 42)"],
-        "alignment.png": ["cosine with the real gradient"],
+    toy.write_results(tmp_path, [run, other], {"any": float("inf")}, ["a text"])
+    assert figures == {
+        "score_against_w.png": (toy.draw_sweeps, run),
+        "layers_and_deltas.png": (toy.draw_deltas, [run, other]),
+        "samples.png": (toy.draw_samples, run),
+        "alignment.png": (toy.draw_alignment, run.alignment),
     }
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"any": "thing"}
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"any": None}
+    figures.clear()
+    toy.write_results(tmp_path, [other, run], {}, [])
+    assert "alignment.png" not in figures  # it is of the first seed
+
+
+def test_pictures_are_written(run, tmp_path):
+    toy.plot_report({"a.png": (toy.draw_alignment, run.alignment)}, tmp_path)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (750, 525)
 
 
 def test_sweeps_are_each_settings_own(run, drawn):
@@ -1504,8 +1402,8 @@ def test_sweeps_are_each_settings_own(run, drawn):
     for line in axis.lines:
         by_color.setdefault(line.get_color(), []).append(line)
     for setting in SETTINGS:
-        curve, best = curves[setting], run.optima[setting]
-        assert xy(curve) == [[-2.0, -1.0, 0.0, pytest.approx(0.3), 2.0], run.sweeps[setting].fd]
+        curve, best = curves[setting], run.scores[setting]
+        assert xy(curve) == [[-2.0, -1.0, 0.0, pytest.approx(0.3), 2.0], run.found[setting].fd]
         assert curve.get_label() == f"{setting}, best w = {best.w[0]:g}"
         _, ours, papers = by_color[curve.get_color()]
         assert xy(ours) == [[best.w[0]], [best.fd]] and ours.get_marker() == "o"
@@ -1572,7 +1470,7 @@ def test_one_seed_has_no_band(run, drawn):
 
 
 def test_one_delta_leaves_out_what_has_nothing_to_show(run, drawn):
-    one = dataclasses.replace(run, grids={1.0: run.grids[1.0]})
+    one = dataclasses.replace(run, deltas=(1.0,))
     assert len(drawn(toy.draw_deltas, [one])) == 1
 
 
