@@ -124,12 +124,21 @@ class Cost:
         seconds, compilation = sampler.seconds_per_image(c.precision)
         blocks = block_names(c.partition, setup.model, net)
         weights = len(global_weights(c, blocks))
-        scores = weights + 2 * (weights - 2) * ("guided" in c.controls)  # two network calls each
+        own = setup.model.controls.values() if "own" in c.controls else []
+        scores = weights + sum(len(tried) for tried in own)
+        scores += 2 * (weights - 2) * ("guided" in c.controls)  # two network calls each
         scores += grid_points(c, blocks) * (1 + c.placebo)
         if c.search:
             # A gradient costs about as much as five scores, and its point is scored too.
             scores += c.evaluations * {"cobyqa": 1, "gradient": 6}[c.search]
-        finals = 4 + bool(c.search) + c.placebo + 2 * len(c.controls) + bool(c.continue_on_data)
+        finals = (
+            4
+            + bool(c.search)
+            + c.placebo
+            + 2 * len({"steps", "guided"} & {*c.controls})
+            + len(own)
+            + bool(c.continue_on_data)
+        )
         finals *= c.final_repeats
         images = (scores * c.select_images + finals * c.final_images) * len(c.snapshot)
         hours = (images + c.synthetic) * seconds / 3600 / setup.processes.world

@@ -36,6 +36,8 @@ class Model:
     identity = ""  # hash of all but the weights that decides an image; part of every key
     training_identity = ""  # the same of what decides a training
     draws_on = False  # whether sample() takes draw(): more noise of every sample, step by step
+    controls: dict[str, list[dict]] = {}  # {what a critic would try: its settings of sample()}
+    settings: dict = {}  # of sample(), where they are not its own; a key has them as weights
 
     def __init__(
         self,
@@ -67,7 +69,7 @@ class Model:
         return self.number_of_classes
 
     def sample(self, net, noise, labels, steps: int) -> torch.Tensor:
-        return self.function("sample")(net, noise, labels, steps)
+        return self.function("sample")(net, noise, labels, steps, **self.settings)
 
     def loss(self, net, x, labels) -> torch.Tensor:
         return self.function("loss")(net, x, labels)
