@@ -36,9 +36,12 @@ NCSN = dict(
 )
 
 
+ADM = dict(model_type="DhariwalUNet", model_channels=32, augment_dim=0)
+
+
 def network(seed=0, **changes):
     torch.manual_seed(seed)
-    net = neon.networks.EDMPrecond(**{**TINY, **changes})
+    net = neon.networks.denoiser(**{**TINY, **changes})
     for p in net.parameters():  # initial output layers are almost zero; make every parameter matter
         p.data += 0.05 * torch.randn_like(p)
     return net.eval().requires_grad_(False)
