@@ -55,7 +55,7 @@ class Preset:
 # -------------------- kinds of options
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 PARTITIONS = "paper, structural, layers"
-CONTROLS = ("steps", "guided", "own")
+CONTROLS = ("steps", "guided", "guidance", "own")
 MOST_VALUES = 10_000  # of a sweep
 
 
@@ -109,7 +109,8 @@ def controls(text):
         return ()
     for name in names:
         if name not in CONTROLS:
-            raise argparse.ArgumentTypeError(f"{name!r} is no control: {', '.join(CONTROLS)}, none")
+            known = ", ".join(CONTROLS)
+            raise argparse.ArgumentTypeError(f"{name!r} is no control: {known}, or none")
     return names
 
 
@@ -241,7 +242,8 @@ class Config:
     bounds: tuple = weights(BOUNDS, "of the search, low,high")
     controls: tuple = option(
         CONTROLS,
-        "by commas: steps (twice as many), guided (outputs step back), own (of --model), none",
+        "by commas: steps (twice as many), guided (outputs step back), guidance (the base with "
+        "more or less), own (of --model), none",
         controls,
     )
     continue_on_data: float = option(
