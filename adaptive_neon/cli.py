@@ -30,6 +30,7 @@ from .study import (
     block_names,
     blocks_of,
     check_grid,
+    check_primary,
     experiment,
     global_weights,
     grid_points,
@@ -65,6 +66,7 @@ def study_one(c, preset, argv, processes, begin) -> dict | None:
     sampler = Sampler(setup.model, net, c.steps, c.sample_batch, c.labels, processes)
     cost = Cost.of(setup, net, sampler)
     remark = check_grid(c, cost.blocks)
+    check_primary(c, cost.blocks)
     if remark and processes.rank == 0:
         print(remark)
     if c.plan:

@@ -209,6 +209,17 @@ def reference_notes(summary) -> list[str]:
             "Every verdict is in the features that the weights were selected with: --judge adds "
             "others."
         )
+    if summary["config"].get("data") and not any("dinov2" in name for name in summary["judges"]):
+        notes.append(
+            "A judge that knows natural images: --judge examples/dinov2_features.py (DINOv2, whose "
+            "weights are downloaded once)."
+        )
+    if "memorisation_fresh" in reference:
+        notes.append(
+            "Memorisation: share of samples whose nearest real image is one that the base was "
+            "trained on, of as many of either kind; of real images that nothing was trained on "
+            f"{reference['memorisation_fresh']:.3f}."
+        )
     if any("precision" in f for entry in summary["snapshots"] for f in entry["final"].values()):
         notes.append(
             f"Precision and recall: by {NEIGHBOURS} nearest neighbours (their paper takes 3)."

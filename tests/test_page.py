@@ -107,6 +107,11 @@ def read(text):
     return Reader(text)
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    monkeypatch.setattr(neon.page, "drawn", lambda *rest: None)
+
+
 # -------------------- what is on the page
 
 
@@ -179,7 +184,7 @@ def test_every_table_has_heads_and_a_name_for_each_row(read):
 
 def test_figures_are_told_in_words(read):
     figures = read.all("svg")
-    # Weights, two or more against what, sweep, shares, grid and search, each snapshot; all over time.
+    # Of each snapshot weights, two forests, sweep, shares, grid, search; and one over snapshots.
     assert len(figures) == 2 * 7 + 1
     for figure in figures:
         assert figure["role"] == "img" and len(figure["aria-label"]) > 30
@@ -301,7 +306,8 @@ def hostile_summary(name):
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_names_stay_text(tmp_path, name):
+def test_hostile_names_stay_text(tmp_path, no_figures, name):
+    """Those in figures: test_plots.py."""
     text = written(tmp_path, hostile_summary(name), samples_of())
     read = Reader(text)
     tags = {tag for tag, _ in read.elements}
@@ -315,10 +321,9 @@ def test_hostile_names_stay_text(tmp_path, name):
 # -------------------- size
 
 
-def test_a_page_of_large_colour_images_stays_below_3_megabytes(tmp_path, monkeypatch):
+def test_a_page_of_large_colour_images_stays_below_3_megabytes(tmp_path, no_figures):
     """Five models at two snapshots, of noise that nothing compresses."""
-    monkeypatch.setattr(neon.page, "drawn", lambda *rest: None)
-    noise = torch.randint(0, 256, (9, 3, 128, 128), dtype=torch.uint8)
+    noise = torch.randint(0, 256, (9, 3, 100, 100), dtype=torch.uint8)
     models = ("base", "collapsed", "global", "blockwise", "searched")
     samples = {kimg: dict.fromkeys(models, noise) for kimg in (7, 5)}
     text = written(tmp_path, summary_for_a_page(7, 5), samples)
@@ -326,11 +331,6 @@ def test_a_page_of_large_colour_images_stays_below_3_megabytes(tmp_path, monkeyp
 
 
 # -------------------- files first, then the terminal
-
-
-@pytest.fixture
-def no_figures(monkeypatch):
-    monkeypatch.setattr(neon.page, "drawn", lambda *rest: None)
 
 
 def test_a_terminal_that_left_costs_nothing(tmp_path, monkeypatch, no_figures):
@@ -421,7 +421,8 @@ SCRIPT = """
 const told = {};
 const flip = document.querySelector(".flip"), panels = [...flip.querySelectorAll("figure")];
 const seen = () => panels.map((p, i) => p.getBoundingClientRect().width > 0 ? i : "").join("");
-const press = key => document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+const press = key =>
+  document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
 const place = () => {
   const box = panels.find(p => !p.hidden).querySelector("img").getBoundingClientRect();
   return [box.left, box.top, box.width, box.height].join();
