@@ -11,7 +11,15 @@ from torch import nn
 
 from .blocks import Blocks, Merger, block_order, partition, placebo_partitions
 from .config import Config
-from .controls import GUIDED, TRAINED_ON, TWICE, guidance_controls, guided, with_steps
+from .controls import (
+    GUIDED,
+    TRAINED_ON,
+    TWICE,
+    guidance_controls,
+    guided,
+    with_settings,
+    with_steps,
+)
 from .files import UserError, write_atomically
 from .judges import Judge, build_judges
 from .processes import Diverged
@@ -245,8 +253,9 @@ def check_primary(c: Config, blocks: list[str]) -> None:
 
 # -------------------- controls
 def controls_of(setup: Setup, scorer: Scorer, values: set[float]) -> dict[str, Candidate]:
-    """The base with twice the steps, the guided network at its best weight of `values`, and on
-    request the base trained on real images for as long as the self-training."""
+    """The base with twice the steps, the guided network at its best weight of `values`, the base
+    at the best of each of the model's own settings, and on request the base trained on real images
+    for as long as the self-training."""
     c = setup.c
     found = {}
     if "steps" in c.controls:
@@ -259,6 +268,10 @@ def controls_of(setup: Setup, scorer: Scorer, values: set[float]) -> dict[str, C
             found[GUIDED] = Candidate.of(choose(tried), guide)
         elif setup.processes.rank == 0:
             print("no guided control: the sampler calls parts of the network, not the network")
+    if "own" in c.controls:
+        for name, settings in setup.model.controls.items():
+            other = with_settings(scorer)
+            found[f"base, {name}"] = Candidate.of(choose(other.score_all(settings, name)), other)
     if c.continue_on_data:
         kimg = scorer.snapshot if c.continue_on_data < 0 else c.continue_on_data
         further = continued_base(setup, scorer.merger.base, kimg)
