@@ -223,8 +223,9 @@ def test_two_files_at_once_in_threads(tmp_path):
 def test_the_process_keeps_its_own_modules_and_path(tmp_path, monkeypatch):
     own = type(sys)("utils")
     monkeypatch.setitem(sys.modules, "utils", own)
-    before = list(sys.path)
     path, _ = two_files(tmp_path, "import utils\ndef answer():\n    return utils.NAME")
+    monkeypatch.syspath_prepend(tmp_path / "b")  # its utils is not what a file beside one means
+    before = list(sys.path)
     assert UserFile(path, "--judge").call("answer") == "a"
     assert sys.modules["utils"] is own and sys.path == before
     assert "more" not in sys.modules and "neon_model_same" not in sys.modules
