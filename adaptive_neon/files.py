@@ -230,6 +230,8 @@ def download(url, sha256_start, check, part):
     socket.setdefaulttimeout(SILENCE)
     try:
         torch.hub.download_url_to_file(url, str(part), sha256_start or None)
+    except RuntimeError as error:  # the hash
+        raise Refused(str(error)) from error
     finally:
         socket.setdefaulttimeout(timeout)
 
