@@ -63,7 +63,7 @@ def test_block_of_a_parameter(name, paper, structural, layer):
 
 def test_paper_partition_of_the_cifar10_network():
     with torch.device("meta"):
-        net = edm.EDMPrecond(**edm.PRESETS["cifar10"].network)
+        net = neon.networks.EDMPrecond(**edm.PRESETS["cifar10"].network)
     owners = owners_of(edm_model(), net, "paper")
     sizes = dict.fromkeys(BLOCKS, 0)
     for name, p in net.named_parameters():
