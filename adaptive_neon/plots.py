@@ -6,7 +6,6 @@ import io
 import math
 import re
 import warnings
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 
-from .files import printable, write_atomically
+from .files import printable
 from .verdicts import number, range_text
 
 # Markers repeat what colours say. The page sets each colour for light and for dark; these are the
@@ -106,19 +105,6 @@ def error_bars(rows, key="fd"):
     table = np.array([[row[key], row["low"], row["high"]] for row in rows], float)
     values, low, high = table.reshape(-1, 3).T
     return values, np.stack([values - low, high - values]).clip(0)
-
-
-def plot_report(figures, out):
-    """{file name: (function, data)} as PNG files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    for name, (plot, data) in figures.items():
-        plot(plt, data)
-        write_atomically(out / name, partial(plt.savefig, dpi=150))
-        plt.close()
 
 
 # -------------------- weights
