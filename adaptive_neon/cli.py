@@ -298,8 +298,11 @@ def check_combinations(c: Config) -> None:
         raise UserError("--bounds: give two numbers, low,high")
     if c.placebo and c.partition == "layers":
         raise UserError("--placebo draws random blocks of several layers: use another --partition")
-    if c.guidance not in (None, 1) and (c.model or not is_pipeline(c.base)):
-        raise UserError("--guidance is for pipelines of diffusers as --base: leave it out")
+    if c.model or not is_pipeline(c.base):
+        for name, unset in (("guidance", (None, 1)), ("prompts", ("",)), ("lora_rank", (0,))):
+            if getattr(c, name) not in unset:
+                named = name.replace("_", "-")
+                raise UserError(f"--{named} is for pipelines of diffusers as --base: leave it out")
     if c.partition in ("paper", "structural") and not c.model:
         check_grid(c, ["enc", "mid", "dec"])
 

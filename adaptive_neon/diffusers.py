@@ -211,13 +211,6 @@ class DiffusersModel(UserModel):
             autoencoder=autoencoder,
         )
 
-    def with_guidance(self, guidance: float) -> "DiffusersModel":
-        """The same pipeline, sampled with another guidance."""
-        other = copy.copy(self)
-        other.guidance = guidance
-        other.identity = other._key()
-        return other
-
     def image_shape(self, net: nn.Module) -> tuple[int, ...]:
         return self.image_size
 
@@ -510,6 +503,10 @@ class Ddim:
             raise wrong(f"{path}: its network predicts {other.kind}, that of {base} {self.kind}")
         if not torch.equal(other.alphas, self.alphas):
             raise wrong(f"{path}: its noise levels (betas) are not those of {base}")
+
+    def middle(self) -> int:
+        """A time in the middle of the way."""
+        return len(self.alphas) // 2
 
     def times(self, steps: int) -> list[int]:
         """The scheduler's time steps, descending."""

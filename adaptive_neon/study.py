@@ -280,6 +280,7 @@ class Entry:
             )
         final = final_comparison({name: own[name] for name in models | controls})
         warnings = warnings_of(c, models, final, bool(tried["grid"]), scorer.judge)
+        warnings += scorer.sampler.model.notes
         if len(placebos) < c.placebo:
             warnings.append(
                 f"--placebo {c.placebo}: the layers allow only {len(placebos)} other blocks"
@@ -377,7 +378,7 @@ def export_best(setup: Setup, entry: Entry) -> None:
     }
     path = c.out / f"adaptive-neon-{entry.kimg:06d}"
     net = merger.set(best.w)
-    setup.model.export(net, path, recipe)
+    setup.model.export_merged(merger, best.w, path, recipe)
     if c.export_pt:
         state = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
         write_atomically(path.with_suffix(".pt"), partial(torch.save, state))
