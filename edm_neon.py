@@ -112,9 +112,9 @@ class Glyphs(Cifar10):
     small = True
     threads = 1  # 12 x 12 images: two batches at once are faster than two threads
     defaults = {
-        "snapshot": (3,),
-        "grid": (0.25, 0.75),
-        "train_base": 60.0,
+        "snapshot": (10,),
+        "grid": (0.6, 1.2),
+        "train_base": 30.0,
         "base_lr": 3e-3,
         "synthetic": 2000,
         "ramp_kimg": 0.0,
@@ -122,7 +122,7 @@ class Glyphs(Cifar10):
         "dropout": 0.0,
         "augment": 0.0,
         "select_images": 400,
-        "final_images": 1200,
+        "final_images": 2000,
         "sample_batch": 250,
         "judge": ("classifier-2", "mlp", "random-conv", "pixels"),
     }

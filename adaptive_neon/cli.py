@@ -21,15 +21,16 @@ from .extension import neon_ext
 from .files import UserError, reading
 from .folders import is_pipeline
 from .judges import check_judges
-from .plots import figures_of, plot_report, plot_seeds
+from .page import write_report, write_seeds
 from .processes import start_processes
-from .report import summarise, write_report, write_seeds
+from .report import summarise
 from .sampling import Sampler
 from .stages import Setup, base_path, first_network, given_snapshots, prepare, self_training
 from .study import (
     block_names,
     blocks_of,
     check_grid,
+    check_primary,
     experiment,
     global_weights,
     grid_points,
@@ -65,6 +66,7 @@ def study_one(c, preset, argv, processes, begin) -> dict | None:
     sampler = Sampler(setup.model, net, c.steps, c.sample_batch, c.labels, processes)
     cost = Cost.of(setup, net, sampler)
     remark = check_grid(c, cost.blocks)
+    check_primary(c, cost.blocks)
     if remark and processes.rank == 0:
         print(remark)
     if c.plan:
@@ -76,13 +78,7 @@ def study_one(c, preset, argv, processes, begin) -> dict | None:
     if processes.rank > 0:
         return None
     summary = summarise(c, argv, results, setup, cost.seconds_per_image, processes, begin)
-    write_report(summary, c.out)
-    samples = {entry.kimg: entry.samples for entry in results.entries}
-    plot_report(figures_of(summary, samples), c.out)
-    print(
-        f"\n{summary['seconds_total']:.1f} s; "
-        f"summary.json, table.md, grid.jsonl, pictures in {c.out}"
-    )
+    write_report(summary, {entry.kimg: entry.samples for entry in results.entries}, c.out)
     return summary
 
 
@@ -104,7 +100,6 @@ def study_seeds(c, preset, argv, processes, begin) -> None:
     elif processes.rank == 0:
         summary = summarise_seeds(c, argv, summaries, begin)
         write_seeds(summary, c.out)
-        plot_report({"seeds.png": (plot_seeds, summary)}, c.out)
 
 
 # -------------------- what it will cost

@@ -244,6 +244,11 @@ class Config:
     search_partition: str = option("", "of the search, default --partition", read_partition)
     evaluations: int = count(12, "of the search: scores, or gradients")
     bounds: tuple = weights(BOUNDS, "of the search, low,high")
+    primary: str = option(
+        "",
+        "claim that is asked first, MODEL or MODEL against OTHER, default what was searched, else "
+        "blockwise, against global",
+    )
     controls: tuple = option(
         CONTROLS,
         "by commas: steps (twice as many), guided (outputs step back), guidance (the base with "

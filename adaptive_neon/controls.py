@@ -18,6 +18,10 @@ from .sampling import Sampler
 from .scores import Scorer
 from .search import choose
 
+TWICE = "base, twice the steps"
+GUIDED = "guided"
+TRAINED_ON = "base, trained on"
+
 
 def with_steps(scorer: Scorer, steps: int) -> Scorer:
     """The same networks, sampled in so many steps."""

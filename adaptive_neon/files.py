@@ -3,24 +3,18 @@
 import contextlib
 import errno
 import hashlib
-import http.client
 import json
 import os
-import pickle
 import re
 import shutil
 import socket
-import struct
 import sys
 import tempfile
-import tokenize
 import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import safetensors.torch
 import torch
 
@@ -36,27 +30,9 @@ class Refused(ValueError):
     """What is wrong with a file, in words for its owner; reading() adds which file it is."""
 
 
-# What libraries raise for files that are not as they should be. NameError, AttributeError and
-# AssertionError are faults of this program and stay tracebacks.
-FILE_ERRORS = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    EOFError,
-    MemoryError,
-    RuntimeError,  # torch, nesting, encrypted zip entries
-    SyntaxError,  # PIL, for a broken PNG
-    pickle.PickleError,
-    struct.error,
-    tokenize.TokenError,  # numpy, for the header of an array
-    zipfile.BadZipFile,
-    zlib.error,
-    http.client.HTTPException,
-    safetensors.SafetensorError,
-    PIL.Image.DecompressionBombError,
-)
+# What reading() passes on as it is: faults of this program stay tracebacks. Whatever else a library
+# raises comes from a file that is not as it should be.
+OURS = (UserError, NameError, AttributeError, AssertionError, ImportError)
 
 
 def escaped(text: str) -> str:
@@ -126,7 +102,9 @@ def reading(what):
     """Whatever is wrong with a file ends in one line that begins with `what`; the cause is kept."""
     try:
         yield
-    except FILE_ERRORS as error:
+    except OURS:
+        raise
+    except Exception as error:
         raise UserError(f"{what} ({reason_of(error)})") from error
 
 
@@ -348,7 +326,7 @@ def save_state(path: Path, tensors: dict, facts: dict) -> None:
 def load_state(path: Path) -> tuple[dict, dict]:
     """({name: tensor}, facts) as save_state() wrote them; use it inside reading().
 
-    Refused, or another of FILE_ERRORS: the file is not of save_state(), or damaged."""
+    Refused, or what a library raises: the file is not of save_state(), or damaged."""
     if not is_safetensors(path):
         raise Refused(f"it is no .safetensors, or its header has more than {MOST_HEADER} bytes")
     with safetensors.safe_open(path, "pt") as file:

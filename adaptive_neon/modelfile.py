@@ -115,8 +115,6 @@ class FileModel(UserFile, UserModel):
         self.encodes = self.has("encode")
         self.alignment = checked_alignment(self)
         self.has_save = self.has("save")
-        if getattr(self.file, "differentiable", True) is False:
-            self.why_not = getattr(self.file, "why_not", "this model cannot be differentiated")
 
     def has(self, name: str) -> bool:
         return hasattr(self.file, name)

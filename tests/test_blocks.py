@@ -85,6 +85,20 @@ def test_order_of_blocks(blocks, order):
     assert neon.blocks.block_order(dict(enumerate(blocks))) == order
 
 
+LAYERS = {
+    "gain": "gain",
+    "head.bias": "head",
+    "a.b.c.d.weight": "a.b.c",
+    "head.parametrizations.weight.original0": "head",
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_of_a_parameter(name):
+    """Three names deep, and what torch makes of one weight stays together."""
+    assert neon.blocks.layer_of(name) == LAYERS[name]
+
+
 def custom(table):
     return owners_of(ToyModel(), ToyNet(), table)
 
@@ -321,6 +335,15 @@ def test_same_networks_in_other_blocks():
     want = blend(*toy_pair(), {"one": 0.5}, lambda name: "one").state_dict()
     found = other.set({"one": 0.5}).state_dict()
     assert all(torch.allclose(found[name], want[name], atol=1e-6) for name in want)
+
+
+def test_the_self_trained_end_is_exact_where_sums_round():
+    """1e8 + (0.1 - 1e8) is no 0.1."""
+    base, aux = nn.Linear(2, 2), nn.Linear(2, 2)
+    with torch.no_grad():
+        base.weight.fill_(1e8)
+        aux.weight.fill_(0.1)
+    assert torch.equal(neon.blocks.Merger(base, aux).set(-1.0).weight, aux.weight)
 
 
 # -------------------- random blocks

@@ -72,15 +72,11 @@ def study(classifier):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Few real images and no pictures, which take seconds."""
-
-    def no_pictures(figures, out):
-        pass
-
+    """Few real images and no figures, which take seconds."""
     with pytest.MonkeyPatch.context() as patch:
         counts = {"training": 100, "selection": 400, "final": 400}
         patch.setattr(edm.Glyphs, "images", counts)
-        replace(patch, "plot_report", no_pictures)
+        replace(patch, "drawn", lambda *args: None)
         yield
 
 
