@@ -22,8 +22,14 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "ad
 BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks")
 
 # How others name the two factors, and the networks that hold them.
-DOWN = (".lora_A.default.weight", ".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
-UP = (".lora_B.default.weight", ".lora_B.weight", ".lora_up.weight", ".lora.up.weight")
+DOWN = (
+    *(".lora_A.default.weight", ".lora_A.weight", ".lora_down.weight"),
+    *(".lora.down.weight", "_lora.down.weight"),
+)
+UP = (
+    *(".lora_B.default.weight", ".lora_B.weight", ".lora_up.weight"),
+    *(".lora.up.weight", "_lora.up.weight"),
+)
 PREFIXES = ("base_model.model.", "unet.", "transformer.", "lora_unet_", "lora_transformer_")
 TEXT_ENCODERS = ("text_encoder", "lora_te")
 
@@ -170,7 +176,10 @@ def in_names_of_diffusers(tensors: dict, net: nn.Module, pipeline: Any, path: Pa
     """Names that count input and output blocks (Stability's), as diffusers translates them."""
     with refuse(path):
         found, alphas = pipeline.lora_state_dict(dict(tensors), unet_config=net.config)
-    return found | {name: torch.tensor(float(alpha)) for name, alpha in (alphas or {}).items()}
+    for name, alpha in (alphas or {}).items():
+        of_module = re.sub(r"[._]lora\.down\.weight(?=\.alpha$)", "", name)
+        found[of_module] = torch.tensor(float(alpha))
+    return found
 
 
 def paired_factors(tensors: dict, scales: dict, path: str) -> Lora:
@@ -206,7 +215,8 @@ def module_name(name: str) -> str:
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     # Diffusers' first files name the attention's processor.
-    return re.sub(r"\.processor\.(to_\w+?)(_out)?_lora$", r".\1\2", name)
+    name = re.sub(r"\.processor\.(to_[qkv])$", r".\1", name)
+    return name.replace(".processor.to_out", ".to_out.0")
 
 
 def scales_of(path: Path, metadata: dict[str, str]) -> dict:

@@ -86,12 +86,16 @@ BYTES_PER_PIXEL = 24_000
 
 def open_pipeline(c) -> DiffusersModel:
     """The model of a pipeline's folder."""
-    if pipeline_name(resolve(c.base)) in PIPELINES:
+    name = pipeline_name(resolve(c.base))
+    if name in PIPELINES:
         return TextModel(c)
     for option in ("prompts", "final_prompts", "lora_rank", "rescale", "negative"):
         if getattr(c, option) not in ("", 0, None):
             named = option.replace("_", "-")
-            raise wrong(f"--{named}: {c.base} takes no prompts (only {', '.join(PIPELINES)} do)")
+            raise wrong(
+                f"--{named}: {c.base} as a {name} takes no prompts here, only these do: "
+                f"{', '.join(PIPELINES)}"
+            )
     return DiffusersModel(c)
 
 

@@ -345,6 +345,7 @@ def test_identity_is_of_all_that_decides_an_image(text_folders, model_of, tmp_pa
                 content = json.load(file)
                 file.seek(0)
                 file.write(json.dumps({**content, "x": 1}).encode())
+                file.truncate()
             else:
                 file.seek(-2, 2)
                 file.write(b"\x01")
@@ -429,11 +430,16 @@ SCHEDULER = "scheduler/scheduler_config.json"
     [
         ("sd", INDEX, {"unet": ["diffusers", "UNet2DModel"]}, "diffusers.UNet2DModel is not"),
         ("sd", INDEX, {"text_encoder": ["mine", "CLIPTextModel"]}, "mine.CLIPTextModel"),
-        ("sd", INDEX, {"_class_name": "FluxPipeline"}, "FluxPipeline|not supported"),
+        ("sd", INDEX, {"_class_name": "FluxPipeline"}, "a FluxPipeline takes no prompts"),
         ("sd", UNET, {"in_channels": 9}, "9 channels into 4"),
         ("sd", UNET, {"time_cond_proj_dim": 8}, "time_cond_proj_dim 8"),
         ("sd", UNET, {"sample_size": 6}, "divided by 8"),
-        ("sdxl", UNET, {"addition_embed_type": "image"}, "image"),
+        (
+            "sdxl",
+            INDEX,
+            {"_class_name": "StableDiffusionPipeline"},
+            "addition_embed_type text_time",
+        ),
         ("sd3", SCHEDULER, {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
         ("sd3", SCHEDULER, {"use_karras_sigmas": True}, "use_karras_sigmas"),
         ("sd", "vae/config.json", {"shift_factor": 0.1}, "shift_factor"),
