@@ -112,6 +112,7 @@ class FileModel(UserFile, UserModel):
             self.functions[name] = partial(self.call, name) if self.has(name) else None
 
         self.base_content = ""
+        self.controls = checked_controls(self.path, getattr(self.file, "CONTROLS", {}))
         self.encodes = self.has("encode")
         self.alignment = checked_alignment(self)
         self.has_save = self.has("save")
@@ -217,6 +218,23 @@ class FileModel(UserFile, UserModel):
         self.scope.seal()
 
 
+def checked_controls(path: Path, found: Any) -> dict[str, list[dict]]:
+    """CONTROLS of a model file."""
+
+    def fits(tried):
+        return isinstance(tried, list) and tried and all(is_settings(one) for one in tried)
+
+    def is_settings(one):
+        return isinstance(one, dict) and one and all(type(v) in (int, float) for v in one.values())
+
+    if not isinstance(found, dict) or not all(fits(tried) for tried in found.values()):
+        raise UserError(
+            f"--model {path}: CONTROLS must be {{name: [{{argument of sample(): number}}, ...]}}, "
+            f"got {printable(repr(found))}"
+        )
+    return found
+
+
 def network_fault(net: Any) -> tuple[str, str] | None:
     """(what is expected of a network, what this one is instead), or None."""
     if not isinstance(net, nn.Module) or isinstance(net, torch.jit.ScriptModule):
@@ -295,6 +313,7 @@ class StartCheck:
             # A LoRA learns in factors beside the weights that it moves.
             learning = (self.check_loss(example) & learning) or learning
         self.check_weights(learning)
+        self.check_controls()
         self.check_precision()
         self.model.own_features(example)
         if self.c.search == "gradient":
@@ -451,6 +470,14 @@ class StartCheck:
         self.expect_close(expected, found, self.SAME, "memory")
         what = "the network's weights" if self.c.aux else "the weights that loss() trains"
         self.expect(not torch.equal(found, before), "weights", "the same images", trained=what)
+
+    @torch.no_grad()
+    def check_controls(self):
+        """sample() takes the settings of every control."""
+        for tried in self.model.controls.values():
+            for self.model.settings in tried:
+                self.sample(self.net, TWO)
+        self.model.settings = {}
 
     @torch.no_grad()
     def check_precision(self):

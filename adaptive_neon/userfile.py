@@ -317,11 +317,11 @@ class UserFile:
         """Of the file and of what it has loaded and read up to now, whatever folder it lies in."""
         return key_of(self.scope.records)
 
-    def call(self, name: str, *args) -> Any:
+    def call(self, name: str, *args, **settings) -> Any:
         """A function of the file; its errors name it and the line."""
         scope, records = self.scope, dict(self.scope.records)
         with running(self.path, f"{self.path}: {name}()", "failed"), scope.entered():
-            result = getattr(self.file, name)(*args)
+            result = getattr(self.file, name)(*args, **settings)
         if scope.sealed and name in self.UNRECORDED:
             scope.records, scope.late = records, ""
         if scope.late:
