@@ -65,6 +65,7 @@ from adaptive_neon.sampling import Model
 
 # ==================== presets
 EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm"
+NEON_URL = "https://huggingface.co/sinaalemohammad/Neon/resolve/main"
 
 
 class EdmPreset(Preset):
@@ -111,6 +112,8 @@ class Cifar10(EdmPreset):
         "uncond": f"{EDM_URL}/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
         "cond-ve": f"{EDM_URL}/pretrained/edm-cifar10-32x32-cond-ve.pkl",
         "uncond-ve": f"{EDM_URL}/pretrained/edm-cifar10-32x32-uncond-ve.pkl",
+        "neon-cond": f"{NEON_URL}/Neon_EDM_conditional_CIFAR10.pkl",  # repaired already
+        "neon-uncond": f"{NEON_URL}/Neon_EDM_unconditional_CIFAR10.pkl",
     }
     statistics = f"{EDM_URL}/fid-refs/cifar10-32x32.npz"
     origin = "CIFAR-10's 50,000 training images, which EDM's networks were trained on"
@@ -129,6 +132,7 @@ class Ffhq64(EdmPreset):
     bases = {
         "uncond": f"{EDM_URL}/pretrained/edm-ffhq-64x64-uncond-vp.pkl",
         "uncond-ve": f"{EDM_URL}/pretrained/edm-ffhq-64x64-uncond-ve.pkl",
+        "neon-uncond": f"{NEON_URL}/Neon_EDM_FFHQ.pkl",
     }
     statistics = f"{EDM_URL}/fid-refs/ffhq-64x64.npz"
     origin = "FFHQ's 70,000 images at 64 x 64, which EDM's networks were trained on"
@@ -629,7 +633,7 @@ def pickled_network(path):
     options.setdefault("model_type", "SongUNet" if song else "DhariwalUNet")  # EDM's defaults
 
     # What is an attribute, EDM takes as it is now, not as the network was built.
-    for name in PRECONDS[ema.name].attributes:
+    for name in ("img_resolution", "img_channels", "label_dim", *PRECONDS[ema.name].attributes):
         if name in ema.state:
             options[name] = ema.state[name]
 

@@ -170,7 +170,9 @@ class Config:
     # What is studied
     preset: str = option("cifar10", "data, features and defaults")
     model: str = option("", "Python file of a model of your own (see examples/)")
-    base: str = option("", "cond, uncond, path or URL (.pkl of EDM, .safetensors of this program)")
+    base: str = option(
+        "", "cond, uncond, ..., path or URL (.pkl of EDM or NEON, .safetensors of this program)"
+    )
     aux: str = option("", "existing self-trained network, or a folder of network-snapshot-*")
     data: str = option("", "real images: EDM dataset zip or folder")
     ref: str = option("", "npz with mu and sigma of the real features, path or URL, or cifar10")
