@@ -214,14 +214,11 @@ class Merger:
         for name, (ours, theirs) in self.rest.items():
             # How far it goes, by the weight of the module that it belongs to.
             share = min(max(-w[self.owner_of(name)], 0.0), 1.0)
-            if share == 0:
-                value = ours
-            elif share == 1:
+            value = ours
+            if share == 1:
                 value = theirs
-            elif ours.is_floating_point():
+            elif share > 0 and ours.is_floating_point():
                 value = torch.lerp(ours, theirs, share)
-            else:
-                value = ours
             resident[name].copy_(value)
 
         for name, module, norm, start in self.spectral:

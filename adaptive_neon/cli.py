@@ -16,13 +16,14 @@ from torch import nn
 from .blocks import Merger
 from .command import Parser, run_command
 from .config import Config, Preset, grid_values, judge_name
+from .controls import GUIDANCES
 from .extension import neon_ext
 from .files import UserError, reading
 from .folders import is_pipeline
 from .judges import check_judges
-from .plots import figures_of, plot_report, plot_seeds
+from .page import write_report, write_seeds
 from .processes import start_processes
-from .report import summarise, write_report, write_seeds
+from .report import summarise
 from .sampling import Sampler
 from .stages import Setup, base_path, first_network, given_snapshots, prepare, self_training
 from .study import (
@@ -75,13 +76,7 @@ def study_one(c, preset, argv, processes, begin) -> dict | None:
     if processes.rank > 0:
         return None
     summary = summarise(c, argv, results, setup, cost.seconds_per_image, processes, begin)
-    write_report(summary, c.out)
-    samples = {entry.kimg: entry.samples for entry in results.entries}
-    plot_report(figures_of(summary, samples), c.out)
-    print(
-        f"\n{summary['seconds_total']:.1f} s; "
-        f"summary.json, table.md, grid.jsonl, pictures in {c.out}"
-    )
+    write_report(summary, {entry.kimg: entry.samples for entry in results.entries}, c.out)
     return summary
 
 
@@ -103,7 +98,6 @@ def study_seeds(c, preset, argv, processes, begin) -> None:
     elif processes.rank == 0:
         summary = summarise_seeds(c, argv, summaries, begin)
         write_seeds(summary, c.out)
-        plot_report({"seeds.png": (plot_seeds, summary)}, c.out)
 
 
 # -------------------- what it will cost
@@ -129,7 +123,10 @@ class Cost:
         if c.search:
             # A gradient costs about as much as five scores, and its point is scored too.
             scores += c.evaluations * {"cobyqa": 1, "gradient": 6}[c.search]
-        finals = 4 + bool(c.search) + c.placebo + 2 * len(c.controls) + bool(c.continue_on_data)
+        finals = 4 + bool(c.search) + c.placebo + bool(c.continue_on_data)
+        finals += 2 * ("steps" in c.controls) + 2 * ("guided" in c.controls)
+        if "guidance" in c.controls and getattr(setup.model, "guidance", 1) > 1:
+            scores, finals = scores + len(GUIDANCES) + 1, finals + 2
         finals *= c.final_repeats
         images = (scores * c.select_images + finals * c.final_images) * len(c.snapshot)
         hours = (images + c.synthetic) * seconds / 3600 / setup.processes.world

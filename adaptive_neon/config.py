@@ -55,7 +55,7 @@ class Preset:
 # -------------------- kinds of options
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 PARTITIONS = "paper, structural, layers"
-CONTROLS = ("steps", "guided")
+CONTROLS = ("steps", "guided", "guidance")
 MOST_VALUES = 10_000  # of a sweep
 
 
@@ -109,7 +109,8 @@ def controls(text):
         return ()
     for name in names:
         if name not in CONTROLS:
-            raise argparse.ArgumentTypeError(f"{name!r} is no control: steps, guided, or none")
+            known = ", ".join(CONTROLS)
+            raise argparse.ArgumentTypeError(f"{name!r} is no control: {known}, or none")
     return names
 
 
@@ -236,7 +237,10 @@ class Config:
     evaluations: int = count(12, "of the search: scores, or gradients")
     bounds: tuple = weights(BOUNDS, "of the search, low,high")
     controls: tuple = option(
-        CONTROLS, "by commas: steps (twice as many), guided (outputs step back), none", controls
+        CONTROLS,
+        "by commas: steps (twice as many), guided (outputs step back), guidance (the base with "
+        "more or less), none",
+        controls,
     )
     continue_on_data: float = option(
         0.0,

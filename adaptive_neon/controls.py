@@ -2,7 +2,8 @@
 
 Twice the sampler's steps, which cost what a comparison of two networks costs; the guided network,
 which extrapolates outputs instead of weights (SIMS, arXiv 2408.16333; autoguidance, arXiv
-2406.02507, is its relative); the base trained on real images for as long as the self-training took.
+2406.02507, is its relative); the base trained on real images for as long as the self-training took;
+where images are sampled with classifier-free guidance, the base with more or less of it.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from .blocks import Merger, copied
 from .processes import Diverged
 from .sampling import Sampler
 from .scores import Scorer
+from .search import choose
 
 
 def with_steps(scorer: Scorer, steps: int) -> Scorer:
@@ -108,3 +110,72 @@ class Guide(Merger):
         assert isinstance(self.net, Guided)
         self.net.w.fill_(self.weights(w)["guidance"])
         return self.net
+
+
+# -------------------- the base over guidance
+GUIDANCES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # shares of the model's own
+
+
+class OverGuidance(Merger):
+    """The base alone; its one weight is the guidance that it is sampled with. model: one that this
+    may write to."""
+
+    def __init__(self, plain: Merger, model):
+        vars(self).update(vars(plain))
+        self.plain, self.model = plain, model
+        self.use(dict.fromkeys(plain.owners, "guidance"))
+
+    def parameter_weights(self, w: dict[str, float]) -> dict[str, float]:
+        return {"guidance": w["guidance"]}
+
+    def set(self, w: float | dict[str, float]) -> nn.Module:
+        self.model.guidance = self.weights(w)["guidance"]
+        return self.plain.set(0.0)
+
+
+def guidance_controls(scorer: Scorer, repaired) -> dict[str, tuple]:
+    """{name: (weights, distance, scorer)} of the base at its best guidance, and at the one where
+    it does as much of what was asked for as `repaired` (a Candidate) does; a repair can gain in
+    distance by asking for less. Empty where images are sampled without guidance."""
+    own = getattr(scorer.sampler.model, "guidance", 1.0)
+    if own <= 1:
+        return {}
+    over = copy.copy(scorer)
+    over.sampler = copy.copy(scorer.sampler)
+    over.sampler.model = copy.copy(scorer.sampler.model)
+    over.merger = OverGuidance(scorer.merger, over.sampler.model)
+
+    values = sorted({1.0, *(max(1.0, round(own * share, 3)) for share in GUIDANCES)})
+    tried = over.score_all(values, "guidance")
+    best = choose(tried)
+    found = {"base, best guidance": (best.w, best.fd, over)}
+
+    # Adherence of both, on the selection's seeds and in the first judge that knows it.
+    asked = next((judge for judge in scorer.judges if scorer.alignment_of(judge)), None)
+    if asked is None:
+        return found
+    seeds = scorer.seeds.selection
+    curve = [over.scores(score.w, seeds, [asked])[0].alignment for score in tried]
+    (goal,) = repaired.scorer.scores(repaired.w, seeds, [asked])
+    equal = crossing(values, curve, goal.alignment)
+    if equal is None:
+        if scorer.sampler.processes.rank == 0:
+            print(
+                f"no guidance from {values[0]:g} to {values[-1]:g} gives the base equal adherence"
+            )
+        return found
+    w = over.merger.weights(equal)
+    return found | {"base, equal adherence": (w, over.score(w).fd, over)}
+
+
+def crossing(x, y, value) -> float | None:
+    """Where the line through the points first has this value; None where it has not, or where a
+    point is not known."""
+    if value is None or None in y:
+        return None
+    for k in range(len(x) - 1):
+        low, high = sorted(y[k : k + 2])
+        if low <= value <= high:
+            share = 0.5 if low == high else (value - y[k]) / (y[k + 1] - y[k])
+            return round(x[k] + share * (x[k + 1] - x[k]), 4)
+    return None

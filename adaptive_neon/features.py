@@ -206,6 +206,7 @@ class FileFeatures:
         self.kind = self.name = f"{printable(model.path.stem)}-{self.dim}"
         self.score = f"FD (features of {printable(model.path.name)}, {self.dim}-d)"
         self.identity = model.identity
+        self.alignment = checked_alignment(model)
 
     def __call__(self, images):
         # No graph of the feature network's own parameters, in worker threads neither.
@@ -222,6 +223,24 @@ class FileFeatures:
 
     def to(self, device):
         return self
+
+
+def checked_alignment(model):
+    """alignment(images [N, C, H, W], labels [N] or N prompts) -> adherence [N], of a user's file;
+    None where it has none. Higher is better."""
+    if not hasattr(model.file, "alignment"):
+        return None
+
+    def alignment(images, labels):
+        with torch.no_grad():
+            found = model.call("alignment", images, labels)
+        if not isinstance(found, torch.Tensor) or found.shape != (len(images),):
+            raise UserError(f"{model.path}: alignment() must give a tensor [{len(images)}]")
+        if not found.isfinite().all():
+            raise UserError(f"{model.path}: alignment() must give finite numbers")
+        return found.float()
+
+    return alignment
 
 
 class JointFeatures:

@@ -14,7 +14,6 @@ import struct
 import sys
 import tempfile
 import tokenize
-import urllib.parse
 import zipfile
 import zlib
 from functools import partial
@@ -84,20 +83,23 @@ class Terminal:
     """A stream whose failure costs nothing: it may be gone (`| head`) or know no accents."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")  # none after 2>&-
 
     def write(self, text: str) -> int:
         encoding = self.stream.encoding or "utf-8"
         known = text.encode(encoding, "backslashreplace").decode(encoding)
-        self.attempt(lambda: self.stream.write(known))
+        with self.surviving():
+            self.stream.write(known)
         return len(text)
 
     def flush(self) -> None:
-        self.attempt(self.stream.flush)
+        with self.surviving():
+            self.stream.flush()
 
-    def attempt(self, work) -> None:
+    @contextlib.contextmanager
+    def surviving(self):
         try:
-            work()
+            yield
         except OSError:
             # Whoever read it has left. Python would complain again when it flushes at exit.
             with contextlib.suppress(OSError, ValueError):
@@ -110,18 +112,13 @@ class Terminal:
 @contextlib.contextmanager
 def unfailing_terminal():
     """Prints and progress bars in this block cannot end it."""
-    with contextlib.ExitStack() as stack:
-        for name, redirect in (
-            ("stdout", contextlib.redirect_stdout),
-            ("stderr", contextlib.redirect_stderr),
-        ):
-            stream = getattr(sys, name)
-            if stream is None:  # as after 2>&-
-                stream = stack.enter_context(open(os.devnull, "w"))
-            terminal = Terminal(stream)
-            stack.enter_context(redirect(terminal))
-            stack.callback(terminal.flush)
-        yield
+    out, err = Terminal(sys.stdout), Terminal(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            yield
+        finally:
+            out.flush()
+            err.flush()
 
 
 @contextlib.contextmanager
@@ -156,18 +153,9 @@ def write_atomically(path, write):
 
 def parse_json(raw: bytes):
     """What JSON says, in UTF-8, UTF-16 or UTF-32; Refused: where it is none."""
-
-    def without_repeats(pairs):
-        table = {}
-        for name, value in pairs:
-            if name in table:
-                raise Refused(f"it has {printable(name)} twice")
-            table[name] = value
-        return table
-
     try:
         text = raw.decode(json.detect_encoding(raw))
-        return json.loads(text, object_pairs_hook=without_repeats)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise Refused(
             f"no JSON at line {error.lineno}, column {error.colno}: {error.msg}"
@@ -204,21 +192,13 @@ def kind_of(head):
     start = head[:512].lstrip(b"\xef\xbb\xbf\0 \t\r\n").lower()
     if not head:
         return "an empty file"
-    if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")) or b"<html" in start:
+    if start.startswith((b"<!doctype", b"<head", b"<?xml")) or b"<html" in start:
         return "an HTML page (a login or error page?)"
     if start.startswith(b"version https://git-lfs"):
         return "a pointer of Git LFS (run `git lfs pull`)"
-    kinds = {
-        b"PK\x03\x04": "a zip archive (torch.save?)",
-        b"\x1f\x8b": "a gzip file",
-        b"{": "JSON",
-        b"\x80": "a pickle",
-    }
-    for first, kind in kinds.items():
+    for first, kind in {b"PK\x03\x04": "a zip archive (torch.save?)", b"\x80": "a pickle"}.items():
         if head.startswith(first):
             return kind
-    if not start:
-        return "zeros or blanks"
     return f"a file that begins with {printable(repr(head[:16]))}"
 
 
@@ -249,9 +229,8 @@ def cache_path(url: str) -> Path:
 
     In NEON_CACHE; else in the home directory; else, where there is none or nothing can be written
     into it, as in containers, among temporary files."""
-    name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
-    name = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)[-80:] or "file"
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
+    name = re.sub(r"[^\w.-]", "_", url.partition("?")[0].rpartition("/")[2], flags=re.ASCII)
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name[-80:]}"
     if os.environ.get("NEON_CACHE"):
         return Path(os.environ["NEON_CACHE"]) / name
 
@@ -315,12 +294,8 @@ def fetch(
         if not target.exists():  # a cache that is complete may be read-only
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(target.parent / "lock", "a") as file:
-                try:
-                    locked = lock(file, wait=False)
-                except BlockingIOError:
-                    print(f"waiting for another process's download to {target.parent}", flush=True)
-                    locked = lock(file)
-                if locked:
+                print(f"downloading {what} to {target.parent}, one process at a time", flush=True)
+                if lock(file):
                     remove_orphans(target.parent)
                 if not target.exists():  # no other process was faster
                     write_atomically(target, partial(download, source, sha256_start, check))
@@ -333,14 +308,14 @@ def fetch(
 
 
 # ---------------------------------------------------------------- tensors
+MOST_HEADER = 16 << 20  # bytes of a .safetensors' names and facts; 45 kB in EDM's network
+
+
 def is_safetensors(path):
     """Whether the file begins as .safetensors do: the length of its header, then JSON."""
     with open(path, "rb") as file:
         start = file.read(9)
-    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < 10**8
-
-
-MOST_HEADER = 16 << 20  # bytes of a .safetensors' names and facts; 45 kB in EDM's network
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= MOST_HEADER
 
 
 def state_hash(tensors, facts):
@@ -375,10 +350,7 @@ def load_state(path: Path) -> tuple[dict, dict]:
 
     Refused, or another of FILE_ERRORS: the file is not of save_state(), or damaged."""
     if not is_safetensors(path):
-        raise Refused("it is no .safetensors")
-    with open(path, "rb") as file:
-        if int.from_bytes(file.read(8), "little") > MOST_HEADER:
-            raise Refused(f"its names and facts take more than {MOST_HEADER >> 20} MB")
+        raise Refused(f"it is no .safetensors, or its header has more than {MOST_HEADER} bytes")
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if "config" not in metadata:
@@ -393,10 +365,10 @@ def load_state(path: Path) -> tuple[dict, dict]:
     return tensors, facts
 
 
-def torch_load(path):
-    """What torch.save wrote, as torch.load(weights_only=True) has it; use it inside reading()."""
+def load_weights(path: Path) -> dict:
+    """{name: tensor} of a state dict that torch.save wrote; use it inside reading()."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # any kind comes from a damaged file
@@ -406,16 +378,12 @@ def torch_load(path):
         reason = printable(str(error).partition(". ")[0])
         raise Refused(f"torch.load(weights_only=True) refuses it: {reason}") from error
 
-
-def load_weights(path: Path) -> dict:
-    """{name: tensor} of a state dict that torch.save wrote; use it inside reading()."""
-    weights = torch_load(path)
     if not isinstance(weights, dict):
         raise Refused(f"it holds a {type(weights).__name__}, not a dictionary of weights")
     for name, tensor in weights.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            shown = printable(name) if isinstance(name, (str, int)) else type(name).__name__
-            raise Refused(f"its entry {shown} is a {type(tensor).__name__}, not a weight")
+            kind = type(tensor).__name__
+            raise Refused(f"its entry {printable(repr(name))} is a {kind}, not a weight")
         if tensor.layout != torch.strided or not tensor.isfinite().all():
             raise Refused(f"its entry {printable(name)} is not finite")
     return dict(weights)

@@ -16,6 +16,7 @@ from .files import load_state, reading, save_state
 from .keys import classifier_key, design_key, weights_hash
 
 GLYPH_SIZE = 12
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 GLYPH_FONTS = (
     "DejaVuSans.ttf",
     "DejaVuSans-Bold.ttf",
@@ -161,3 +162,15 @@ class GlyphsClassifier(nn.Module):
 
     def forward(self, images):
         return self.body(images.float() / 127.5 - 1)
+
+    def alignment(self, images: torch.Tensor, asked) -> torch.Tensor:
+        """Whether it reads the digit that was asked for, 1 or 0: float32 [N]. asked: int64 [N], or
+        prompts that name a digit in words."""
+        if not isinstance(asked, torch.Tensor):
+            asked = torch.tensor([digit_in(prompt) for prompt in asked], device=images.device)
+        return (self.head(self(images)).argmax(1) == asked).float()
+
+
+def digit_in(prompt: str) -> int:
+    """The digit that a prompt names; -1 where it names none."""
+    return next((DIGITS.index(word) for word in prompt.split() if word in DIGITS), -1)

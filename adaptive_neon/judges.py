@@ -184,23 +184,22 @@ def on_device(features, device):
 
 
 # -------------------- precision and recall
-def neighbour_radii(points: torch.Tensor, k: int = NEIGHBOURS) -> torch.Tensor:
-    """Distance of each of the first MOST points [N, D] to its k-th neighbour: float64 [N]."""
+def neighbour_radii(points: torch.Tensor) -> torch.Tensor:
+    """Distance of each of the first MOST points [N, D] to its fifth neighbour: float64 [N]."""
     points = points[:MOST].double()
-    # A point's own zero distance is its first neighbour, hence k + 1.
-    radii = [torch.cdist(part, points).kthvalue(k + 1).values for part in points.split(1000)]
+    radii = []
+    for part in points.split(1000):
+        # A point's own zero distance is its first neighbour, hence one more.
+        radii.append(torch.cdist(part, points).kthvalue(NEIGHBOURS + 1).values)
     return torch.cat(radii)
 
 
 @torch.no_grad()
-def precision_recall(real, fake, k: int = NEIGHBOURS, real_radii=None) -> tuple[float, float]:
-    """Improved precision and recall (arXiv 1904.06991) of features [N, D] and [M, D].
-    real_radii: neighbour_radii(real), where they are known."""
-    real, fake = real[:MOST].double(), fake[:MOST].double()
-    if real_radii is None:
-        real_radii = neighbour_radii(real, k)
-    precision = share_inside(fake, real, real_radii)
-    return precision, share_inside(real, fake, neighbour_radii(fake, k))
+def precision_recall(reference: Reference, fake: torch.Tensor) -> tuple[float, float]:
+    """Improved precision and recall (arXiv 1904.06991) of features [N, D]."""
+    real, fake = reference.real[:MOST].double(), fake[:MOST].double()
+    precision = share_inside(fake, real, reference.radii)
+    return precision, share_inside(real, fake, neighbour_radii(fake))
 
 
 def share_inside(points: torch.Tensor, manifold: torch.Tensor, radii: torch.Tensor) -> float:
@@ -246,11 +245,8 @@ def kernel_distance(
     the latter."""
     real = reference.kernel_parts
     parts = list((fake[:MOST].double() / reference.kernel_unit).tensor_split(FOLDS))
-    fakes, reals, across = (
-        kernel_sums(parts, parts),
-        reference.kernel_sums,
-        kernel_sums(parts, real),
-    )
+    fakes, reals = kernel_sums(parts, parts), reference.kernel_sums
+    across = kernel_sums(parts, real)
     sizes = np.array([len(part) for part in parts])
     real_sizes = np.array([len(part) for part in real])
 

@@ -7,6 +7,7 @@ that changes the numbers; older results are then made again.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,9 +22,11 @@ SEARCH_VERSION = "search 4"
 
 
 # -------------------- what is hashed
-def key_of(*parts) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of plain data."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def key_of(*parts, default: Callable | None = None) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of plain data; default: what to take for
+    anything else, which is an error without it."""
+    content = json.dumps(parts, sort_keys=True, default=default)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:
@@ -41,7 +44,7 @@ def weights_hash(net: nn.Module) -> str:
     digest = hashlib.sha256()
     config = getattr(net, "config", None)
     if type(config) is dict:  # not the one of diffusers, which holds paths and versions
-        digest.update(key_of(config).encode())
+        digest.update(key_of(config, default=str).encode())  # users' may hold anything
     for name, tensor in net.state_dict().items():
         if isinstance(tensor, torch.Tensor):  # a module may keep other things beside them
             digest.update(f"{name} {tensor_hash(tensor)}\n".encode())

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .blocks import check_same_tensors, copied, movable_parameters, tensors_of
-from .features import FileFeatures
+from .features import FileFeatures, checked_alignment
 from .files import UserError, fetch, is_safetensors, load_state, printable, reading, save_state
 from .keys import content_hash, key_of, weights_hash
 from .processes import Processes
@@ -113,6 +113,7 @@ class FileModel(UserFile, UserModel):
 
         self.base_content = ""
         self.encodes = self.has("encode")
+        self.alignment = checked_alignment(self)
         self.has_save = self.has("save")
         if getattr(self.file, "differentiable", True) is False:
             self.why_not = getattr(self.file, "why_not", "this model cannot be differentiated")

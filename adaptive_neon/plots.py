@@ -1,47 +1,105 @@
-"""Pictures of a study."""
+"""Figures and sample panels of a report: SVG and PNG text, from plain data."""
 
+import base64
+import dataclasses
+import io
 import math
 import re
+import warnings
 from functools import partial
+from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 
-from .files import write_atomically
-from .report import strict, weights_title
-from .verdicts import number
+from .files import printable, write_atomically
+from .verdicts import number, range_text
 
-# Dark to light, so that they stay apart in grey print; markers and hatches repeat them.
+# Markers repeat what colours say. The page sets each colour for light and for dark; these are the
+# ones of a figure that is saved.
 STYLES = {
-    "base": {"color": "#707070", "marker": "s", "hatch": ""},
-    "collapsed": {"color": "#b4b4b4", "marker": "x", "hatch": "xx"},
-    "global": {"color": "#1f5fa8", "marker": "o", "hatch": ""},
-    "blockwise": {"color": "#e07b00", "marker": "^", "hatch": "//"},
-    "searched": {"color": "#f2c94c", "marker": "D", "hatch": ".."},
-    "random": {"color": "#c9c9c9", "marker": "v", "hatch": ""},
+    "base": {"color": "#6a6a6a", "marker": "s"},
+    "collapsed": {"color": "#9d9d9d", "marker": "x"},
+    "global": {"color": "#1f5fa8", "marker": "o"},
+    "blockwise": {"color": "#c46200", "marker": "^"},
+    "searched": {"color": "#7d3c98", "marker": "D"},
+    "random": {"color": "#8b8b8b", "marker": "v"},
+    "other": {"color": "#2b7a58", "marker": "P"},
+}
+INK = "#0b0c0d"  # becomes the colour of the page's text
+
+# Text stays text, so that it is read aloud, found, and in the page's font; dollars are no formulas.
+RC: Any = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+    ),
 }
 
 
-OTHER = {"color": "#3f8f6b", "marker": "P", "hatch": "||"}
+def style_of(name) -> dict:
+    return STYLES.get(re.split("[ ,]", name)[0], STYLES["other"])
 
 
-def style_of(name):
-    return STYLES.get(re.split("[ ,]", name)[0], OTHER)
+def label(name) -> str:
+    """A name in a figure: one line, cut off."""
+    return printable(name, 36)
 
 
-def figures_of(summary, samples):
-    """{file name: (function, data)} of one training seed's pictures."""
-    summary = strict(summary)
-    figures = {"scores.png": (plot_scores, summary)}
-    for entry in summary["snapshots"]:
-        kimg = entry["kimg"]
-        figures[f"samples_{kimg:06d}.png"] = plot_samples, (entry, samples[kimg])
-        if len(entry["blocks"]) == 3 and entry["grid"]:
-            figures[f"grid_{kimg:06d}.png"] = plot_grid, (entry["grid"], summary["score"])
-        if entry["judges"]:
-            figures[f"judges_{kimg:06d}.png"] = plot_judges, (entry, summary["score"])
-    return figures
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A drawing for the page."""
+
+    title: str
+    svg: str
+    width: int  # pixels at which its text has the page's size
+
+
+def drawn(title, plot, *data) -> Figure:
+    """plot(*data) -> a figure of matplotlib and what it shows, for those who do not see it."""
+    import matplotlib
+
+    with matplotlib.rc_context(RC), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph|.*missing from font")  # the browser has it
+        figure, shown = plot(*data)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True)
+    width = round(figure.get_size_inches()[0] * 96)
+    return Figure(title, inline(file.getvalue(), shown), width)
+
+
+def inline(svg: str, shown: str) -> str:
+    """An SVG file as a part of a page: no prolog, no metadata, no identifiers that another figure
+    has too, colours that the page decides."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'<style type="text/css">.*?</style>', "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="[A-Za-z][\w.]*_\d+"', "", svg)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = svg.replace(INK, "currentColor")
+    for name, style in STYLES.items():
+        svg = svg.replace(style["color"], f"var(--{name}, {style['color']})")
+    text = printable(shown, 2000).replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{text}" ', 1)
+
+
+def new_figure(width, height, columns=1):
+    """A figure of so many inches and its axes in a row. matplotlib.pyplot would keep it, and ask
+    for a display."""
+    from matplotlib.figure import Figure as Canvas
+
+    figure = Canvas((width, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
 def error_bars(rows, key="fd"):
@@ -52,67 +110,155 @@ def error_bars(rows, key="fd"):
     return values, np.stack([values - low, high - values]).clip(0)
 
 
-def plot_scores(plt, summary):
-    """Final distances; distance, precision and recall against the global weight."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    plot_final(axes[0], summary["snapshots"])
-    axes[0].set(title="final comparison, 95% (not paired)", ylabel=summary["score"])
-    colours = plt.get_cmap("cividis")(np.linspace(0, 0.8, len(summary["snapshots"])))
-    plot_sweep(*axes[1:], summary["snapshots"], colours)
-    axes[1].set(title="selection seeds, 95% (not paired)", ylabel=summary["score"])
+def plot_report(figures, out):
+    """{file name: (function, data)} as PNG files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    for name, (plot, data) in figures.items():
+        plot(plt, data)
+        write_atomically(out / name, partial(plt.savefig, dpi=150))
+        plt.close()
 
 
-def plot_final(axis, entries):
-    """Final distances with their intervals, against the snapshot where there are several."""
-    names = list(entries[0]["final"])
-    if len(entries) == 1:
-        values, errors = error_bars([entries[0]["final"][name] for name in names])
-        for i, name in enumerate(names):
-            style = style_of(name)
-            axis.bar(i, values[i], color=style["color"], hatch=style["hatch"], edgecolor="white")
-        axis.errorbar(range(len(names)), values, errors, fmt="none", ecolor="black", capsize=4)
-        axis.set_xticks(range(len(names)), names, rotation=20)
-        axis.set(ylim=(0, None))
-        return
-
-    x = [entry["kimg"] for entry in entries]
-    for name in names:
-        if name == "collapsed":
-            continue  # so far above that the others would be one line
-        values, errors = error_bars([entry["final"][name] for entry in entries])
-        style = style_of(name)
-        axis.errorbar(x, values, errors, color=style["color"], marker=style["marker"], label=name)
-    axis.set(xlabel="self-training (kimg)")
-    axis.legend()
+# -------------------- weights
 
 
-def plot_sweep(distance, shares, entries, colours):
-    """Distance with its interval, precision and recall against the global weight."""
-    for entry, colour in zip(entries, colours, strict=True):
-        kimg = f", {entry['kimg']:g} kimg" if len(entries) > 1 else ""
-        rows = [row for row in entry["sweep"] if row["fd"] is not None]
-        x = [row["w_global"] for row in rows]
+def plot_weights(entry):
+    """The chosen weights of every block, one row of axes a partition; dashed: the global one."""
+    groups: dict[tuple, list] = {}
+    for name in ("blockwise", "searched"):
+        if name in entry["final"]:
+            w = entry["final"][name]["w"]
+            groups.setdefault(tuple(w), []).append(name)
+    everywhere = next(iter(entry["final"]["global"]["w"].values()))
+    if not groups:
+        groups[tuple(entry["final"]["global"]["w"])] = ["global"]
+
+    heights = [0.3 + 0.22 * len(blocks) * len(names) for blocks, names in groups.items()]
+    longest = max(len(label(block)) for blocks in groups for block in blocks)
+    figure, _ = new_figure(2.4 + 0.07 * longest, 1.2 + sum(heights))
+    figure.clear()
+    axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
+    parts = [f"global weight {everywhere:g}"]
+    for axis, (blocks, names) in zip(axes, groups.items(), strict=True):
+        for k, name in enumerate(names):
+            values = [entry["final"][name]["w"][block] for block in blocks]
+            y = np.arange(len(blocks)) + 0.8 * ((k + 0.5) / len(names) - 0.5)
+            axis.barh(y, values, 0.7 / len(names), color=style_of(name)["color"], label=name)
+            told = (f"{label(b)} {value:.3g}" for b, value in zip(blocks, values, strict=True))
+            parts.append(f"{name}: {', '.join(told)}")
+        axis.set_yticks(range(len(blocks)), [label(block) for block in blocks])
+        axis.invert_yaxis()
+        axis.axvline(0, color=INK, linewidth=0.8)
+        colour = style_of("global")["color"]
+        axis.axvline(everywhere, color=colour, linestyle="--", label=f"global, {everywhere:g}")
+    handles = {}
+    for axis in axes:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2)
+    axes[-1].set(xlabel="w")
+    return figure, f"Weights by block; {'; '.join(parts)}"
+
+
+# -------------------- judges
+
+
+def plot_judges(entry, score, against):
+    """Forest plot: differences against one model in shares of its distance, a row for each judge,
+    the selection's own features first; filled where the verdict holds."""
+    claims = []
+    for claim in entry["claims"]:
+        if claim["against"] == against and claim["model"] != "collapsed":
+            claims.append(claim)
+    judges = list(claims[0]["judges"])
+    own = label(score.removeprefix("FD (").split(",")[0])
+    names = [f"{own}\n(selected with)", *map(label, judges)]
+
+    figure, (axis,) = new_figure(5.6, 1.0 + len(names) * (0.28 + 0.15 * len(claims)))
+    shown = []
+    for place, claim in enumerate(claims):
+        gains = [claim["own"], *(claim["judges"][judge] for judge in judges)]
+        rows = []
+        for gain in gains:
+            keys = {"fd": "difference", "low": "low", "high": "high"}
+            rows.append({key: gain[f"relative_{of}"] for key, of in keys.items()})
         values, errors = error_bars(rows)
-        distance.errorbar(x, values, errors, color=colour, marker="o", capsize=3, label=kimg[2:])
-        if all("precision" in row for row in rows):
-            for key, line in (("precision", "-"), ("recall", "--")):
-                y = [row[key] for row in rows]
-                shares.plot(x, y, line, color=colour, marker="o", label=f"{key}{kimg}")
-    distance.axvline(0, color="#8c8c8c", linewidth=0.8, linestyle=":")
-    distance.set(xlabel="w, the same for all blocks")
-    if len(entries) > 1:
-        distance.legend()
-    if shares.lines:
-        shares.set(xlabel="w, the same for all blocks", title="selection seeds")
-        shares.legend()
-    else:
-        shares.set_visible(False)
+        y = np.arange(len(names)) + 0.75 * ((place + 0.5) / len(claims) - 0.5)
+        style = style_of(claim["model"])
+        axis.errorbar(
+            100 * values,
+            y,
+            xerr=100 * errors,
+            fmt="none",
+            ecolor=style["color"],
+            elinewidth=1.5,
+        )
+        held = np.array([gain["verdict"] in ("better", "worse") for gain in gains])
+        for which, filled in ((held, True), (~held, False)):
+            axis.plot(
+                100 * values[which],
+                y[which],
+                style["marker"],
+                color=style["color"],
+                markerfacecolor=style["color"] if filled else "none",
+            )
+        axis.plot([], [], style["marker"], color=style["color"], label=label(claim["model"]))
+        told = (f"{n} {range_text(g)}" for n, g in zip(["own features", *judges], gains))
+        shown.append(f"{claim['model']}: {', '.join(told)}")
+    axis.axvline(0, color=INK, linewidth=0.8)
+    axis.axhline(0.5, color=INK, alpha=0.4, linewidth=0.8, linestyle=":")
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set(xlabel=f"difference from {label(against)}, % of its distance")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure, f"Differences from {against} in every judge. {'; '.join(shown)}"
 
 
-def plot_grid(plt, data):
+# -------------------- selection
+
+
+def plot_sweep(entry, score):
+    """Distance and its interval against the global weight."""
+    rows = [row for row in entry["sweep"] if row["fd"] is not None]
+    x = [row["w_global"] for row in rows]
+    values, errors = error_bars(rows)
+    figure, (axis,) = new_figure(5.2, 3.4)
+    axis.axvline(0, color=INK, alpha=0.4, linewidth=0.8, linestyle=":")
+    chosen = next(iter(entry["final"]["global"]["w"].values()))
+    axis.axvline(chosen, color=style_of("global")["color"], linestyle="--", label="chosen")
+    axis.errorbar(x, values, errors, color=style_of("global")["color"], marker="o", capsize=3)
+    axis.set(xlabel="w, the same for all blocks", ylabel=label(score))
+    axis.legend()
+    told = ", ".join(f"{w:g}: {number(row['fd'])}" for w, row in zip(x, rows, strict=True))
+    return figure, f"{score} against the global weight, chosen {chosen:g}. {told}"
+
+
+def plot_shares(entry):
+    """Precision and recall against the global weight."""
+    rows = [row for row in entry["sweep"] if "precision" in row]
+    x = [row["w_global"] for row in rows]
+    figure, (axis,) = new_figure(5.2, 3.4)
+    axis.axvline(0, color=INK, alpha=0.4, linewidth=0.8, linestyle=":")
+    for key, line, name in (("precision", "-", "global"), ("recall", "--", "blockwise")):
+        style = style_of(name)
+        y = [row[key] for row in rows]
+        axis.plot(x, y, line, color=style["color"], marker=style["marker"], label=key)
+    axis.set(xlabel="w, the same for all blocks", ylabel="share of samples, of real images")
+    axis.legend()
+    told = ", ".join(f"{r['w_global']:g}: {r['precision']:.3f}, {r['recall']:.3f}" for r in rows)
+    return figure, f"Precision and recall against the global weight. {told}"
+
+
+MOST_CELLS = 200  # of a grid, with a number in each
+
+
+def plot_grid(rows, score):
     """Heat maps over the first and last block, one for each weight of the middle one: values in the
     cells, the least framed, equal weights outlined."""
-    rows, score = data
     first, middle, last = rows[0]["w"]
     columns = {block: sorted({row["w"][block] for row in rows}) for block in (first, middle, last)}
     table = {}
@@ -124,14 +270,12 @@ def plot_grid(plt, data):
 
     width = 0.9 + max(1.6, 0.62 * len(columns[last]))
     height = 1.0 + max(1.3, 0.46 * len(columns[first]))
-    count = len(columns[middle])
-    figure, axes = plt.subplots(
-        1, count, figsize=(width * count + 0.8, height), squeeze=False, layout="constrained"
-    )
-    for axis, m in zip(axes[0], columns[middle], strict=True):
+    figure, axes = new_figure(width * len(columns[middle]) + 0.8, height, len(columns[middle]))
+    for axis, m in zip(axes, columns[middle], strict=True):
         cells = [[table.get((y, m, x), np.nan) for x in columns[last]] for y in columns[first]]
         image = axis.imshow(cells, vmin=low, vmax=high, cmap="cividis", aspect="auto")
-        axis.set(xlabel=f"w_{last}", ylabel=f"w_{first}", title=f"w_{middle} = {m:g}")
+        axis.set(xlabel=f"w of {label(last)}", ylabel=f"w of {label(first)}")
+        axis.set(title=f"w of {label(middle)} = {m:g}")
         axis.set_xticks(range(len(columns[last])), [f"{value:g}" for value in columns[last]])
         axis.set_yticks(range(len(columns[first])), [f"{value:g}" for value in columns[first]])
         for i, y in enumerate(columns[first]):
@@ -139,135 +283,144 @@ def plot_grid(plt, data):
                 value = table.get((y, m, x))
                 if value is None:
                     continue
-                dark = value < (low + high) / 2
-                ink = "white" if dark else "black"
-                axis.text(j, i, f"{value:.4g}", ha="center", va="center", color=ink, fontsize=8)
+                ink = "white" if value < (low + high) / 2 else "black"
+                if len(table) <= MOST_CELLS:
+                    axis.text(j, i, f"{value:.4g}", ha="center", va="center", color=ink, fontsize=8)
                 if x == y == m:
-                    frame_cell(plt, axis, i, j, edgecolor=ink, linestyle="--", linewidth=1.2)
+                    frame_cell(axis, i, j, edgecolor=ink, linestyle="--", linewidth=1.2)
                 if (y, m, x) == least:
-                    frame_cell(plt, axis, i, j, edgecolor=ink, linewidth=3)
-    figure.colorbar(image, ax=axes[0].tolist(), label=score)
-    figure.suptitle("solid frame: the least; dashed: one weight for all blocks", fontsize=9)
+                    frame_cell(axis, i, j, edgecolor=ink, linewidth=3)
+    figure.colorbar(image, ax=list(axes), label=label(score))
+    best = "none finite"
+    if least:
+        best = f"{number(table[least])} at {first} {least[0]:g}, {middle} {least[1]:g}, "
+        best += f"{last} {least[2]:g}"
+    return figure, f"{score} of {len(rows)} points of the grid; the least: {best}"
 
 
-def frame_cell(plt, axis, i, j, **how):
+def frame_cell(axis, i, j, **how):
+    from matplotlib.patches import Rectangle
+
     inset = 0.06
     corner = (j - 0.5 + inset, i - 0.5 + inset)
     side = 1 - 2 * inset
-    axis.add_patch(plt.Rectangle(corner, side, side, fill=False, **how))
+    axis.add_patch(Rectangle(corner, side, side, fill=False, **how))
 
 
-def plot_judges(plt, data):
-    """Relative gains side by side, one group of points for each judge; the selection's own features
-    come first."""
-    entry, score = data
-    panels = {"base": [], "global": []}  # claims against each
-    for claim in entry["claims"]:
-        if claim["against"] in panels:
-            panels[claim["against"]].append(claim)
-    panels = {against: claims for against, claims in panels.items() if claims}
-    own = score.removeprefix("FD (").split(",")[0].replace("+", " +\n")
-    names = [f"{own} (own)", *entry["judges"]]
-
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(6.5 * len(panels), 3.8), squeeze=False, layout="constrained"
+def plot_search(entry, score):
+    """Every score of the search in its order, and the least so far."""
+    values = np.array([row["fd"] for row in entry["search"]], float)
+    least = np.fmin.accumulate(values)
+    figure, (axis,) = new_figure(5.2, 3.4)
+    style = style_of("searched")
+    x = np.arange(1, len(values) + 1)
+    axis.plot(x, values, style["marker"], color=style["color"], alpha=0.6, label="scored")
+    axis.step(x, least, where="post", color=INK, label="least so far")
+    axis.set(xlabel="evaluations", ylabel=label(score))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend()
+    return figure, (
+        f"{score} of {len(values)} evaluations of the search: from {number(values[0])} to "
+        f"{number(least[-1])}"
     )
-    for axis, (against, claims) in zip(axes[0], panels.items(), strict=True):
-        for place, claim in enumerate(claims):
-            gains = [claim["own"], *(claim["judges"][judge] for judge in entry["judges"])]
-            rows = []
-            for gain in gains:
-                keys = {"fd": "difference", "low": "low", "high": "high"}
-                rows.append({key: gain[f"relative_{of}"] for key, of in keys.items()})
-            values, errors = error_bars(rows)
-            x = np.arange(len(names)) + 0.14 * (place - (len(claims) - 1) / 2)
-            style = style_of(claim["model"])
-            axis.errorbar(
-                x,
-                100 * values,
-                100 * errors,
-                fmt=style["marker"],
-                color=style["color"],
-                markeredgecolor="black",
-                ecolor="#404040",
-                capsize=3,
-                label=claim["model"],
-            )
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.axvline(0.5, color="#8c8c8c", linewidth=0.8, linestyle=":")
-        axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
-        axis.set(
-            ylabel="difference of the distance (%)", title=f"against {against}: lower is better"
+
+
+def plot_snapshots(entries, score):
+    """Final distances with their intervals against the length of the self-training."""
+    x = [entry["kimg"] for entry in entries]
+    figure, (axis,) = new_figure(5.6, 3.4)
+    shown = []
+    for name in entries[0]["final"]:
+        if name == "collapsed":
+            continue  # so far above that the others would be one line
+        values, errors = error_bars([entry["final"][name] for entry in entries])
+        style = style_of(name)
+        axis.errorbar(
+            x, values, errors, color=style["color"], marker=style["marker"], label=label(name)
         )
-        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # hides no interval
+        told = (number(entry["final"][name]["fd"]) for entry in entries)
+        shown.append(f"{name}: {', '.join(told)}")
+    axis.set(xlabel="self-training (kimg)", ylabel=label(score))
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure, f"Final {score} at {x} kimg of self-training. {'; '.join(shown)}"
 
 
-def plot_seeds(plt, summary):
+# -------------------- training seeds
+
+
+def plot_seeds(rows):
     """Relative gains of every training seed, in the selection's features and in the mean of the
     judges that no selection saw."""
-    rows = [row for row in summary["over_seeds"] if row["model"] != "collapsed"]
-    figure, axis = plt.subplots(figsize=(7, 1 + 0.45 * len(rows)), layout="constrained")
-    sides = (("own_relative", "own features", "o", -0.12), ("relative", "other judges", "^", 0.12))
-    for key, label, marker, shift_y in sides:
-        colour = STYLES["global" if key == "own_relative" else "blockwise"]["color"]
+    rows = [row for row in rows if row["model"] != "collapsed"]
+    figure, (axis,) = new_figure(5.6, 1.2 + 0.42 * len(rows))
+    shown = []
+    sides = (("own_relative", "own features", "global", -0.14),)
+    sides += (("relative", "mean of the other judges", "blockwise", 0.14),)
+    for key, name, style, shift in sides:
+        style = STYLES[style]
         for i, row in enumerate(rows):
             x = 100 * np.array(row[key], float)
-            axis.plot(x, np.full(len(x), i + shift_y), marker, color=colour, alpha=0.6)
+            y = np.full(len(x), i + shift)
+            axis.plot(x, y, style["marker"], color=style["color"], alpha=0.6)
             if len(x):
-                axis.plot(
-                    np.mean(x[np.isfinite(x)]), i + shift_y, "|", color="black", markersize=14
-                )
-        axis.plot([], [], marker, color=colour, label=label)
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(
-        range(len(rows)),
-        [f"{row['model']} against {row['against']}, {row['kimg']:g} kimg" for row in rows],
-    )
+                mean = np.mean(x[np.isfinite(x)])
+                axis.plot(mean, i + shift, "|", color=INK, markersize=14)
+        axis.plot([], [], style["marker"], color=style["color"], label=name)
+    for row in rows:
+        told = ", ".join(f"{100 * (share or 0):+.3g}%" for share in row["own_relative"])
+        shown.append(f"{row['model']} against {row['against']}: {told}")
+    axis.axvline(0, color=INK, linewidth=0.8)
+    names = []
+    for row in rows:
+        names.append(label(f"{row['model']} against {row['against']}"))
+        if row["kimg"] != rows[0]["kimg"] or row["kimg"] != rows[-1]["kimg"]:
+            names[-1] += f", {row['kimg']:g} kimg"
+    axis.set_yticks(range(len(rows)), names)
     axis.invert_yaxis()
     axis.set(xlabel="difference of the distance (%)")
-    figure.suptitle("one point a training seed, bar: their mean; lower is better")
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure, f"Differences at every training seed, own features. {'; '.join(shown)}"
 
 
-DPI = 150
+# -------------------- samples
 
 
-def sample_panel(images, most=8, gap=2, width=400):
-    """uint8 [N, C, H, W] -> uint8 [height, width, 3]: at most 8 x 8 of them, whole pixels enlarged,
-    white gaps."""
-    images = images[: most * most].expand(-1, 3, -1, -1)
-    columns = min(most, max(2, 800 // images.shape[3]), math.isqrt(len(images)))
-    zoom = max(1, width // (columns * images.shape[3]))
-    images = images[: columns * columns].repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    framed = F.pad(images, [gap, gap, gap, gap], value=255)
+def sample_panel(images, most=8, gap=1):
+    """uint8 [N, C, H, W] -> uint8 [height, width, 4]: at most `most` x `most` of them, transparent
+    gaps."""
+    columns = min(most, math.isqrt(len(images)))
+    images = images[: columns * columns].expand(-1, 3, -1, -1)
+    opaque = torch.full_like(images[:, :1], 255)
+    framed = F.pad(torch.cat([images, opaque], 1), [0, gap, 0, gap])
     rows = [torch.cat(list(row), 2) for row in framed.split(columns)]
-    return torch.cat(rows, 1).permute(1, 2, 0).numpy()
+    return torch.cat(rows, 1)[:, :-gap, :-gap].permute(1, 2, 0).contiguous().numpy()
 
 
-def plot_samples(plt, data, title_height=56, margin=12):
-    """One image grid per model, all from the same noise, drawn pixel by pixel."""
-    entry, pictures = data
-    panels = {name: sample_panel(images) for name, images in pictures.items()}
-    height = max(panel.shape[0] for panel in panels.values()) + title_height + margin
-    width = sum(panel.shape[1] + margin for panel in panels.values()) + margin
-    figure = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    x = margin
-    for name, panel in panels.items():
-        figure.figimage(panel, x, margin, origin="upper")
-        result = entry["final"][name]
-        text = f"{name}: {number(result['fd'])}\nw = {weights_title(result['w'])}"
-        figure.text(x / width, 1 - 8 / height, text, fontsize=8, va="top")
-        x += panel.shape[1] + margin
+def encoded(panel, format="PNG") -> str:
+    """uint8 [H, W, 4] -> the picture as an address."""
+    picture, file = PIL.Image.fromarray(panel), io.BytesIO()
+    if format == "JPEG":
+        white = PIL.Image.new("RGBA", picture.size, "white")
+        picture = PIL.Image.alpha_composite(white, picture).convert("RGB")
+    picture.save(file, format, optimize=True, quality=90)
+    return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def plot_report(figures, out):
-    """figures: {file name: (function, data)}."""
-    import matplotlib
+WIDEST = 800  # pixels of several samples in a row
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    for name, (plot, data) in figures.items():
-        plot(plt, data)
-        write_atomically(out / name, partial(plt.savefig, dpi=DPI))
-        plt.close()
+def sample_pictures(samples, budget):
+    """{model: images} -> {model: (width, address)}: whole pixels as long as all addresses have at
+    most `budget` characters, else fewer images, then compressed, at last none."""
+    attempts = (("PNG", 8), ("PNG", 6), ("PNG", 4), ("PNG", 3), ("JPEG", 3), ("JPEG", 2))
+    side = max(images.shape[3] for images in samples.values())
+    for format, most in (*attempts, ("JPEG", 1)):
+        if most > 1 and most * side > WIDEST:
+            continue
+        pictures = {}
+        for name, images in samples.items():
+            panel = sample_panel(images, most)
+            pictures[name] = panel.shape[1], encoded(panel, format)
+        if sum(len(address) for _, address in pictures.values()) <= budget:
+            return pictures
+    return {}

@@ -1,4 +1,4 @@
-"""Tables and notes: summary.json and table.md, from plain data."""
+"""Tables and notes, from plain data: summary.json, table.md and what the terminal gets."""
 
 import dataclasses
 import json
@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import sys
+import textwrap
 import time
 
 import numpy as np
@@ -13,9 +14,9 @@ import scipy
 import torch
 
 from .extension import neon_ext
-from .files import write_atomically
+from .files import escaped, printable, write_atomically
 from .judges import NEIGHBOURS
-from .verdicts import cases_text, mean_and_interval, number, range_text, verdict_text
+from .verdicts import cases_text, mean_and_interval, number, verdict_text
 
 # -------------------- cells
 
@@ -24,6 +25,23 @@ def interval(gain) -> str:
     """A paired difference and its 95% interval."""
     low, high = number(gain["low"], "+"), number(gain["high"], "+")
     return f"{number(gain['difference'], '+')} [{low}, {high}]"
+
+
+def shares(gain) -> str:
+    """The same in percent of the other's distance, the unit in the table's head; where that is
+    zero or infinite, the difference itself."""
+    if gain["relative_difference"] is None:
+        return f"{interval(gain)} (no %)"
+    value, low, high = (100 * gain[f"relative_{key}"] for key in ("difference", "low", "high"))
+    return spread(value, low, high, "+")
+
+
+def spread(value, low, high, sign="", digits=3) -> str:
+    """A value and its interval, to as many decimals as give half the interval so many digits."""
+    scale = (high - low) / 2 or abs(value) or 1.0
+    decimals = min(max(digits - 1 - math.floor(math.log10(scale)), 0), 9)
+    value, low, high = (f"{one:{sign}.{decimals}f}" for one in (value, low, high))
+    return f"{value} [{low}, {high}]"
 
 
 def weights_text(w) -> str:
@@ -55,40 +73,66 @@ def markdown(rows) -> str:
 
 
 def verdict_of(claims, model, against, judge=None) -> str:
-    """The claims' verdict, in the selection's features or a judge; empty where nothing is claimed.
+    """The claims' verdict in a cell, of the selection's features or a judge; empty where nothing is
+    claimed.
     Tables and sentences have one criterion."""
     for claim in claims:
         if (claim["model"], claim["against"]) == (model, against):
-            return verdict_text(claim["own"] if judge is None else claim["judges"][judge])
+            text = verdict_text(claim["own"] if judge is None else claim["judges"][judge])
+            return text.replace("no significant difference", "not significant")
     return ""
 
 
 def model_row(entry, name, score) -> dict:
     """The cells of one model of one snapshot. score: what the distance is called."""
+    kind = score.split(" (")[0]
     final, selected = entry["final"][name], entry.get(name, {})
     spread = "" if final["std"] is None else f" +- {number(final['std'])}"
     row = {
         "snapshot (kimg)": f"{entry['kimg']:g}",
         "model": name,
         "w": weights_text(final["w"]),
-        f"selection {score}": number(selected["fd"]) if "fd" in selected else "",
-        "final": number(final["fd"]) + spread,
+        f"selection {kind}": number(selected["fd"]) if "fd" in selected else "",
+        f"final {kind}": number(final["fd"]) + spread,
         "corrected": number(final["corrected"]) if "corrected" in final else "",
-        "against base (95%)": "",
+        "against base, % (95%)": "",
         "verdict": verdict_of(entry["claims"], name, "base"),
+        "kernel distance (95%)": "",
         "precision": "",
         "recall": "",
-        "kernel distance (95%)": "",
     }
     if "against_base" in final:
-        row["against base (95%)"] = interval(final["against_base"])
+        row["against base, % (95%)"] = shares(final["against_base"])
+    if "kernel" in final:
+        row["kernel distance (95%)"] = kernel_text(final["kernel"])
     if "precision" in final:
         row["precision"] = f"{final['precision']:.3f}"
         row["recall"] = f"{final['recall']:.3f}"
-    if "kernel" in final:
-        value, low, high = (number(final["kernel"][key]) for key in ("value", "low", "high"))
-        row["kernel distance (95%)"] = f"{value} [{low}, {high}]"
+    if final.get("memorisation") is not None:
+        row["memorised, %"] = f"{100 * final['memorisation']:.1f}"
+    asked = [adherence(entry, name, judge) for judge in (None, *entry["judges"])]
+    if any(asked):
+        row["adherence (95%)"] = next(filter(None, asked))
     return row
+
+
+def kernel_text(kernel) -> str:
+    value, low, high = (kernel[key] for key in ("value", "low", "high"))
+    return "inf" if None in (value, low, high) else spread(value, low, high, digits=2)
+
+
+def model_rows(entry, score) -> list[dict]:
+    return [model_row(entry, name, score) for name in entry["final"]]
+
+
+def adherence(entry, name, judge=None) -> str:
+    """To what was asked for, and its interval, in the selection's features or a judge; empty where
+    it was not measured."""
+    final = (entry if judge is None else entry["judges"][judge])["final"][name]
+    if "alignment" not in final:
+        return ""
+    value, low, high = (final["alignment"][key] for key in ("value", "low", "high"))
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def judge_row(judge, name, claims) -> dict:
@@ -101,21 +145,43 @@ def judge_row(judge, name, claims) -> dict:
             row[model] = number(final[model]["fd"])
     for model, against in (("global", "base"), ("blockwise", "global"), ("searched", "global")):
         if model in final:
-            text = range_text(final[model][f"against_{against}"])
-            if claims:
-                text += f" {verdict_of(claims, model, against, name)}"
-            row[f"{model} against {against} (95%)"] = text
+            text = shares(final[model][f"against_{against}"])
+            verdict = verdict_of(claims, model, against, name)
+            row[f"{model} against {against}, % (95%)"] = f"{text} {verdict}".strip()
     return row
+
+
+def judge_tables(entry) -> list[tuple[str, list[dict]]]:
+    """(title, rows) of the feature networks beside the one that selected."""
+    found = []
+    for title, judges, claims in (
+        ("Parts of the selection's features", entry.get("parts", {}), []),
+        ("Judges that no selection saw", entry["judges"], entry["claims"]),
+    ):
+        if judges:
+            rows = [judge_row(judge, name, claims) for name, judge in judges.items()]
+            found.append((title, rows))
+    return found
+
+
+def claims_in_order(entry) -> list[dict]:
+    """The primary claim first; how bad the collapsed network is, is none."""
+    claims = [claim for claim in entry["claims"] if claim["model"] != "collapsed"]
+    return sorted(claims, key=lambda claim: not claim["primary"])
+
+
+def headline(entry) -> str:
+    """What came out, in a sentence or two."""
+    text = entry.get("headline") or claims_in_order(entry)[0]["sentence"]
+    return text if text.endswith(".") else f"{text}."
 
 
 def entry_notes(entry) -> list[str]:
     """Paired comparisons of the models, in all judges, and warnings."""
     kimg = f"{entry['kimg']:g}"
-    claims = sorted(entry["claims"], key=lambda claim: not claim["primary"])
     notes = []
-    for claim in claims:
-        if claim["model"] != "collapsed":
-            notes.append(f"Snapshot {kimg}: {claim['sentence']}.")
+    for claim in claims_in_order(entry):
+        notes.append(f"Snapshot {kimg}: {claim['sentence']}.")
     for note in entry["warnings"]:
         notes.append(f"Warning, snapshot {kimg}: {note}.")
     return notes
@@ -124,7 +190,7 @@ def entry_notes(entry) -> list[str]:
 def reference_notes(summary) -> list[str]:
     """What the final comparison compares with, and what only it does."""
     reference = summary["reference"]
-    notes = []
+    notes = [f"Distance: {summary['score']}, lower is better."]
     if "origin" in reference:
         once = "" if "selection" in reference else ", the same for selection and final comparison"
         notes.append(f"Reference: {reference['origin']}{once} ({reference['images']} images).")
@@ -155,23 +221,40 @@ def reference_notes(summary) -> list[str]:
     return notes
 
 
-def write_report(summary, out):
-    """summary.json and table.md; the terminal gets the table."""
+def write_tables(summary, out) -> str:
+    """summary.json and table.md -> what the terminal gets."""
     plain = strict(summary)
     models, judged, notes = [], [], []
     for entry in plain["snapshots"]:
-        for name in entry["final"]:
-            models.append(model_row(entry, name, plain["score"]))
-        kimg = f"{entry['kimg']:g}"
-        for title, found, claims in (
-            ("Parts of the selection's features", entry["parts"], []),
-            ("Judges that no selection saw", entry["judges"], entry["claims"]),
-        ):
-            if found:
-                rows = [judge_row(judge, name, claims) for name, judge in found.items()]
-                judged += [f"{title}, snapshot {kimg}:", markdown(rows)]
+        models += model_rows(entry, plain["score"])
+        for title, rows in judge_tables(entry):
+            judged += [f"{title}, snapshot {entry['kimg']:g}:", markdown(rows)]
         notes += entry_notes(entry)
-    publish([markdown(models), *judged, *notes, *reference_notes(plain)], plain, out)
+    write_texts([markdown(models), *judged, *notes, *reference_notes(plain)], plain, out)
+
+    several = len(plain["snapshots"]) > 1
+    final = f"final {plain['score'].split(' (')[0]}"
+    columns = ["model", "w", final, "against base, % (95%)", "verdict"]
+    headlines, warnings = [], 0
+    for entry in plain["snapshots"]:
+        headlines.append(f"{entry['kimg']:g} kimg: " * several + headline(entry))
+        warnings += len(entry["warnings"])
+    title = f"{plain['score']}, {final_images(plain)}; lower is better"
+    rows = [in_short(row) for row in models]
+    text = terminal_text(title, rows, ["snapshot (kimg)"] * several + columns, headlines)
+    return text + f"\n\n{warnings} warnings: see the report." * bool(warnings)
+
+
+def in_short(row) -> dict:
+    """A model's cells in the words of a terminal."""
+    w = "of every block" if len(row["w"]) > 60 else row["w"].replace(",", "")
+    return row | {"w": w}
+
+
+def final_images(summary) -> str:
+    final = summary["snapshots"][0]["final"]["base"]
+    repeats = len(final["all"])
+    return f"{final['images']} final images" + (f", {repeats} times" if repeats > 1 else "")
 
 
 # -------------------- several training seeds
@@ -191,11 +274,11 @@ def seed_rows(summary) -> list[dict]:
                     f"final {summary['score']}": number(result["fd"]),
                 }
                 for other in ("base", "global"):
-                    row[f"against {other} (95%)"] = ""
+                    row[f"against {other}, % (95%)"] = ""
                     if f"against_{other}" in result:
                         verdict = verdict_of(claims, name, other)
-                        text = f"{interval(result[f'against_{other}'])} {verdict}"
-                        row[f"against {other} (95%)"] = text.strip()
+                        text = f"{shares(result[f'against_{other}'])} {verdict}"
+                        row[f"against {other}, % (95%)"] = text.strip()
                 rows.append(row)
     return rows
 
@@ -234,19 +317,37 @@ def answer(over, kimg, seeds) -> str:
     return f"Snapshot {kimg:g}, {seeds} training seeds: {'; '.join(parts)}." if parts else ""
 
 
-def write_seeds(summary, out):
-    """summary.json and table.md over the training seeds; the terminal gets the table."""
+STUDENT = (
+    "Differences are shares of the other's distance: mean over the training seeds and its 95% "
+    "interval (Student's t). Judges of one seed see the same networks: they are no independent "
+    "cases."
+)
+
+
+def write_seeds_tables(summary, out) -> str:
+    """The same over the training seeds."""
     plain = strict(summary)
-    over = plain["over_seeds"]
-    texts = [markdown(seed_rows(plain)), markdown([claim_row(claim) for claim in over])]
+    claims = [claim_row(claim) for claim in plain["over_seeds"]]
+    texts = [markdown(seed_rows(plain)), markdown(claims)]
     for kimg in plain["kimg"]:
-        texts.append(answer(over, kimg, len(plain["seeds"])))
-    texts.append(
-        "Differences are shares of the other's distance: mean over the training seeds and its 95% "
-        "interval (Student's t). Judges of one seed see the same networks: they are no independent "
-        "cases."
-    )
-    publish(texts, plain, out)
+        texts.append(answer(plain["over_seeds"], kimg, len(plain["seeds"])))
+    write_texts([*texts, STUDENT], plain, out)
+
+    columns = ["model", "against", "own features: difference", "unseen judges: difference"]
+    if len(plain["kimg"]) > 1:
+        columns.insert(0, "snapshot (kimg)")
+    title = f"{len(plain['seeds'])} training seeds, differences of {plain['score']}"
+    return terminal_text(title, claims, columns, seeds_headlines(plain))
+
+
+def seeds_headlines(summary) -> list[str]:
+    """What the primary claim of every snapshot came to."""
+    several, found = len(summary["kimg"]) > 1, []
+    for claim in summary["over_seeds"]:
+        if claim["primary"]:
+            start = f"{claim['kimg']:g} kimg: " * several
+            found.append(f"{start}{len(summary['seeds'])} training seeds: {claim['sentence']}.")
+    return found
 
 
 # -------------------- files, then the terminal
@@ -263,12 +364,49 @@ def strict(value):
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
-def publish(texts, plain, out):
-    """table.md and summary.json; then, where nothing can be lost any more, the terminal."""
+def write_texts(texts, plain, out) -> None:
     text = "\n\n".join(filter(None, texts))
     write_atomically(out / "table.md", text + "\n")
     write_atomically(out / "summary.json", json.dumps(plain, indent=1, allow_nan=False))
-    print("\n" + text, flush=True)
+
+
+def publish(texts, plain, out):
+    """table.md and summary.json; then, where nothing can be lost any more, the terminal."""
+    write_texts(texts, plain, out)
+    print("\n" + "\n\n".join(filter(None, texts)), flush=True)
+
+
+WIDTH = 100  # of a terminal
+MOST_ROWS = 9  # of a table there
+MOST_SENTENCES, MOST_LINES = 2, 3  # there, of a sentence
+
+
+def terminal_text(title, rows, columns, sentences) -> str:
+    """A table and sentences, within 100 columns and a few lines; table.md has the whole."""
+    lines = [printable(title, WIDTH), *plain_table(rows[:MOST_ROWS], columns)]
+    if len(rows) > MOST_ROWS:
+        lines.append(f"... and {len(rows) - MOST_ROWS} rows more in table.md")
+    for sentence in sentences[:MOST_SENTENCES]:
+        wrapped = textwrap.wrap(escaped(sentence), WIDTH)
+        if len(wrapped) > MOST_LINES:
+            last = textwrap.shorten(wrapped[MOST_LINES - 1], WIDTH - 4, placeholder="")
+            wrapped = [*wrapped[: MOST_LINES - 1], f"{last} ..."]
+        lines += ["", *wrapped]
+    return "\n".join(lines)
+
+
+def plain_table(rows, columns) -> list[str]:
+    """Lines of at most 100 columns: the widest column is cut until all fit."""
+    table = [columns, *([row.get(column, "") for column in columns] for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
+        widths[widths.index(max(widths))] -= 1
+    lines = []
+    for cells in table:
+        cut = [printable(cell, width) for cell, width in zip(cells, widths, strict=True)]
+        padded = [cell.ljust(width) for cell, width in zip(cut, widths, strict=True)]
+        lines.append("  ".join(padded).rstrip())
+    return lines
 
 
 def summarise(c, argv, results, setup, seconds, processes, begin):

@@ -80,6 +80,10 @@ class Model:
         """A copy of the base as it is self-trained: with dropout, for example."""
         return copied(base)
 
+    def asked_for(self, labels: torch.Tensor | None):
+        """What labels [N] ask for, as alignment(images, it) takes it: themselves, or prompts."""
+        return labels
+
     def function(self, name: str) -> Callable:
         found = self.functions[name]
         if found is None:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,10 +42,23 @@ class Score:
     corrected: float | None = None  # the distance without its bias, on final seeds
     real_folds: list | None = None  # the distance without each of FOLDS folds of the real images
     kernel_real_folds: list | None = None
+    alignment: float | None = None  # mean adherence to what was asked for; higher is better
+    alignment_folds: list | None = None
 
     def lacks_shares(self) -> bool:
         """Whether precision and recall may still be taken."""
         return self.precision is None and math.isfinite(self.fd)
+
+    def with_alignment(self, adherence: torch.Tensor | None) -> "Score":
+        """With the mean adherence of its images, [N], and the means without each fold of them."""
+        if adherence is None:
+            return self
+        parts = adherence.double().tensor_split(FOLDS)
+        total, sums = sum(float(part.sum()) for part in parts), []
+        for part in parts:
+            sums.append((total - float(part.sum())) / (len(adherence) - len(part)))
+        mean = total / len(adherence)
+        return dataclasses.replace(self, alignment=mean, alignment_folds=sums)
 
     def as_line(self) -> str:
         """One line of JSON, which knows no infinity."""
@@ -66,10 +80,10 @@ class Score:
         numbers = [row["fd"], row["seconds"], *row["folds"], *row["w"].values()]
         if row["precision"] is not None:
             numbers += [row["precision"], row["recall"]]
-        for key in ("kernel", "corrected"):
+        for key in ("kernel", "corrected", "alignment"):
             if row.get(key) is not None:
                 numbers.append(row[key])
-        for key in ("kernel_folds", "real_folds", "kernel_real_folds"):
+        for key in ("kernel_folds", "real_folds", "kernel_real_folds", "alignment_folds"):
             if row.get(key) is not None:
                 numbers += row[key]
                 if len(row[key]) != FOLDS:
@@ -257,9 +271,10 @@ class Scorer:
 
         def assess():
             for place, i in enumerate(missing):
-                features = None if found is None else found[place]
+                features, adherence = (None, None) if found is None else found[place]
                 wanted = shares and judges[i] is self.judge
-                scores[i] = self.assess(w, seeds, judges[i], features, keys[i], wanted, begin)
+                score = self.assess(w, seeds, judges[i], features, keys[i], wanted, begin)
+                scores[i] = score.with_alignment(adherence)
                 self.log.add(scores[i], seeds)
             return scores
 
@@ -269,15 +284,18 @@ class Scorer:
     def has_shares(judge: Judge, seeds: SeedSet) -> bool:
         return judge.reference(seeds).real is not None
 
-    def features(self, w, seeds, judges, desc=None) -> list[torch.Tensor] | None:
-        """Every judge's features [N, D] of the images at these seeds, in their order, on every
-        rank; None: it diverged."""
+    def features(self, w, seeds, judges, desc=None) -> list[tuple] | None:
+        """Every judge's features [N, D] and adherence [N] (or None) of the images at these seeds,
+        in their order, on every rank; None: it diverged."""
         net = self.merger.set(w)
         processes = self.sampler.processes
+        asked = [self.alignment_of(judge) for judge in judges]
 
         def work(part, batch):
-            images, _ = self.sampler.batch_images(part, batch)
+            images, labels = self.sampler.batch_images(part, batch)
             found = [judge.features(images) for judge in judges]
+            for alignment in filter(None, asked):
+                found.append(alignment(images, self.sampler.model.asked_for(labels)))
             return [features.cpu() for features in found] if processes.world > 1 else found
 
         try:
@@ -285,7 +303,22 @@ class Scorer:
                 parts = self.sampler.in_batches(work, seeds.seeds, desc)
         except Diverged:
             return None
-        return [torch.cat(side).to(processes.device) for side in zip(*parts, strict=True)]
+        found = [torch.cat(side).to(processes.device) for side in zip(*parts, strict=True)]
+        adherence = iter(found[len(judges) :])
+        return [
+            (features, next(adherence) if alignment else None)
+            for features, alignment in zip(found[: len(judges)], asked, strict=True)
+        ]
+
+    def alignment_of(self, judge: Judge) -> Callable | None:
+        """alignment() of the judge's file; of the model's own, where it decides. Without classes
+        nothing is asked for."""
+        if not self.sampler.classes:
+            return None
+        own = getattr(judge.features, "alignment", None)
+        if own is None and judge is self.judge:
+            own = getattr(self.sampler.model, "alignment", None)
+        return own
 
     def assess(self, w, seeds, judge, features, key, shares, begin) -> Score:
         """Score of features [N, D], None where the sampler diverged."""
@@ -297,9 +330,7 @@ class Scorer:
             fd, folds = reference.prepared.fold_distances(features, FOLDS)
         if features is not None and reference.real is not None:
             if shares:
-                precision, recall = precision_recall(
-                    reference.real, features, real_radii=reference.radii
-                )
+                precision, recall = precision_recall(reference, features)
             if seeds.is_final:
                 kernel, kernel_folds, kernel_real_folds = kernel_distance(reference, features)
         if features is not None and seeds.is_final:

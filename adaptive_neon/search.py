@@ -149,7 +149,7 @@ class GradientSearch:
             for w, distance, gradient in points:
                 if set(w) != set(self.scorer.merger.blocks) or len(gradient) != len(w):
                     raise ValueError("it has points of other blocks")
-                if not all(isinstance(x, (int, float)) for x in (distance or 0, *gradient)):
+                if not np.isfinite([distance or 0, *gradient]).all():
                     raise ValueError("it has points without numbers")
             return points
 

@@ -73,6 +73,16 @@ def compare_kernels(scores, others, level=0.05) -> Comparison | None:
     return paired(scores, others, "kernel", "kernel_folds", "kernel_real_folds", level)
 
 
+def compare_alignment(scores, others, level=0.05) -> Comparison | None:
+    """The same of adherence, which is better where it is higher and asks no real images; None where
+    it was not measured."""
+    if any(score.alignment is None for score in [*scores, *others]):
+        return None
+    gain = paired(scores, others, "alignment", "alignment_folds", None, level)
+    verdict = verdict_of(-gain.difference, gain.high - gain.difference)
+    return dataclasses.replace(gain, verdict=verdict, real_noise=True)
+
+
 def paired(scores, others, value, folds, real_folds, level) -> Comparison:
     """The comparison of one kind of distance, given by the names of a score's entries."""
 
@@ -82,7 +92,8 @@ def paired(scores, others, value, folds, real_folds, level) -> Comparison:
 
     difference = float(np.mean(differences(value)))
     real = None
-    if all(getattr(score, real_folds) is not None for score in [*scores, *others]):
+    both = [*scores, *others]
+    if real_folds and all(getattr(score, real_folds) is not None for score in both):
         real = np.mean(differences(real_folds), 0)  # the seed sets share the real images
     half, p = jackknife(difference, differences(folds), level, real)
     return Comparison(
@@ -142,8 +153,12 @@ def fd_interval(scores):
 
 def kernel_interval(scores):
     """Mean kernel distance over the seed sets and its 95% interval, over the seeds' noise alone."""
-    value = float(np.mean([score.kernel for score in scores]))
-    half, _ = jackknife(value, [score.kernel_folds for score in scores])
+    return interval_of(scores, "kernel", "kernel_folds")
+
+
+def interval_of(scores, key, folds):
+    value = float(np.mean([getattr(score, key) for score in scores]))
+    half, _ = jackknife(value, [getattr(score, folds) for score in scores])
     return {"value": value, "low": value - half, "high": value + half}
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from .blocks import Blocks, Merger, block_order, partition, placebo_partitions
 from .config import Config
-from .controls import guided, with_steps
+from .controls import guidance_controls, guided, with_steps
 from .files import UserError, write_atomically
 from .judges import Judge, build_judges
 from .processes import Diverged
@@ -91,6 +91,9 @@ def experiment(setup: Setup, net: nn.Module, sampler: Sampler) -> "Results":
 
         # What a critic asks for first: more steps, more training, guidance instead of new weights.
         controls = controls_of(setup, scorer, values)
+        if "guidance" in c.controls:
+            for name, found_at in guidance_controls(scorer, choose(models.values())).items():
+                controls[name] = Candidate(*found_at)
         clock.ends("random blocks and controls")
 
         # The winners once more, on noise and real images that no selection has seen.

@@ -11,9 +11,11 @@ import scipy.stats
 from .stats import (
     Comparison,
     compare,
+    compare_alignment,
     compare_kernels,
     fd_interval,
     holm,
+    interval_of,
     kernel_interval,
 )
 
@@ -55,6 +57,8 @@ def final_comparison(finals) -> dict:
             result["recall"] = float(np.mean([score.recall for score in scores]))
         if all(score.kernel is not None for score in scores):
             result["kernel"] = kernel_interval(scores)
+        if all(score.alignment is not None for score in scores):
+            result["alignment"] = interval_of(scores, "alignment", "alignment_folds")
         result["std"] = None
         if len(values) > 1 and math.isfinite(result["fd"]):
             result["std"] = float(np.std(values, ddof=1))
@@ -80,11 +84,14 @@ class Gain:
     distance: Comparison
     kernel: Comparison | None
     verdict: str  # better, worse, no significant difference, distances disagree
+    alignment: Comparison | None = None  # adherence, with its own verdict
 
     def as_json(self) -> dict:
         row = self.distance.as_json() | {"verdict": self.verdict}
         if self.kernel is not None:
             row["kernel"] = self.kernel.as_json()
+        if self.alignment is not None:
+            row["alignment"] = self.alignment.as_json()
         return row
 
 
@@ -133,6 +140,10 @@ class Claim:
                 biased.append(f"{judge} ({gain.distance.plain_verdict})")
         if biased:
             text += f"; without the correction of bias the verdict changes in {', '.join(biased)}"
+        for judge, gain in gains.items():
+            if gain.alignment is not None:
+                asked = gain.alignment
+                text += f"; adherence in {judge} {asked.difference:+.3g}, {asked.verdict}"
         return text
 
     def as_json(self) -> dict:
@@ -192,12 +203,13 @@ def claims_of(finals, primary="", level=0.05) -> list[Claim]:
 
     One criterion: the primary claim, in the features of the selection, is one question at `level`;
     all other claims in all judges are one family (Holm's correction). The kernel distance is judged
-    the same way, and a verdict holds where it does not say the opposite.
+    the same way, and a verdict holds where it does not say the opposite. So is adherence, for
+    itself.
     """
     own, *unseen = finals
     pairs = pairs_of(finals[own])
     first = primary_pair(finals[own], primary)
-    distances, kernels = {}, {}
+    distances, kernels, adherence = {}, {}, {}
     for model, against in pairs:
         for judge, scores in finals.items():
             question = (model, against, judge)
@@ -205,8 +217,12 @@ def claims_of(finals, primary="", level=0.05) -> list[Claim]:
             kernel = compare_kernels(scores[model], scores[against], level)
             if kernel is not None:
                 kernels[question] = kernel
+            asked = compare_alignment(scores[model], scores[against], level)
+            if asked is not None:
+                adherence[question] = asked
     verdicts = adjusted(distances, (*first, own), level)
     opposite = adjusted(kernels, (*first, own), level)
+    asked_for = adjusted(adherence, (*first, own), level)
 
     claims = []
     for model, against in pairs:
@@ -216,7 +232,10 @@ def claims_of(finals, primary="", level=0.05) -> list[Claim]:
             verdict = verdicts[question]
             if {verdict, opposite.get(question)} == {"better", "worse"}:
                 verdict = DISAGREE
-            gains[judge] = Gain(distances[question], kernels.get(question), verdict)
+            asked = adherence.get(question)
+            if asked is not None:
+                asked = dataclasses.replace(asked, verdict=asked_for[question])
+            gains[judge] = Gain(distances[question], kernels.get(question), verdict, asked)
         judges = {judge: gains[judge] for judge in unseen}
         claims.append(Claim(model, against, gains[own], judges, (model, against) == first))
     return claims

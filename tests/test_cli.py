@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -270,7 +271,7 @@ def test_base_and_aux_of_files(tmp_path):
     for aux in auxes:
         (tmp_path / "aux.safetensors").write_bytes(aux.read_bytes())
         with pytest.MonkeyPatch.context() as patch:
-            replace(patch, "plot_report", lambda *args: None)
+            replace(patch, "drawn", lambda *args: None)
             run(out, *GIVEN, base, "--aux", tmp_path / "aux.safetensors")
         (entry,) = json.loads((out / "summary.json").read_text())["snapshots"]
         firsts.append([entry[name]["fd"] for name in ("base", "collapsed", "blockwise")])
@@ -318,13 +319,12 @@ SEARCHED = ("--search", "gradient", "--evaluations", "2", "--search-partition", 
 
 @pytest.fixture(scope="module")
 def several(toys, tmp_path_factory):
-    """Three training seeds of two snapshots -> folder, summary over the seeds, one for each; names
-    of the pictures, which are not drawn, and of their folders are left in pictures.json."""
-    out, pictures = tmp_path_factory.mktemp("several"), []
+    """Three training seeds of two snapshots -> folder, summary over the seeds, one for each; no
+    figure is drawn."""
+    out = tmp_path_factory.mktemp("several")
     with pytest.MonkeyPatch.context() as patch:
-        replace(patch, "plot_report", lambda figures, to: pictures.append([to.name, *figures]))
+        replace(patch, "drawn", lambda *args: None)
         run(out, *SEEDS, *SEARCHED, "--placebo", "1")
-    (out / "pictures.json").write_text(json.dumps(pictures))
     folders = [out, *(out / f"seed-{k}" for k in range(3))]
     summary, *own = [json.loads((path / "summary.json").read_text()) for path in folders]
     return out, summary, own
@@ -406,12 +406,11 @@ def test_search_over_layers_beside_a_grid_over_blocks(several):
             assert len(entry["searched"]["w"]) == 8
 
 
-def test_pictures_over_the_seeds(several):
+def test_report_over_the_seeds_links_to_those_of_the_seeds(several):
     out = several[0]
-    *own, over = json.loads((out / "pictures.json").read_text())
-    assert over == [out.name, "seeds.png"]
-    assert [folder for folder, *_ in own] == ["seed-0", "seed-1", "seed-2"]
-    assert all("samples_000001.png" in names and "scores.png" in names for _, *names in own)
+    links = re.findall(r'href="([^"]*)"', (out / "report.html").read_text())
+    assert links == [f"seed-{k}/report.html" for k in range(3)]
+    assert all("view-2" in (out / link).read_text() for link in links)  # of both snapshots
 
 
 def test_training_seeds_of_given_networks_are_refused(tmp_path):

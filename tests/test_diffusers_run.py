@@ -72,15 +72,11 @@ def study(classifier):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Few real images and no pictures, which take seconds."""
-
-    def no_pictures(figures, out):
-        pass
-
+    """Few real images and no figures, which take seconds."""
     with pytest.MonkeyPatch.context() as patch:
         counts = {"training": 100, "selection": 400, "final": 400}
         patch.setattr(edm.Glyphs, "images", counts)
-        replace(patch, "plot_report", no_pictures)
+        replace(patch, "drawn", lambda *args: None)
         yield
 
 
@@ -330,10 +326,6 @@ def test_a_damaged_snapshot_of_ours(whole, pipelines, tmp_path, refused):
     lacking = {other: tensor for other, tensor in tensors.items() if other != name}
     safetensors.torch.save_file(lacking, tmp_path / "lacking.safetensors", note)
     assert name in refused(*options, tmp_path / "lacking.safetensors")
-
-    tensors[name].view(-1)[0] = float("nan")
-    safetensors.torch.save_file(tensors, tmp_path / "nan.safetensors", note)
-    assert "finite" in refused(*options, tmp_path / "nan.safetensors")
 
 
 @pytest.mark.parametrize(

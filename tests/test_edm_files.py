@@ -262,16 +262,13 @@ def test_a_tensor_too_many_is_refused(tmp_path):
     "data, message",
     [
         (b"", "an empty file"),
-        (b"\0" * 100, "zeros or blanks"),
         (b"<!DOCTYPE html><html>Please log in</html>", "an HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
         (b"\x1b[31mred\n", r"begins with b'\\x1b"),
         (b"PK\3\4" + b"\0" * 60, "a zip archive"),
-        (b"\x1f\x8b" + b"\0" * 60, "a gzip file"),
-        (b'{"a": 1}', "JSON"),
         (b"abc", "begins with b'abc'"),
     ],
-    ids=["empty", "zeros", "html", "lfs", "control", "zip", "gzip", "json", "short"],
+    ids=["empty", "html", "lfs", "control", "zip", "short"],
 )
 def test_other_files_are_named(tmp_path, data, message):
     (tmp_path / "net").write_bytes(data)

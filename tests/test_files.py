@@ -43,7 +43,7 @@ def equal(a, b):
 # -------------------- JSON
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
 def test_json_is_read_in_the_encoding_of_its_mark(tmp_path, encoding):
     (tmp_path / "x.json").write_bytes('{"é": [1, "ü"]}'.encode(encoding))
     assert neon.files.read_json(tmp_path / "x.json") == {"é": [1, "ü"]}
@@ -51,15 +51,10 @@ def test_json_is_read_in_the_encoding_of_its_mark(tmp_path, encoding):
 
 BAD_JSON = {
     "a trailing comma": (b'{"a": 1,\n "b": 2,}', "line 2, column 9"),
-    "in a list": (b"[1,\n 2,\n]", "line 3, column 1"),
-    "a comment": (b"\xef\xbb\xbf{} // no", "line 1, column 4"),
-    "single quotes": (b"{'a': 1}", "line 1, column 2"),
     "nothing": (b"", "line 1, column 1"),
     "Latin-1": (b'{"a": 1,\n"b": "\xe9"}', "line 2 is not UTF-8"),
     "half of UTF-16": (b"\xff\xfe{", "is not UTF-16"),
-    "a name twice": (b'{"a": 1, "b": 2, "a": 3}', "has a twice"),
     "nesting": (b"[" * 100_000, "nested too deeply"),
-    "a huge number": (b"[" + b"9" * 5000 + b"]", ""),
 }
 
 
@@ -121,7 +116,7 @@ def test_the_same_state_is_the_same_bytes(tmp_path):
         (lambda data: data[: len(data) // 2], ""),
         (lambda data: b"PK\3\4" + data, "no .safetensors"),
         (lambda data: data.replace(b"config", b"konfig"), "did not write it"),
-        (lambda data: (1 << 25).to_bytes(8, "little") + data[8:], "more than 16 MB"),
+        (lambda data: (1 << 25).to_bytes(8, "little") + data[8:], "header has more than"),
     ],
     ids=["a fact", "a bit", "half", "another kind", "no facts", "a huge header"],
 )
@@ -140,9 +135,7 @@ def test_a_damaged_state_is_refused(tmp_path, damage, message):
 
 STATES = {
     "a list": ([torch.ones(2)], "it holds a list, not a dictionary of weights"),
-    "a tensor": (torch.ones(2), "it holds a Tensor"),
-    "numbers": ({"a": 1.5, "b": 2}, "its entry a is a float, not a weight"),
-    "nested": ({"state_dict": {"a": torch.ones(2)}}, "its entry state_dict is a dict"),
+    "nested": ({"state_dict": {"a": torch.ones(2)}}, "its entry .state_dict. is a dict"),
     "a number as name": ({3: torch.ones(2)}, "its entry 3 is a Tensor"),
     "not finite": (
         {"a": torch.ones(1), "b\n": torch.tensor([1.0, torch.nan])},
@@ -189,23 +182,17 @@ MU, SIGMA = np.zeros(3), np.eye(3)
 NUMBERS = "no real numbers|not within 1e.100"
 BAD_STATISTICS = {
     "images NaN": ({"images": np.nan}, NUMBERS),
-    "images as text": ({"images": "many"}, NUMBERS),
     "images as array": ({"images": np.arange(3)}, "no number of images"),
-    "no images": ({"images": 0}, "no number of images"),
     "half an image": ({"images": 1.5}, "no number of images"),
     "a huge mean": ({"mu": MU + 1e300}, NUMBERS),
-    "a huge variance": ({"sigma": SIGMA * -1e300}, NUMBERS),
     "a complex mean": ({"mu": MU + 1j}, NUMBERS),
     "an object": ({"mu": np.array([None])}, "allow_pickle"),
     "a deep header": ({"sigma": header("-" * 9000 + "1")}, ""),
-    "a header of brackets": ({"mu": header("[" * 4000)}, ""),
     "a huge shape": (
         {"mu": header("{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000,)}")},
         "",
     ),
-    "nothing": (b"", "no npz, but an empty file"),
     "a page": (b"<html>", "no npz, but an HTML page"),
-    "a pickle": (b"\x80\x04N.", "no npz, but a pickle"),
 }
 
 
@@ -239,29 +226,24 @@ def test_statistics_come_back(tmp_path):
 # -------------------- messages and writing
 
 
-@pytest.mark.parametrize(
-    "raw, shown",
-    [
-        ("plain", "plain"),
-        ("a\nb\x1b[31m", r"a\nb\x1b[31m"),
-        ("\u202eevil", r"\u202eevil"),
-        ("\ud800", r"\ud800"),
-        ("Zürich", "Zürich"),
-        ("x" * 1000, "x" * 97 + "..."),
-    ],
-    ids=["plain", "control", "direction", "surrogate", "letters", "long"],
-)
+TEXTS = {
+    "a\nb\x1b[31m": r"a\nb\x1b[31m",
+    "\u202eevil \ud800": r"\u202eevil \ud800",
+    "Zürich": "Zürich",
+}
+
+
+@pytest.mark.parametrize("raw, shown", TEXTS.items())
 def test_text_of_others_is_printable(raw, shown):
-    assert neon.files.printable(raw) == shown
+    assert neon.files.printable(raw) == str(neon.files.UserError(raw)) == shown
 
 
-def test_a_line_for_the_user_has_no_control_characters():
-    error = neon.files.UserError("features \x1b[31mred\n\ud800 of Zürich")
-    assert str(error) == r"features \x1b[31mred\n\ud800 of Zürich"
+def test_long_text_of_others_is_cut_off():
+    assert neon.files.printable("x" * 1000) == "x" * 97 + "..."
 
 
 @pytest.mark.parametrize(
-    "error", [OSError, ValueError, KeyError, EOFError, RuntimeError, SyntaxError, zlib.error]
+    "error", [OSError, KeyError, RuntimeError, SyntaxError, zlib.error, safetensors.SafetensorError]
 )
 def test_faults_of_files_become_one_line(error):
     with (
@@ -272,7 +254,7 @@ def test_faults_of_files_become_one_line(error):
     assert isinstance(caught.value.__cause__, error) and str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("error", [NameError, AttributeError, AssertionError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [NameError, AssertionError])
 def test_faults_of_ours_stay_what_they_are(error):
     with pytest.raises(error), neon.files.reading("it is bad"):
         raise error("ours")
@@ -346,7 +328,7 @@ def server(tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
         web.asked, web.answers, web.daemon_threads = [], {}, True
         web.url = f"http://127.0.0.1:{web.server_port}"
-        threading.Thread(target=web.serve_forever, daemon=True).start()
+        threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
         yield web
         web.shutdown()
 
@@ -371,38 +353,37 @@ def files_of(cache):
     )
 
 
-def test_a_url_is_downloaded_once(server):
-    server.answers["/net.pkl"] = sends(b"content")
-    paths = [neon.files.fetch(f"{server.url}/net.pkl", "a network") for _ in range(2)]
-    assert paths[0] == paths[1] and paths[0].read_bytes() == b"content" and len(server.asked) == 1
+def fetched(url, **how):
+    return neon.files.fetch(url, "a network", **how)
 
 
-def test_two_addresses_are_two_files(server):
-    for name in ("a", "b"):
-        server.answers[f"/{name}/model.safetensors"] = sends(name.encode())
-    a, b = (
-        neon.files.fetch(f"{server.url}/{name}/model.safetensors", "a network")
-        for name in ("a", "b")
-    )
-    assert (a.read_bytes(), b.read_bytes()) == (b"a", b"b") and a.name.endswith(
-        "-model.safetensors"
-    )
+def test_a_url_is_downloaded_once_and_checked_whole(server, tmp_path):
+    seen = []
+    server.answers["/net.pkl"] = sends(b"content" * 10**5)
+    (tmp_path / "cache/.part-x").mkdir(parents=True)  # of a killed download
+    for _ in range(2):
+        path = fetched(f"{server.url}/net.pkl", check=lambda part: seen.append(part.read_bytes()))
+    assert len(server.asked) == 1 and seen == [path.read_bytes()] == [b"content" * 10**5]
+    assert files_of(tmp_path / "cache") == [path.name]
 
 
-def test_two_queries_are_two_files(server):
-    server.answers["/net"] = lambda handler: sends(handler.path.encode())(handler)
-    a, b = (neon.files.fetch(f"{server.url}/net?id={i}", "a network") for i in (1, 2))
-    assert a.read_bytes() != b.read_bytes()
+@pytest.mark.parametrize("others", ["b/net.pkl", "a/net.pkl?id=2"], ids=["place", "query"])
+def test_two_addresses_are_two_files(server, others):
+    for name in ("/a/net.pkl", "/b/net.pkl"):
+        server.answers[name] = lambda handler: sends(handler.path.encode())(handler)
+    one, other = fetched(f"{server.url}/a/net.pkl"), fetched(f"{server.url}/{others}")
+    assert other.read_text() == f"/{others}" != one.read_text()
+    assert other.name.endswith("-net.pkl")
 
 
-@pytest.mark.parametrize("path", ["/", "/..", "/%2e%2e%2fx", "/a%00b", "/" + "x" * 300, "/%1b[31m"])
+@pytest.mark.parametrize("path", ["/", "/..", "/%2e%2e%2fx", "/" + "x" * 300, "/é\x1b"])
 def test_names_in_the_cache_are_plain(path, tmp_path, monkeypatch):
     monkeypatch.setenv("NEON_CACHE", str(tmp_path))
     found = neon.files.cache_path(f"http://host{path}")
     assert (
         found.parent == tmp_path
         and len(found.name) < 100
-        and re.fullmatch(r"[0-9a-f]{12}-[\w.-]+", found.name)
+        and re.fullmatch(r"[0-9a-f]{12}-[\w.-]*", found.name)
     )
 
 
@@ -438,32 +419,25 @@ def refuse(path):
 BAD_SERVERS = {
     "login page": (sends(b"<!DOCTYPE html><title>Log in</title>"), {}, "what came is an HTML page"),
     "nothing": (sends(b""), {}, "what came is an empty file"),
-    "LFS pointer": (sends(b"version https://git-lfs.github.com/spec/v1\n"), {}, "Git LFS"),
     "another file": (sends(b"content"), {"check": refuse}, "it is not what was asked for"),
     "another hash": (sends(b"content"), {"sha256_start": "00"}, "invalid hash value"),
     "half": (sends(b"\x80\x04", length=100), {"check": edm.load_network}, ""),
     "404": (sends(b"gone", 404), {}, "HTTP Error 404"),
-    "503": (sends(b"busy", 503), {}, "HTTP Error 503"),
     "no length": (sends(b"x", length="abc"), {}, ""),
     "no answer": (lambda handler: handler.connection.close(), {}, ""),
     "nonsense": (lambda handler: handler.wfile.write(b"\x1b[31mhello\n\n"), {}, ""),
-    "endless line": (
-        lambda handler: handler.wfile.write(b"HTTP/1.0 200 OK\r\n" + b"a" * 10**6),
-        {},
-        "",
-    ),
-    "silence": (sends(b"content", delay=5), {}, "timed out"),
+    "silence": (sends(b"content", delay=1), {}, "timed out"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_SERVERS)
 def test_bad_servers_are_one_line_and_leave_nothing(server, tmp_path, monkeypatch, name):
     server.answers["/net.pkl"], how, message = BAD_SERVERS[name]
-    replace(monkeypatch, "SILENCE", 1)
+    replace(monkeypatch, "SILENCE", 0.3)
     with pytest.raises(
         neon.files.UserError, match=f"cannot download a network from http.*{message}"
     ) as error:
-        neon.files.fetch(f"{server.url}/net.pkl", "a network", **how)
+        fetched(f"{server.url}/net.pkl", **how)
     assert str(error.value).isprintable() and files_of(tmp_path / "cache") == []
 
 
@@ -471,7 +445,7 @@ def test_no_connection_names_the_place_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("NEON_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
     with pytest.raises(neon.files.UserError) as error:
-        neon.files.fetch("http://127.0.0.1:9/net.pkl", "a network")
+        fetched("http://127.0.0.1:9/net.pkl")
     place = neon.files.cache_path("http://127.0.0.1:9/net.pkl")
     assert f"put the file at {place}" in str(error.value) and "--preset glyphs" in str(error.value)
 
@@ -479,49 +453,22 @@ def test_no_connection_names_the_place_of_the_file(tmp_path, monkeypatch):
 def test_a_file_put_into_the_cache_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("NEON_CACHE", str(tmp_path))
     neon.files.cache_path("http://127.0.0.1:9/net.pkl").write_text("mine")
-    assert neon.files.fetch("http://127.0.0.1:9/net.pkl", "a network").read_text() == "mine"
-
-
-def test_a_complete_cache_needs_no_lock(tmp_path, monkeypatch):
-    monkeypatch.setenv("NEON_CACHE", str(tmp_path))
-    neon.files.cache_path("http://127.0.0.1:9/net.pkl").write_text("mine")
     (tmp_path / "lock").mkdir()  # cannot be opened, as in a folder without permission to write
-    assert neon.files.fetch("http://127.0.0.1:9/net.pkl", "a network").read_text() == "mine"
+    assert fetched("http://127.0.0.1:9/net.pkl").read_text() == "mine"
 
 
 def test_a_damaged_file_in_the_cache_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("NEON_CACHE", str(tmp_path))
     neon.files.cache_path("http://127.0.0.1:9/net.pkl").write_text("mine")
     with pytest.raises(neon.files.UserError, match="is damaged .*: delete it"):
-        neon.files.fetch("http://127.0.0.1:9/net.pkl", "a network", sha256_start="00")
-
-
-def test_the_check_sees_the_whole_file(server):
-    seen = []
-    server.answers["/net.pkl"] = sends(b"content" * 10**5)
-    neon.files.fetch(
-        f"{server.url}/net.pkl", "a network", check=lambda path: seen.append(path.stat().st_size)
-    )
-    assert seen == [7 * 10**5]
-
-
-def test_orphans_of_a_killed_download_are_removed(server, tmp_path):
-    server.answers["/net.pkl"] = sends(b"content")
-    (tmp_path / "cache/.part-x").mkdir(parents=True)
-    path = neon.files.fetch(f"{server.url}/net.pkl", "a network")
-    assert files_of(tmp_path / "cache") == [path.name]
-
-
-def fetch_in_child(url):
-    neon.files.fetch(url, "a network")
+        fetched("http://127.0.0.1:9/net.pkl", sha256_start="00")
 
 
 def test_two_processes_download_once(server):
-    server.answers["/net.pkl"] = sends(b"content" * 1000, delay=0.5)
+    server.answers["/net.pkl"] = sends(b"content" * 1000, delay=0.2)
     context = multiprocessing.get_context("fork")
-    children = [
-        context.Process(target=fetch_in_child, args=(f"{server.url}/net.pkl",)) for _ in range(3)
-    ]
+    url = f"{server.url}/net.pkl"
+    children = [context.Process(target=fetched, args=(url,)) for _ in range(3)]
     for child in children:
         child.start()
     for child in children:
@@ -535,7 +482,7 @@ def test_without_locks_the_download_still_works(server, monkeypatch):
 
     server.answers["/net.pkl"] = sends(b"content")
     monkeypatch.setattr(fcntl, "flock", fail)
-    assert neon.files.fetch(f"{server.url}/net.pkl", "a network").read_bytes() == b"content"
+    assert fetched(f"{server.url}/net.pkl").read_bytes() == b"content"
 
 
 def test_without_fcntl_one_line_says_where_this_runs(monkeypatch, tmp_path):
@@ -547,14 +494,7 @@ def test_without_fcntl_one_line_says_where_this_runs(monkeypatch, tmp_path):
         neon.files.lock(file)
 
 
-def test_a_path_is_used_as_it_is(tmp_path):
-    (tmp_path / "net.pkl").touch()
-    assert neon.files.fetch(str(tmp_path / "net.pkl"), "a network") == tmp_path / "net.pkl"
-
-
-@pytest.mark.parametrize(
-    "source", ["/nowhere/net.pkl", "ftp://host/net.pkl", "x" * 5000], ids=["path", "ftp", "long"]
-)
+@pytest.mark.parametrize("source", ["/nowhere/net.pkl", "ftp://host/net.pkl", "x" * 5000])
 def test_a_path_that_is_not_there_is_named(source):
     with pytest.raises(neon.files.UserError, match="a network .*(does not exist|cannot be read)"):
-        neon.files.fetch(source, "a network")
+        fetched(source)

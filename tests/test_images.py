@@ -51,17 +51,10 @@ def test_split_does_not_move_when_images_come_go_or_change_places():
     images = random_images(800)
     real = neon.images.split(images, None, "x")
     order = torch.randperm(800)[:600]
-    again = neon.images.split(images[order], None, "x")
+    again = neon.images.split(images[order].repeat(2, 1, 1, 1), None, "x")  # and have copies
     for purpose in ("training", "selection", "final"):
         before, after = (set(hashes(getattr(r, purpose).images)) for r in (real, again))
-        assert after <= before
-
-
-def test_copies_stay_in_one_part():
-    images = random_images(600).repeat(2, 1, 1, 1)
-    real = neon.images.split(images, None, "x")
-    sets = [set(hashes(getattr(real, p).images)) for p in ("training", "selection", "final")]
-    assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
+        assert after <= before and len(after) < len(before)
 
 
 def test_too_few_images_are_refused():
@@ -91,18 +84,11 @@ def encoded(picture, kind="png", **options):
 
 
 def deep_png():
-    """RGB of 16 bits a channel, which PIL reads as 8 in silence."""
-
-    def chunk(name, data):
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
-
-    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
-    rows = zlib.compress((b"\0" + b"\1\2" * 24) * 8)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-    )
+    """RGB of 16 bits a channel, which PIL reads as 8 in silence and does not write."""
+    png = bytearray(encoded(PIL.Image.new("RGB", (8, 8))))
+    png[24] = 16
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    return bytes(png)
 
 
 RGB = PIL.Image.fromarray(PIXELS)
@@ -122,34 +108,16 @@ GOOD_IMAGES = {
 }
 
 
-CLEAR = RGB.quantize(8)
-CLEAR.info["transparency"] = 0
 BAD_IMAGES = {
-    "alpha": (encoded(RGB.convert("RGBA")), "transparency"),
-    "grey and alpha": (encoded(GREY.convert("LA")), "transparency"),
-    "clear palette entry": (encoded(CLEAR, transparency=0), "transparency"),
-    "clear colour": (encoded(RGB, transparency=(1, 2, 3)), "transparency"),
-    "16-bit grey": (
-        encoded(PIL.Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)),
-        "16 bits",
-    ),
+    "alpha": (encoded(RGB.convert("RGBA")), "mode RGBA; convert it to RGB"),
+    "clear colour": (encoded(RGB, transparency=(1, 2, 3)), "mode RGB with transparency"),
+    "16-bit grey": (encoded(PIL.Image.new("I;16", (8, 8))), "16 bits"),
     "16-bit rgb": (deep_png(), "16 bits"),
-    "float": (
-        encoded(PIL.Image.fromarray(PIXELS[..., 0].astype(np.float32)), "tiff"),
-        "neither PNG nor JPEG",
-    ),
     "cmyk": (encoded(RGB.convert("CMYK"), "jpeg"), "mode CMYK"),
-    "animation": (encoded(RGB, save_all=True, append_images=[GREY.convert("RGB")]), "an animation"),
-    "postscript": (encoded(RGB, "eps"), "neither PNG nor JPEG"),
-    "gif": (encoded(RGB, "gif"), "neither PNG nor JPEG"),
     "bmp": (encoded(RGB, "bmp"), "neither PNG nor JPEG"),
-    "half a png": (encoded(RGB)[:100], ""),
     "half a jpeg": (encoded(RGB, "jpeg")[:400], ""),
-    "only a header": (encoded(RGB)[:8], ""),
     "damaged": (encoded(RGB)[:60] + b"\xff\xff\xff" + encoded(RGB)[63:], ""),
     "empty": (b"", "neither PNG nor JPEG"),
-    "text": (b"no image", "neither PNG nor JPEG"),
-    "huge": (encoded(PIL.Image.new("L", (5000, 1))), "5000 x 1 pixels"),
     "another size": (encoded(RGB.resize((4, 4))), r"\[C, H, W\] is \(3, 4, 4\)"),
     "another mode": (encoded(GREY), r"\[C, H, W\] is \(1, 8, 8\)"),
 }
@@ -182,37 +150,25 @@ def test_images_are_read_to_the_byte(tmp_path, name, maker):
     assert torch.equal(images, want[None]) and images.is_contiguous() and labels is None
 
 
-@pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("name", BAD_IMAGES)
-def test_images_of_other_kinds_are_refused_by_name(tmp_path, name, maker):
+def test_images_of_other_kinds_are_refused_by_name(tmp_path, name):
     raw, message = BAD_IMAGES[name]
-    path = MAKERS[maker](tmp_path, {"a/0.png": encoded(RGB), "a/1.png": raw})
+    path = in_folder(tmp_path, {"a/0.png": encoded(RGB), "a/1.png": raw})
     with pytest.raises(neon.files.UserError, match=f"cannot be read: a/1.png .*{message}"):
         neon.images.read_dataset(path)
 
 
-def test_content_decides_what_an_image_is(tmp_path):
-    images, _ = neon.images.read_dataset(
-        zipped(tmp_path / "set.zip", {"1.jpg": encoded(RGB), "2": encoded(RGB)})
-    )
-    assert len(images) == 2
-
-
-def test_images_come_in_the_order_of_their_names(tmp_path):
-    files = {f"{i}.png": encoded(PIL.Image.new("L", (2, 2), i)) for i in (3, 1, 2)}
-    images, _ = neon.images.read_dataset(zipped(tmp_path / "set.zip", files))
-    assert images[:, 0, 0, 0].tolist() == [1, 2, 3]
+def test_content_decides_what_an_image_is_and_names_decide_the_order(tmp_path):
+    files = {name: encoded(PIL.Image.new("L", (2, 2), i)) for i, name in enumerate("312")}
+    images, _ = neon.images.read_dataset(zipped(tmp_path / "set.zip", {"4.txt": b"text", **files}))
+    assert images[:, 0, 0, 0].tolist() == [1, 2, 0]
 
 
 CLUTTER = [
-    "__MACOSX/a/._1.png",
     "a/.ipynb_checkpoints/1-checkpoint.png",
-    ".Trash-1000/files/1.png",
     "a/@eaDir/1.png",
     "$RECYCLE.BIN/1.png",
-    "#recycle/1.png",
     "lost+found/1.png",
-    "a/.hidden.png",
     "a/Thumbs.db",
 ]
 
@@ -265,10 +221,7 @@ LINKS = {
     "a folder of classes": ({"more": "../elsewhere"}, 4, ["cats", "more/dogs"]),
     "the same twice": ({"dogs": "../elsewhere/dogs", "hunde": "../elsewhere/dogs"}, 4, None),
     "before the folder itself": ({"animals": "cats"}, 2, ["cats"]),
-    "after the folder itself": ({"zoo": "cats"}, 2, ["cats"]),
-    "a link to a link": ({"a": "b", "b": "../elsewhere/dogs"}, 4, None),
     "a loop": ({"cats/loop": "../cats"}, 2, ["cats"]),
-    "a loop to the top": ({"loop": "."}, 2, ["cats"]),
     "a loop around it": ({"loop": ".."}, 2, ["cats"]),
     "an image": ({"cats/dog.png": "../../elsewhere/dogs/0.png"}, 3, ["cats"]),
 }
@@ -298,8 +251,7 @@ TURNS = {
 }
 
 
-@pytest.mark.parametrize("orientation", TURNS)
-@pytest.mark.parametrize("kind", ["png", "jpeg"])
+@pytest.mark.parametrize("kind, orientation", [("png", 2), ("png", 6), ("jpeg", 3), ("jpeg", 8)])
 def test_pictures_are_turned_as_their_orientation_says(tmp_path, capsys, kind, orientation):
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
@@ -310,7 +262,7 @@ def test_pictures_are_turned_as_their_orientation_says(tmp_path, capsys, kind, o
     assert "; 1 turned as their EXIF orientation says" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("orientation", [1, 0, 9])
+@pytest.mark.parametrize("orientation", [1, 9])
 def test_other_orientations_turn_nothing(tmp_path, capsys, orientation):
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
@@ -324,24 +276,31 @@ def test_a_set_without_images_is_refused(tmp_path):
         neon.images.read_dataset(zipped(tmp_path / "set.zip", {"a.txt": b"text"}))
 
 
-@pytest.mark.parametrize("name", ["a.png", "dataset.json"])
-def test_entries_of_zeros_are_not_read(tmp_path, name):
-    files = {"0.png": encoded(RGB), name: b"\0" * (513 << 20)}
-    with pytest.raises(neon.files.UserError, match=f"{name} has {513 << 20} bytes, more than"):
-        neon.images.read_dataset(zipped(tmp_path / "set.zip", files, zipfile.ZIP_DEFLATED))
+def with_size(path, size, said):
+    """The archive, whose entry of this size says another."""
+    old, new = struct.pack("<I", size), struct.pack("<I", said)
+    path.write_bytes(path.read_bytes().replace(old, new))
+    return path
+
+
+@pytest.mark.parametrize(
+    "name, most", [("a.png", 64 << 20), ("dataset.json", 512 << 20)], ids=["image", "labels"]
+)
+def test_entries_that_are_too_large_are_not_read(tmp_path, name, most):
+    files = {"0.png": encoded(RGB), name: b"\0" * 54321}
+    path = with_size(zipped(tmp_path / "set.zip", files), 54321, most + 1)
+    with pytest.raises(
+        neon.files.UserError, match=f"{name} has {most + 1} bytes, more than {most}"
+    ):
+        neon.images.read_dataset(path)
 
 
 def test_an_entry_larger_than_it_says_is_refused(tmp_path):
-    path = zipped(
-        tmp_path / "set.zip",
-        {"a.png": encoded(RGB, compress_level=0) + b"\0" * 10**6},
-        zipfile.ZIP_DEFLATED,
-    )
-    size = len(encoded(RGB, compress_level=0))
-    old, new = struct.pack("<I", size + 10**6), struct.pack("<I", size)
-    path.write_bytes(path.read_bytes().replace(old, new))
+    png = encoded(RGB, compress_level=0)
+    files = {"a.png": png + b"\0" * 10**6}
+    path = zipped(tmp_path / "set.zip", files, zipfile.ZIP_DEFLATED)
     with pytest.raises(neon.files.UserError, match="a.png .*CRC"):
-        neon.images.read_dataset(path)
+        neon.images.read_dataset(with_size(path, len(png) + 10**6, len(png)))
 
 
 def test_an_entry_that_is_there_twice_is_refused(tmp_path):
@@ -365,14 +324,8 @@ def test_encrypted_entries_are_refused(tmp_path):
         neon.images.read_dataset(path)
 
 
-def test_other_compressions_are_refused(tmp_path):
-    path = zipped(tmp_path / "set.zip", {"1.png": encoded(RGB)}, zipfile.ZIP_LZMA)
-    with pytest.raises(neon.files.UserError, match="1.png is neither stored nor deflated"):
-        neon.images.read_dataset(path)
-
-
 @pytest.mark.parametrize(
-    "content", [None, b"", b"no zip", b"PK\3\4" + b"\0" * 30], ids=["none", "empty", "text", "half"]
+    "content", [None, b"", b"PK\3\4" + b"\0" * 30], ids=["none", "empty", "half"]
 )
 def test_what_is_no_dataset_is_refused(tmp_path, content):
     if content is not None:
@@ -397,13 +350,6 @@ def test_a_folder_with_what_is_no_file_is_refused(tmp_path, make):
         neon.images.read_dataset(tmp_path)
 
 
-def test_names_in_messages_are_printable(tmp_path):
-    path = zipped(tmp_path / "set.zip", {"\x1b[31m\nx.png": b"no"})
-    with pytest.raises(neon.files.UserError) as error:
-        neon.images.read_dataset(path)
-    assert str(error.value).isprintable()
-
-
 # -------------------- labels
 
 
@@ -420,13 +366,11 @@ def rows(*labels):
 @pytest.mark.parametrize(
     "index, labels",
     [
-        (rows(2, 0, 1), [2, 0, 1]),
         (rows(2.0, 0.0, 99_999), [2, 0, 99_999]),
         ({"labels": [["2.png", 7], ["0.png", 5], ["1.png", 6]]}, [5, 6, 7]),
-        (b"\xef\xbb\xbf" + json.dumps(rows(1, 2, 3)).encode(), [1, 2, 3]),
         ({"labels": None}, None),
     ],
-    ids=["integers", "whole floats", "another order", "byte-order mark", "null"],
+    ids=["whole floats", "another order", "null"],
 )
 def test_labels_are_read(tmp_path, index, labels):
     _, found = neon.images.read_dataset(labelled(tmp_path, index))
@@ -441,30 +385,21 @@ def test_labels_are_read(tmp_path, index, labels):
     "index, message",
     [
         (rows(0, True, 1), "label of 1.png is True"),
-        (rows(0, [0, 1], 1), "label of 1.png is a list"),
         (rows(0, -1, 1), "label of 1.png is -1"),
         (rows(0, 1.5, 1), "label of 1.png is 1.5"),
         (rows(0, float("nan"), 1), "label of 1.png is nan"),
         (rows(0, 10**6, 1), "label of 1.png is 1000000"),
-        (rows(0, "cat", 1), "label of 1.png is cat"),
-        (rows(0, None, 1), "label of 1.png is a NoneType"),
+        (rows(0, "c\x1bat", 1), "label of 1.png is 'c.*at', not an integer from 0 to 99999"),
         (rows(0, 1), "1 images have no label in dataset.json, the first is 2.png"),
-        ({"labels": []}, "3 images have no label"),
         ({"labels": [["0.png", 1]] * 3}, "0.png has two labels"),
         ({"labels": {"0.png": 1}}, 'no list "labels"'),
-        ({"classes": []}, 'no list "labels"'),
         ([], 'no list "labels"'),
         ({"labels": [["0.png"]]}, r"not a list of \[image, label\]"),
         ({"labels": [[0, 1]]}, r"not a list of \[image, label\]"),
-        ({"labels": "0.png"}, 'no list "labels"'),
         (b"{", "JSON"),
-        (b"", "JSON"),
-        (b"\xff\xfe\0", ""),
-        (b"[" * 100_000, "nested too deeply"),
-        (b'{"labels": [["0.png", ' + b"9" * 5000 + b"]]}", ""),
     ],
-    ids="bool list negative fraction NaN large text null missing none repeated dictionary "
-    "another-key array short number string half empty binary brackets digits".split(),
+    ids="bool negative fraction NaN large text missing repeated dictionary array short number "
+    "half".split(),
 )
 def test_bad_labels_are_one_line(tmp_path, index, message):
     with pytest.raises(neon.files.UserError, match=f"cannot be read.*{message}") as error:
@@ -529,7 +464,10 @@ def test_a_base_is_not_trained_without_a_class(tmp_path):
 def test_classes_with_images_are_accepted():
     real = neon.images.RealImages(random_images(5), torch.tensor([2, 0, 1, 1, 0]), "x.zip")
     neon.images.refuse_empty_classes(real, 3)
-    neon.images.refuse_empty_classes(dataclasses.replace(real, labels=None), 0)
+    bare = dataclasses.replace(real, labels=None)
+    neon.images.refuse_empty_classes(bare, 0)
+    with pytest.raises(neon.files.UserError, match="x.zip: no labels, the network takes 3 classes"):
+        neon.images.refuse_empty_classes(bare, 3)
 
 
 def test_labels_that_are_not_at_the_top_are_refused(tmp_path):
@@ -551,9 +489,9 @@ def test_datasets_come_back_to_the_byte(tmp_path, channels):
     assert torch.equal(found, images) and labels.tolist() == [0, 3, 6, 9, 12]
 
 
-def test_datasets_are_the_same_bytes(tmp_path):
+def test_datasets_are_the_same_bytes(tmp_path, monkeypatch):
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
-    for name in ("a.zip", "b.zip"):
+    for name, now in (("a.zip", 1e9), ("b.zip", 2e9)):
+        monkeypatch.setattr(time, "localtime", lambda *_, now=now: time.gmtime(now))
         neon.images.write_dataset(tmp_path / name, images, torch.arange(5))
-        time.sleep(2.1)  # a zip's clock has two seconds
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()

@@ -1,7 +1,6 @@
 """What adaptive_neon/judges.py promises."""
 
 import dataclasses
-import inspect
 from types import SimpleNamespace
 
 import numpy as np
@@ -201,13 +200,6 @@ def test_identity_of_a_file_is_its_content(npz, change):
     assert neon.Judge.of_statistics(Flat(), npz(**change)).identity(FINAL) != before
 
 
-def test_file_without_names_is_of_50_000_inception_features(npz):
-    features = Flat()
-    features.name, features.kind = "inception-0-tf1", "inception"
-    judge = neon.Judge.of_statistics(features, npz(features=None, images=None))
-    assert judge.facts["images"] == 50_000
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -215,11 +207,9 @@ def test_file_without_names_is_of_50_000_inception_features(npz):
         ({"features": None}, "of inception, the features are flat"),
         ({"mu": np.zeros(3)}, r"has \(3,\)"),
         ({"sigma": np.full((4, 4), np.nan)}, "no usable mu and sigma"),
-        ({"sigma": np.eye(3)}, "no usable mu and sigma"),
         ({"mu": None}, "no usable mu and sigma"),
-        ({"images": "many"}, "no usable mu and sigma"),
     ],
-    ids=["features", "no features", "size", "nan", "shape", "missing", "count"],
+    ids=["features", "no features", "size", "nan", "missing"],
 )
 def test_statistics_that_do_not_fit_are_refused(npz, change, message):
     with pytest.raises(neon.UserError, match=message):
@@ -237,6 +227,15 @@ def test_features_that_are_not_finite_are_refused(real):
 
 
 # -------------------- precision and recall
+
+
+def with_features(real, name="flat"):
+    return neon.judges.Reference(None, real, {"features": name}, "")
+
+
+def shares(real, fake):
+    """Precision and recall."""
+    return neon.judges.precision_recall(with_features(real), fake)
 
 
 @pytest.fixture
@@ -259,55 +258,23 @@ def inside(points, manifold, k):
     return hits / len(points)
 
 
-@pytest.mark.parametrize("k", [1, 3, 5])
-def test_precision_and_recall_use_the_kth_other_neighbour(clouds, k):
+@pytest.mark.parametrize("k", [3, 5])
+def test_precision_and_recall_use_the_kth_other_neighbour(clouds, monkeypatch, k):
     real, fake = clouds
-    found = neon.judges.precision_recall(real, fake, k)
+    if k != 5:  # what is published
+        monkeypatch.setattr(neon.judges, "NEIGHBOURS", k)
+    found = shares(real, fake)
     assert found == (inside(fake, real, k), inside(real, fake, k)) and found[0] != found[1]
-
-
-def test_precision_and_recall_use_five_neighbours(clouds):
-    found = [neon.judges.precision_recall(*clouds, **how) for how in ({}, {"k": 5}, {"k": 4})]
-    assert found[0] == found[1] != found[2]
-
-
-def test_precision_and_recall_of_points_far_away(clouds):
-    real, _ = clouds
-    assert neon.judges.precision_recall(real, real + 100) == (0, 0)
-    assert neon.judges.precision_recall(real, real) == (1, 1)
-
-
-def test_a_few_modes_have_precision_and_no_recall(clouds, generator):
-    real, _ = clouds
-    few = real[:6].repeat(10, 1) + 1e-4 * torch.randn(60, 4, generator=generator)
-    precision, recall = neon.judges.precision_recall(real, few)
-    assert precision == 1 and recall < 0.6
 
 
 def test_precision_and_recall_take_at_most_so_many_images(clouds, monkeypatch):
     real, fake = clouds
-    want = neon.judges.precision_recall(real[:30], fake[:30], 3)
+    want = shares(real[:30], fake[:30])
     monkeypatch.setattr(neon.judges, "MOST", 30)
-    assert neon.judges.precision_recall(real, fake, 3) == want
-
-
-def test_radii_of_a_reference_are_those_of_five_neighbours(real, clouds):
-    reference = neon.Judge(Flat(), real).final
-    x = reference.real.double().numpy()
-    want = [sorted(np.linalg.norm(x - row, axis=1))[5] for row in x]
-    np.testing.assert_allclose(reference.radii, want, rtol=1e-9)
-    assert reference.radii is reference.radii  # computed once
-
-    fake = Flat()(random_images(90, 7))
-    known = neon.judges.precision_recall(reference.real, fake, real_radii=reference.radii)
-    assert known == neon.judges.precision_recall(reference.real, fake)
+    assert shares(real, fake) == want
 
 
 # -------------------- kernel distance
-
-
-def with_features(real, name="flat"):
-    return neon.judges.Reference(None, real, {"features": name}, "")
 
 
 def naive_kernel_distance(real, fake, unit=None):
@@ -379,11 +346,11 @@ def test_statistics_alone_have_no_folds(real):
 def test_kernel_distance_of_equal_distributions_is_zero_on_average():
     torch.manual_seed(0)
     values = []
-    for _ in range(200):
+    for _ in range(40):
         real, fake = torch.randn(60, 4), torch.randn(40, 4)
         values.append(neon.judges.kernel_distance(with_features(real), fake)[0])
     error = np.std(values) / len(values) ** 0.5
-    assert abs(np.mean(values)) < 4 * error  # the biased estimate is 13 errors away
+    assert abs(np.mean(values)) < 4 * error  # the biased estimate is 6 errors away
 
 
 def test_kernel_distance_takes_at_most_so_many_images(monkeypatch):
@@ -445,29 +412,21 @@ def test_joined_features_decide_their_parts_follow_and_the_others_are_unseen(rea
     assert torch.equal(judges[0].selection.real, joint(real.selection.images))
 
 
-def test_own_features_of_a_model_see_four_training_images(real, tmp_path):
-    seen = []
+@pytest.mark.parametrize("images", ["real", "none"])
+def test_own_features_of_a_model_see_four_images(real, tmp_path, npz, images):
+    """Of the training part or, where nothing is real, the start check's."""
+    seen, example = [], random_images(4, 9)
 
-    def own_features(example):
-        seen.append(example)
+    def own_features(images):
+        seen.append(images)
         return Flat()
 
     model = SimpleNamespace(own_features=own_features)
-    neon.judges.build_judges(config(tmp_path), CIFAR, model, real, CPU)
-    assert torch.equal(seen[0], real.training.images[:4])
-
-
-def test_own_features_of_a_model_see_the_example_where_nothing_is_real(tmp_path, npz):
-    example, seen = random_images(4, 9), []
-
-    def own_features(example):
-        seen.append(example)
-        return Flat()
-
-    model = SimpleNamespace(own_features=own_features)
-    c = config(tmp_path, ref=str(npz()))
-    (judge,) = neon.judges.build_judges(c, CIFAR, model, None, CPU, example)
-    assert seen[0] is example and judge.facts["images"] == 900
+    c, real = config(tmp_path), real
+    if images == "none":
+        c, real = config(tmp_path, ref=str(npz())), None
+    neon.judges.build_judges(c, CIFAR, model, real, CPU, example)
+    assert torch.equal(seen[0], example if real is None else real.training.images[:4])
 
 
 def test_preset_decides_where_the_model_has_no_features(real, tmp_path):
@@ -507,19 +466,11 @@ def test_two_feature_networks_of_one_name_are_refused(real, tmp_path, option):
         build(c, real, neon.pixels(real.training.images))
 
 
-def test_pixels_are_fitted_on_the_training_part(real, tmp_path):
-    found = neon.judges.feature_network("pixels", config(tmp_path), CIFAR, real)
-    assert found.identity == neon.pixels(real.training.images).identity
-
-
-def test_random_convolutions_take_the_channels_of_the_images(real, tmp_path):
-    found = neon.judges.feature_network("random-conv", config(tmp_path), CIFAR, real)
-    assert found.identity == neon.random_conv(1).identity
-
-
-def test_file_is_a_judge(real, tmp_path):
-    judges = build(config(tmp_path, judge=(judge_file(tmp_path),)), real)
-    assert [judge.name for judge in judges] == ["flat", "mine-3"]
+def test_pixels_are_fitted_on_the_training_part_and_convolutions_take_its_channels(real, tmp_path):
+    want = {"pixels": neon.pixels(real.training.images), "random-conv": neon.random_conv(1)}
+    for name, features in want.items():
+        found = neon.judges.feature_network(name, config(tmp_path), CIFAR, real)
+        assert found.identity == features.identity
 
 
 DETACHED = "return x.detach().flatten(1)[:, :3].float()"
@@ -559,12 +510,8 @@ def test_other_networks_need_no_gradient(real, tmp_path, body, options):
 @pytest.mark.parametrize("option", ["--judge", "--select-with"])
 @pytest.mark.parametrize(
     "text, message",
-    [
-        (None, "mine.py is no file"),
-        ("x = 1", "lacks features"),
-        ("def features(:", "cannot be imported: line 1"),
-    ],
-    ids=["missing", "no features", "syntax"],
+    [(None, "mine.py is no file"), ("x = 1", "lacks features")],
+    ids=["missing", "no features"],
 )
 def test_files_are_checked_before_anything_is_trained(real, tmp_path, option, text, message):
     path = tmp_path / "mine.py"
@@ -638,30 +585,3 @@ def test_cifar10_statistics_are_for_cifar10_networks_or_asked_for(options, sourc
     found, origin = neon.judges.reference_source(c, preset_of(c))
     assert found == source
     assert origin == (CIFAR.origin if source == CIFAR.statistics else "")
-
-
-# -------------------- keys
-
-KEYS = {
-    "design_key": {"design": "a", "weights": "b"},
-    "joint_key": {"parts": ["a", "b"], "images": torch.zeros(2, 3)},
-    "classifier_key": {"design": "a", "seed": 0, "stream": 3, "images": 10, "epochs": 2},
-    "reference_key": {"mean": torch.zeros(2), "cov": torch.eye(2), "count": 9, "real": None},
-    "judge_key": {"features": "a", "reference": "b"},
-}
-
-
-def another(value):
-    if isinstance(value, torch.Tensor):
-        return value + 1
-    return {str: "c", int: 77, list: ["b", "a"], type(None): torch.ones(2, 2)}[type(value)]
-
-
-@pytest.mark.parametrize(
-    "name, changed", [(name, key) for name, inputs in KEYS.items() for key in inputs], ids=str
-)
-def test_every_input_of_a_key_is_in_it(name, changed):
-    make, inputs = getattr(neon.keys, name), KEYS[name]
-    assert set(inspect.signature(make).parameters) == set(inputs)
-    assert make(**inputs) == make(**inputs)
-    assert make(**inputs | {changed: another(inputs[changed])}) != make(**inputs)

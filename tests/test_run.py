@@ -97,14 +97,14 @@ def test_repaired_network_is_the_same_in_both_forms(small_run):
     assert all(torch.equal(merged[name], exported[name]) for name in merged)
 
 
-@pytest.mark.parametrize("name", ["scores.png", "grid_000001.png", "samples_000001.png"])
-def test_pictures(small_run, name):
-    assert (small_run[0] / name).read_bytes().startswith(b"\x89PNG")
+def test_report_has_samples_and_figures(small_run):
+    text = (small_run[0] / "report.html").read_text()
+    assert text.count("<img ") == len(MODELS) and text.count("<svg ") >= 5
 
 
 def test_table_is_printed_with_the_presets_score(small_run, summary):
     out, printed = small_run
-    assert (out / "table.md").read_text().strip() in printed
+    assert f"Report: {out / 'report.html'}" in printed
     assert summary["score"] in printed and "FID" not in printed
 
 

@@ -134,8 +134,8 @@ def test_without_a_final_precision_final_scores_use_the_selections(tmp_path):
 
 def test_precision_and_recall_are_of_the_images_that_were_scored(scorer):
     score = scorer.score(BEST, shares=True)
-    (found,) = scorer.features(BEST, SELECTION, [scorer.judge])
-    want = neon.judges.precision_recall(scorer.judge.selection.real, found)
+    ((found, _),) = scorer.features(BEST, SELECTION, [scorer.judge])
+    want = neon.judges.precision_recall(scorer.judge.selection, found)
     assert (score.precision, score.recall) == want
 
 

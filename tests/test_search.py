@@ -579,7 +579,7 @@ def test_state_holds_every_points_weights_distance_and_slopes(tmp_path, state):
         assert distance == want and slopes == gradient.tolist()
 
 
-def test_infinite_distance_is_null(tmp_path, monkeypatch):
+def test_nan_as_distance_is_null(tmp_path, monkeypatch):
     gradient_search(tmp_path, monkeypatch, lambda w: (math.inf, np.ones(3)))
     (path,) = tmp_path.glob("search-*.json")
     assert json.loads(path.read_text()) == [[weights(0.5, 0.5, 0.5), None, [1.0, 1.0, 1.0]]]
@@ -627,6 +627,16 @@ def text_of_a_distance(points):
     return points
 
 
+def nan_as_slope(points):
+    points[1][2][1] = math.nan
+    return points
+
+
+def nan_as_distance(points):
+    points[0][1] = math.nan
+    return points
+
+
 def no_slopes(points):
     del points[1][2]
     return points
@@ -634,8 +644,17 @@ def no_slopes(points):
 
 @pytest.mark.parametrize(
     "change",
-    [other_blocks, fewer_slopes, text_of_a_slope, text_of_a_distance, no_slopes, lambda points: 3],
-    ids=["blocks", "fewer slopes", "text", "text of a distance", "no slopes", "number"],
+    [
+        other_blocks,
+        fewer_slopes,
+        text_of_a_slope,
+        text_of_a_distance,
+        nan_as_slope,
+        nan_as_distance,
+        no_slopes,
+        lambda points: 3,
+    ],
+    ids=lambda change: change.__name__,
 )
 def test_state_of_another_form_is_refused(tmp_path, monkeypatch, state, change):
     state.write_text(json.dumps(change(json.loads(state.read_text()))))

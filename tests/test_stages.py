@@ -23,9 +23,9 @@ MODELS = ["base", "collapsed", "global", "blockwise", "searched"]
 
 @contextlib.contextmanager
 def no_pictures():
-    """They take most of the time."""
+    """Figures take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        replace(patch, "plot_report", lambda figures, out: None)
+        replace(patch, "drawn", lambda *args: None)
         yield
 
 
@@ -163,11 +163,19 @@ def test_synthetic_set_is_trained_on_not_the_real_one(toy_run):
 
 
 def test_pictures_of_every_snapshot(toy_run):
-    names = {path.name for path in toy_run.glob("*.png")}
-    assert names == {
-        "scores.png",
-        *(f"{kind}_{kimg:06d}.png" for kind in ("grid", "samples", "judges") for kimg in (1, 2)),
-    }
+    text = (toy_run / "report.html").read_text()
+    for number in ("1", "2"):
+        assert text.count(f'name="view-{number}"') == 1 + len(MODELS)
+    assert text.count('<img src="data:image/png;base64,') == 2 * len(MODELS)
+
+
+def test_search_and_its_seconds_are_in_the_summary(toy_run, toy_entries):
+    for entry in toy_entries:
+        tried = [(row["w"], row["fd"]) for row in entry["search"]]
+        assert tried[0][0] == dict.fromkeys(entry["blocks"], entry["global"]["w_global"])
+        assert (entry["searched"]["w"], entry["searched"]["fd"]) in tried
+    seconds = json.loads((toy_run / "summary.json").read_text())["seconds"]
+    assert {"base", "global weights", "grid", "search", "final comparison"} <= set(seconds)
 
 
 def test_toy_run_again_takes_no_score(toy_run, monkeypatch):
@@ -192,7 +200,7 @@ STAGES = [
     (None, "guided", 1, "controls"),
     (None, "export_best", 1, "repaired network"),
     (None, "write_report", 0, "report"),
-    (None, "plot_report", 0, "pictures"),
+    (None, "drawn", 3, "figures"),
 ]
 
 
@@ -236,8 +244,7 @@ def test_killed_run_ends_with_code_130(killed, stage):
 
 def test_killed_run_ends_with_the_same_files(killed, toy_run):
     ours, theirs = (
-        {path.relative_to(out) for path in out.rglob("*.*") if path.suffix != ".png"}
-        for out in (killed[0], toy_run)
+        {path.relative_to(out) for path in out.rglob("*.*")} for out in (killed[0], toy_run)
     )
     assert ours == theirs
 
