@@ -603,10 +603,10 @@ STUDY = {
     "placebo": 2,
     "search": "cobyqa",
     "search_partition": "layers",
-    "evaluations": 20,
+    "evaluations": 14,
     "judge": ("pixels", "random-conv"),
 }
-EVEN = [round(0.5 + 0.5 * k / 19, 4) for k in range(20)]  # as many as the search has evaluations
+EVEN = [round(0.5 + 0.5 * k / 13, 4) for k in range(14)]  # as many as the search has evaluations
 SWEEP = [-1.0, -0.5, 0.0, *EVEN, 2.0]
 GRID = [weights(*v) for v in itertools.product((0.5, 1.0), (0.5, 1.0), (0.5, 1.0, 1.75))]
 
