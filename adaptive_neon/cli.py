@@ -30,6 +30,7 @@ from .study import (
     block_names,
     blocks_of,
     check_grid,
+    check_primary,
     experiment,
     global_weights,
     grid_points,
@@ -65,6 +66,7 @@ def study_one(c, preset, argv, processes, begin) -> dict | None:
     sampler = Sampler(setup.model, net, c.steps, c.sample_batch, c.labels, processes)
     cost = Cost.of(setup, net, sampler)
     remark = check_grid(c, cost.blocks)
+    check_primary(c, cost.blocks)
     if remark and processes.rank == 0:
         print(remark)
     if c.plan:
@@ -118,12 +120,14 @@ class Cost:
         seconds, compilation = sampler.seconds_per_image(c.precision)
         blocks = block_names(c.partition, setup.model, net)
         weights = len(global_weights(c, blocks))
-        scores = weights + 2 * (weights - 2) * ("guided" in c.controls)  # two network calls each
+        own = setup.model.controls.values() if "own" in c.controls else []
+        scores = weights + sum(len(tried) for tried in own)
+        scores += 2 * (weights - 2) * ("guided" in c.controls)  # two network calls each
         scores += grid_points(c, blocks) * (1 + c.placebo)
         if c.search:
             # A gradient costs about as much as five scores, and its point is scored too.
             scores += c.evaluations * {"cobyqa": 1, "gradient": 6}[c.search]
-        finals = 4 + bool(c.search) + c.placebo + bool(c.continue_on_data)
+        finals = 4 + bool(c.search) + c.placebo + bool(c.continue_on_data) + len(own)
         finals += 2 * ("steps" in c.controls) + 2 * ("guided" in c.controls)
         if "guidance" in c.controls and getattr(setup.model, "guidance", 1) > 1:
             scores, finals = scores + len(GUIDANCES) + 1, finals + 2
@@ -277,6 +281,11 @@ def parse(argv: list[str], presets: Mapping[str, Preset], doc: str) -> Config:
         c = dataclasses.replace(
             c, base=preset.bases.get(c.base or next(iter(preset.bases)), c.base)
         )
+
+    if c.model or is_pipeline(c.base):
+        if given.get("s_churn"):
+            raise UserError("--s-churn is for EDM's networks: leave it out")
+        c = dataclasses.replace(c, s_churn=0.0)  # of the preset
 
     if c.device == "cpu" and c.precision == "tf32":
         c = dataclasses.replace(c, precision="fp32")

@@ -55,7 +55,7 @@ class Preset:
 # -------------------- kinds of options
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 PARTITIONS = "paper, structural, layers"
-CONTROLS = ("steps", "guided", "guidance")
+CONTROLS = ("steps", "guided", "guidance", "own")
 MOST_VALUES = 10_000  # of a sweep
 
 
@@ -194,6 +194,10 @@ class Config:
     # Sampling
     steps: int = count(18, "sampler steps", high=10_000)
     labels: str = option("balanced", "equal shares or EDM's draws", choices=("balanced", "random"))
+    s_churn: float = amount(0.0, "noise added while sampling, of EDM's networks; 0: none")
+    s_min: float = amount(0.0, "not at noise levels below")
+    s_max: float = amount(80.0, "not at noise levels above; all begin at 80")
+    s_noise: float = amount(1.0, "its standard deviation")
     guidance: float = option(
         None, "classifier-free, of pipelines (default: their own); 1: none", float, low=1, high=1e3
     )
@@ -236,10 +240,15 @@ class Config:
     search_partition: str = option("", "of the search, default --partition", read_partition)
     evaluations: int = count(12, "of the search: scores, or gradients")
     bounds: tuple = weights(BOUNDS, "of the search, low,high")
+    primary: str = option(
+        "",
+        "claim that is asked first, MODEL or MODEL against OTHER, default what was searched, else "
+        "blockwise, against global",
+    )
     controls: tuple = option(
         CONTROLS,
         "by commas: steps (twice as many), guided (outputs step back), guidance (the base with "
-        "more or less), none",
+        "more or less), own (of --model), none",
         controls,
     )
     continue_on_data: float = option(

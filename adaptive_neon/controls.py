@@ -14,9 +14,13 @@ from torch import nn
 
 from .blocks import Merger, copied
 from .processes import Diverged
-from .sampling import Sampler
+from .sampling import Model, Sampler
 from .scores import Scorer
 from .search import choose
+
+TWICE = "base, twice the steps"
+GUIDED = "guided"
+TRAINED_ON = "base, trained on"
 
 
 def with_steps(scorer: Scorer, steps: int) -> Scorer:
@@ -25,6 +29,34 @@ def with_steps(scorer: Scorer, steps: int) -> Scorer:
     other.sampler = copy.copy(scorer.sampler)
     other.sampler.steps = steps
     return other
+
+
+def with_settings(scorer: Scorer) -> Scorer:
+    """Scores of the base whose sample() has other settings, which stand in the place of weights."""
+    other = copy.copy(scorer)
+    other.sampler = copy.copy(scorer.sampler)
+    other.sampler.model = copy.copy(scorer.sampler.model)
+    other.merger = Settings(scorer.merger, other.sampler.model)
+    return other
+
+
+class Settings(Merger):
+    """The base, and settings of its sampler."""
+
+    def __init__(self, merger: Merger, model: Model):
+        vars(self).update(vars(merger))
+        self.plain, self.model = merger, model
+
+    def weights(self, w):
+        return w
+
+    def parameter_weights(self, w):
+        """No parameter moves: other keys than those of merged networks."""
+        return {f"sample({name})": value for name, value in w.items()}
+
+    def set(self, w):
+        self.model.settings = w
+        return self.plain.set(0.0)
 
 
 def guided(scorer: Scorer) -> Scorer | None:

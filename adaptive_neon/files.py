@@ -3,24 +3,18 @@
 import contextlib
 import errno
 import hashlib
-import http.client
 import json
 import os
-import pickle
 import re
 import shutil
 import socket
-import struct
 import sys
 import tempfile
-import tokenize
 import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import safetensors.torch
 import torch
 
@@ -36,27 +30,9 @@ class Refused(ValueError):
     """What is wrong with a file, in words for its owner; reading() adds which file it is."""
 
 
-# What libraries raise for files that are not as they should be. NameError, AttributeError and
-# AssertionError are faults of this program and stay tracebacks.
-FILE_ERRORS = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    EOFError,
-    MemoryError,
-    RuntimeError,  # torch, nesting, encrypted zip entries
-    SyntaxError,  # PIL, for a broken PNG
-    pickle.PickleError,
-    struct.error,
-    tokenize.TokenError,  # numpy, for the header of an array
-    zipfile.BadZipFile,
-    zlib.error,
-    http.client.HTTPException,
-    safetensors.SafetensorError,
-    PIL.Image.DecompressionBombError,
-)
+# What reading() passes on as it is: faults of this program stay tracebacks. Whatever else a library
+# raises comes from a file that is not as it should be.
+OURS = (UserError, NameError, AttributeError, AssertionError, ImportError)
 
 
 def escaped(text: str) -> str:
@@ -126,7 +102,9 @@ def reading(what):
     """Whatever is wrong with a file ends in one line that begins with `what`; the cause is kept."""
     try:
         yield
-    except FILE_ERRORS as error:
+    except OURS:
+        raise
+    except Exception as error:
         raise UserError(f"{what} ({reason_of(error)})") from error
 
 
@@ -270,17 +248,11 @@ def download(url, sha256_start, check, part):
             raise Refused(f"what came is {came}: {reason}") from error
 
 
-def fetch(
-    source,
-    what,
-    sha256_start="",
-    check=None,
-    advice="check the address, or put the file at {target}; --preset glyphs needs no download",
-):
+def fetch(source, what, sha256_start="", check=None):
     """A path as it is; a URL's file from the cache, one download at a time.
 
     sha256_start: first hexadecimal digits of the file's SHA-256. check(path) raises if the file is
-    not what was asked for; then it is not kept. UserError: what came instead, and the advice."""
+    not what was asked for; then it is not kept. UserError: what came instead, and what to do."""
     if not re.match("https?://", source, re.IGNORECASE):
         with reading(f"{what} {source} cannot be read"):
             if not Path(source).exists():
@@ -290,7 +262,8 @@ def fetch(
     with reading(f"there is no place to keep {what}"):
         target = cache_path(source)
     shown = printable(source, 300)
-    with reading(f"cannot download {what} from {shown}: {advice.format(target=target)}"):
+    advice = f"check the address, or put the file at {target}; --preset glyphs needs no download"
+    with reading(f"cannot download {what} from {shown}: {advice}"):
         if not target.exists():  # a cache that is complete may be read-only
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(target.parent / "lock", "a") as file:
@@ -299,11 +272,9 @@ def fetch(
                     remove_orphans(target.parent)
                 if not target.exists():  # no other process was faster
                     write_atomically(target, partial(download, source, sha256_start, check))
-    with reading(f"{what} {target} cannot be read"):
-        if not file_hash(target).startswith(sha256_start[:16]):
-            raise UserError(
-                f"{what} {target} is damaged (SHA-256 is not {sha256_start}...): delete it"
-            )
+
+    if sha256_start and not file_hash(target).startswith(sha256_start[:16]):
+        raise UserError(f"{what} {target} is damaged (SHA-256 is not {sha256_start}...): delete it")
     return target
 
 
@@ -348,7 +319,7 @@ def save_state(path: Path, tensors: dict, facts: dict) -> None:
 def load_state(path: Path) -> tuple[dict, dict]:
     """({name: tensor}, facts) as save_state() wrote them; use it inside reading().
 
-    Refused, or another of FILE_ERRORS: the file is not of save_state(), or damaged."""
+    Refused, or what a library raises: the file is not of save_state(), or damaged."""
     if not is_safetensors(path):
         raise Refused(f"it is no .safetensors, or its header has more than {MOST_HEADER} bytes")
     with safetensors.safe_open(path, "pt") as file:

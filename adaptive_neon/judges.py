@@ -21,6 +21,7 @@ from .features import (
 from .files import UserError, fetch, read_moments, reading
 from .images import RealData, RealImages
 from .keys import judge_key, reference_key
+from .memorisation import Memory, memory_of
 from .sampling import allow_tf32
 from .stats import FOLDS
 from .userfile import JudgeFile
@@ -107,6 +108,8 @@ class Judge:
 
     features: see features.py; is_part: of the joint features that the selection saw."""
 
+    memory: Memory | None = None  # see remember()
+
     def __init__(self, features, real: RealData, device: str = "cpu", is_part: bool = False):
         self.features = on_device(features, device)
         self.is_part = is_part
@@ -139,9 +142,18 @@ class Judge:
         """The one that scores of this SeedSet are distances to."""
         return self.final if seeds.is_final else self.selection
 
+    def remember(self, training: RealImages, device: str = "cpu") -> None:
+        """Measure memorisation of these images, which the base was trained on, in the final
+        comparison: against as many images of the final part."""
+        trained = features_of_images(training.images[:MOST], self.features, device)
+        self.memory = memory_of(trained, self.final.real)
+
     def identity(self, seeds) -> str:
         reference = self.reference(seeds)
-        return judge_key(features=self.features.identity, reference=reference.identity)
+        memory = self.memory.identity if self.memory is not None and seeds.is_final else ""
+        return judge_key(
+            features=self.features.identity, reference=reference.identity, memory=memory
+        )
 
     @property
     def name(self) -> str:
@@ -154,6 +166,8 @@ class Judge:
         facts = self.final.facts | getattr(self.features, "facts", {})
         if self.selection is not self.final:
             facts["selection"] = self.selection.facts
+        if self.memory is not None:
+            facts["memorisation_fresh"] = self.memory.share(self.selection.real)
         return facts
 
     def floor(self, images: int) -> dict:
@@ -289,7 +303,13 @@ def build_judges(c, preset, model, real: RealData | None, processes, example=Non
             joint = JointFeatures(selecting, real.training.images, c.device)
             judges = [Judge(joint, real, c.device)]
             judges += [Judge(part, real, c.device, is_part=True) for part in selecting]
-        return judges + [Judge(features, real, c.device) for features in unseen]
+        judges += [Judge(features, real, c.device) for features in unseen]
+
+        # Only of a base that is trained here is it known which images it has seen.
+        if real is not None and c.train_base:
+            for judge in judges:
+                judge.remember(real.training, c.device)
+        return judges
 
     return processes.one_by_one(build)
 

@@ -158,9 +158,15 @@ def reference_key(
     return key_of(tensor_hash(mean), tensor_hash(cov), count, features)
 
 
-def judge_key(*, features: str, reference: str) -> str:
-    """A feature network and the real images seen through it, by their identities."""
-    return key_of(features, reference)
+def judge_key(*, features: str, reference: str, memory: str = "") -> str:
+    """A feature network and the real images seen through it, by their identities. memory: of the
+    images whose memorisation is measured, if any."""
+    return key_of(features, reference, *filter(None, [memory]))
+
+
+def memory_key(*, trained: torch.Tensor, unseen: torch.Tensor) -> str:
+    """Features [N, D] of images that the base was trained on, and of others."""
+    return key_of(tensor_hash(trained), tensor_hash(unseen))
 
 
 def part_key(*, name: str, constants: dict, inputs: tuple) -> str:

@@ -204,8 +204,7 @@ def without_snapshot(rows) -> list[dict]:
 def figures_of(entry, score) -> list[Figure]:
     """What was measured, drawn."""
     figures = []
-    strongest = (entry.get("strongest_control") or {}).get("against")
-    for against in dict.fromkeys(("base", "global", strongest)):
+    for against in dict.fromkeys(("base", "global", entry.get("strongest_control"))):
         if any(claim["against"] == against for claim in claims_in_order(entry)):
             title = f"Against {against}, in every judge; filled where the verdict holds"
             figures.append(drawn(title, plot_judges, entry, score, against))
@@ -222,14 +221,14 @@ def figures_of(entry, score) -> list[Figure]:
 
 
 def headline_claims(entry) -> list[dict]:
-    """The model of the primary claim against the base; the primary claim; the strongest control."""
+    """The model of the primary claim against the base, the claim's other model, the strongest
+    control."""
     primary = claims_in_order(entry)[0]
-    pairs = [(primary["model"], "base"), (primary["model"], primary["against"])]
-    strongest = entry.get("strongest_control") or {}
-    pairs.append((strongest.get("model"), strongest.get("against")))
     found = []
-    for pair in dict.fromkeys(pairs):
-        found += [claim for claim in entry["claims"] if (claim["model"], claim["against"]) == pair]
+    for other in dict.fromkeys(("base", primary["against"], entry.get("strongest_control"))):
+        for claim in entry["claims"]:
+            if (claim["model"], claim["against"]) == (primary["model"], other):
+                found.append(claim)
     return found
 
 

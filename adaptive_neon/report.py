@@ -16,7 +16,7 @@ import torch
 from .extension import neon_ext
 from .files import escaped, printable, write_atomically
 from .judges import NEIGHBOURS
-from .verdicts import cases_text, mean_and_interval, number, verdict_text
+from .verdicts import cases_text, mean_and_interval, number, sentence_case, verdict_text
 
 # -------------------- cells
 
@@ -171,9 +171,8 @@ def claims_in_order(entry) -> list[dict]:
 
 
 def headline(entry) -> str:
-    """What came out, in a sentence or two."""
-    text = entry.get("headline") or claims_in_order(entry)[0]["sentence"]
-    return text if text.endswith(".") else f"{text}."
+    """What it comes to; of a summary without it, the primary claim."""
+    return entry.get("headline") or sentence_case(claims_in_order(entry)[0]["sentence"]) + "."
 
 
 def entry_notes(entry) -> list[str]:
@@ -208,6 +207,17 @@ def reference_notes(summary) -> list[str]:
         notes.append(
             "Every verdict is in the features that the weights were selected with: --judge adds "
             "others."
+        )
+    if summary["config"].get("data") and not any("dinov2" in name for name in summary["judges"]):
+        notes.append(
+            "A judge that knows natural images: --judge examples/dinov2_features.py (DINOv2, whose "
+            "weights are downloaded once)."
+        )
+    if "memorisation_fresh" in reference:
+        notes.append(
+            "Memorisation: share of samples whose nearest real image is one that the base was "
+            "trained on, of as many of either kind; of real images that nothing was trained on "
+            f"{reference['memorisation_fresh']:.3f}."
         )
     if any("precision" in f for entry in summary["snapshots"] for f in entry["final"].values()):
         notes.append(
@@ -341,13 +351,11 @@ def write_seeds_tables(summary, out) -> str:
 
 
 def seeds_headlines(summary) -> list[str]:
-    """What the primary claim of every snapshot came to."""
-    several, found = len(summary["kimg"]) > 1, []
-    for claim in summary["over_seeds"]:
-        if claim["primary"]:
-            start = f"{claim['kimg']:g} kimg: " * several
-            found.append(f"{start}{len(summary['seeds'])} training seeds: {claim['sentence']}.")
-    return found
+    """What every snapshot comes to."""
+    if len(summary["kimg"]) == 1:
+        return summary["headlines"]
+    told = zip(summary["kimg"], summary["headlines"], strict=True)
+    return [f"{kimg:g} kimg: {headline}" for kimg, headline in told]
 
 
 # -------------------- files, then the terminal

@@ -42,6 +42,7 @@ class Score:
     corrected: float | None = None  # the distance without its bias, on final seeds
     real_folds: list | None = None  # the distance without each of FOLDS folds of the real images
     kernel_real_folds: list | None = None
+    memorisation: float | None = None  # share closer to a training image, on final seeds
     alignment: float | None = None  # mean adherence to what was asked for; higher is better
     alignment_folds: list | None = None
 
@@ -80,7 +81,7 @@ class Score:
         numbers = [row["fd"], row["seconds"], *row["folds"], *row["w"].values()]
         if row["precision"] is not None:
             numbers += [row["precision"], row["recall"]]
-        for key in ("kernel", "corrected", "alignment"):
+        for key in ("kernel", "corrected", "memorisation", "alignment"):
             if row.get(key) is not None:
                 numbers.append(row[key])
         for key in ("kernel_folds", "real_folds", "kernel_real_folds", "alignment_folds"):
@@ -324,7 +325,7 @@ class Scorer:
         """Score of features [N, D], None where the sampler diverged."""
         fd, folds = math.inf, [math.inf] * FOLDS
         precision = recall = corrected = real_folds = None
-        kernel = kernel_folds = kernel_real_folds = None
+        kernel = kernel_folds = kernel_real_folds = memorisation = None
         reference = judge.reference(seeds)
         if features is not None:
             fd, folds = reference.prepared.fold_distances(features, FOLDS)
@@ -336,6 +337,8 @@ class Scorer:
         if features is not None and seeds.is_final:
             real_folds = distances_without_real(reference, features)
             corrected = without_bias(fd, folds, real_folds)
+            if judge.memory is not None:
+                memorisation = judge.memory.share(features)
         return Score(
             snapshot=self.snapshot,
             w=w,
@@ -354,4 +357,5 @@ class Scorer:
             corrected=corrected,
             real_folds=real_folds,
             kernel_real_folds=kernel_real_folds,
+            memorisation=memorisation,
         )

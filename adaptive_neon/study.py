@@ -11,7 +11,15 @@ from torch import nn
 
 from .blocks import Blocks, Merger, block_order, partition, placebo_partitions
 from .config import Config
-from .controls import guidance_controls, guided, with_steps
+from .controls import (
+    GUIDED,
+    TRAINED_ON,
+    TWICE,
+    guidance_controls,
+    guided,
+    with_settings,
+    with_steps,
+)
 from .files import UserError, write_atomically
 from .judges import Judge, build_judges
 from .processes import Diverged
@@ -20,7 +28,15 @@ from .scores import Score, ScoreLog, Scorer
 from .search import SEARCHES, choose, grid, grid_size, sweep
 from .stages import Setup, continued_base, self_trained, trained_base
 from .stats import compare, fd_interval
-from .verdicts import claims_of, final_comparison, warnings_of
+from .verdicts import (
+    claims_of,
+    final_comparison,
+    headline,
+    pairs_of,
+    primary_pair,
+    strongest_control,
+    warnings_of,
+)
 
 MAX_POINTS = 10_000  # of a grid, without --yes
 MAX_POINTS_BESIDE_SEARCH = 100  # of a grid that runs in addition to a search
@@ -214,22 +230,48 @@ def check_grid(c: Config, blocks: list[str]) -> str:
     return ""
 
 
+def check_primary(c: Config, blocks: list[str]) -> None:
+    """Refuse a --primary that this run does not compare."""
+    models = ["base", "collapsed", "global"]
+    if grid_points(c, blocks):
+        models.append("blockwise")
+    if c.search:
+        models.append("searched")
+    if "steps" in c.controls:
+        models.append(TWICE)
+    if "guided" in c.controls:
+        models.append(GUIDED)
+    if c.continue_on_data:
+        models.append(TRAINED_ON)
+    models += [f"random blocks {k}" for k in range(1, c.placebo + 1)]
+
+    pairs = pairs_of(models)
+    if primary_pair(models, c.primary) not in pairs:
+        claims = ", ".join(f"'{model} against {other}'" for model, other in pairs)
+        raise UserError(f"--primary '{c.primary}' is no claim of this run, which has {claims}")
+
+
 # -------------------- controls
 def controls_of(setup: Setup, scorer: Scorer, values: set[float]) -> dict[str, Candidate]:
-    """The base with twice the steps, the guided network at its best weight of `values`, and on
-    request the base trained on real images for as long as the self-training."""
+    """The base with twice the steps, the guided network at its best weight of `values`, the base
+    at the best of each of the model's own settings, and on request the base trained on real images
+    for as long as the self-training."""
     c = setup.c
     found = {}
     if "steps" in c.controls:
         doubled = with_steps(scorer, 2 * c.steps)
-        found["base, twice the steps"] = Candidate(scorer.merger.weights(0), None, doubled)
+        found[TWICE] = Candidate(scorer.merger.weights(0), None, doubled)
     if "guided" in c.controls:
         guide = guided(scorer)
         if guide is not None:
             tried = guide.score_all(sorted(values - {-1.0, 0.0}), "guided")
-            found["guided"] = Candidate.of(choose(tried), guide)
+            found[GUIDED] = Candidate.of(choose(tried), guide)
         elif setup.processes.rank == 0:
             print("no guided control: the sampler calls parts of the network, not the network")
+    if "own" in c.controls:
+        for name, settings in setup.model.controls.items():
+            other = with_settings(scorer)
+            found[f"base, {name}"] = Candidate.of(choose(other.score_all(settings, name)), other)
     if c.continue_on_data:
         kimg = scorer.snapshot if c.continue_on_data < 0 else c.continue_on_data
         further = continued_base(setup, scorer.merger.base, kimg)
@@ -244,7 +286,7 @@ def controls_of(setup: Setup, scorer: Scorer, values: set[float]) -> dict[str, C
             c.confirm_precision,
             scorer.snapshot,
         )
-        found["base, trained on"] = Candidate(merger.weights(-1), None, other)
+        found[TRAINED_ON] = Candidate(merger.weights(-1), None, other)
     return found
 
 
@@ -266,6 +308,7 @@ class Entry:
     parts: dict  # {part of the selection's joint features: facts, score, final_comparison()}
     judges: dict  # {judge that no selection saw: the same}
     claims: list  # [Claim]
+    headline: str  # what it all comes to
     samples: dict  # {model: uint8 [N, C, H, W]}, from the same noise
 
     @classmethod
@@ -298,6 +341,7 @@ class Entry:
                 "score": judge.features.score,
                 "final": final_comparison(found),
             }
+        claims = claims_of(finals, c.primary)
         return cls(
             kimg=scorer.snapshot,
             blocks=scorer.merger.table(),
@@ -309,7 +353,8 @@ class Entry:
             warnings=warnings,
             parts=parts,
             judges=judges,
-            claims=claims_of(finals),
+            claims=claims,
+            headline=headline(claims, final, best_of(models)),
             samples={},
         )
 
@@ -341,6 +386,8 @@ class Entry:
             "parts": self.parts,
             "judges": self.judges,
             "claims": [claim.as_json() for claim in self.claims],
+            "headline": self.headline,
+            "strongest_control": strongest_control(self.final) or None,
         }
 
 
@@ -358,12 +405,18 @@ def show_and_export(setup: Setup, entry: Entry) -> None:
         export_best(setup, entry)
 
 
+def best_of(models: dict[str, Candidate]) -> str:
+    """The model with the lowest distance on the selection seeds."""
+    best = choose(models.values())
+    return next(name for name, candidate in models.items() if candidate is best)
+
+
 def export_best(setup: Setup, entry: Entry) -> None:
     """The best network on the selection seeds with its recipe, and on request as a plain state
     dict."""
     c = setup.c
-    best = choose(entry.models.values())
-    (name,) = [name for name, candidate in entry.models.items() if candidate is best]
+    name = best_of(entry.models)
+    best = entry.models[name]
     merger = best.scorer.merger
     named = c.partition
     if name == "searched" and c.search_partition:

@@ -55,6 +55,8 @@ def final_comparison(finals) -> dict:
         if all(score.precision is not None for score in scores):
             result["precision"] = float(np.mean([score.precision for score in scores]))
             result["recall"] = float(np.mean([score.recall for score in scores]))
+        if all(score.memorisation is not None for score in scores):
+            result["memorisation"] = float(np.mean([score.memorisation for score in scores]))
         if all(score.kernel is not None for score in scores):
             result["kernel"] = kernel_interval(scores)
         if all(score.alignment is not None for score in scores):
@@ -194,7 +196,7 @@ def primary_pair(models, primary="") -> tuple[str, str]:
     searched, else block-wise weights, against the best global one."""
     model, _, against = primary.partition(" against ")
     if not model:
-        model = "searched" if "searched" in models else "blockwise"
+        model = next(name for name in ("searched", "blockwise", "global") if name in models)
     return model, against or ("base" if model == "global" else "global")
 
 
@@ -254,6 +256,83 @@ def adjusted(comparisons, primary, level) -> dict:
     return verdicts
 
 
+# -------------------- the summing-up
+def strongest_control(final) -> str:
+    """The control with the lowest distance of the final comparison; empty without controls."""
+    level = {}
+    for name, result in final.items():
+        if name not in STUDIED:
+            level[name] = result.get("corrected", result["fd"])
+    return min(level, key=level.__getitem__) if level else ""
+
+
+def headline(claims, final, best) -> str:
+    """Two sentences: the primary claim; and what was repaired, against the base and against the
+    strongest control. claims: [Claim]; best: the model with the lowest distance on the selection
+    seeds."""
+    said = {(claim.model, claim.against): claim for claim in claims}
+    sentences = []
+    for claim in claims:
+        if claim.primary:
+            sentences.append(f"{sentence_case(short_claim(claim))}.")
+
+    repaired = best if best not in ("base", "collapsed") else "global"
+    told = []
+    for other in ("base", strongest_control(final)):
+        if (repaired, other) in said and not said[repaired, other].primary:
+            told.append(said[repaired, other])
+    if best in ("base", "collapsed"):
+        sentences.append("No step back from the base was better on the selection seeds.")
+    if told:
+        texts = [short_claim(claim) for claim in told]
+        if len(texts) > 1:
+            texts[1] += ", the strongest control"
+        sentences.append(f"{sentence_case('; '.join(texts))}.")
+    return " ".join(sentences)
+
+
+def short_claim(claim: Claim) -> str:
+    """A claim in the features of the selection."""
+    own = claim.own.as_json()
+    return f"{claim.model} against {claim.against}: {verdict_text(own)}, {range_text(own)}"
+
+
+def headline_over_seeds(over, kimg) -> str:
+    """The same over training seeds: the primary claim, what it is about and the global weight
+    against the base, and against the control that gains most on the base. over:
+    claims_over_seeds()."""
+    said = {(row["model"], row["against"]): row for row in over if row["kimg"] == kimg}
+    gains = {}
+    for (model, against), row in said.items():
+        if against == "base" and model not in STUDIED and math.isfinite(mean_of(row)):
+            gains[model] = mean_of(row)
+    strongest = min(gains, key=gains.__getitem__) if gains else ""
+
+    texts = []
+    repaired = ["global"]
+    for (model, _), row in said.items():
+        if row["primary"]:
+            texts.append(f"primary claim: {row['sentence']}")
+            repaired.insert(0, model)
+    for model in dict.fromkeys(repaired):
+        for other in ("base", strongest):
+            row = said.get((model, other))
+            if row is not None and not row["primary"]:
+                note = ", the strongest control" if other == strongest else ""
+                texts.append(row["sentence"] + note)
+    return f"{sentence_case('; '.join(texts))}." if texts else ""
+
+
+def mean_of(row) -> float:
+    """Over the training seeds, in the features of the selection; seeds that diverged count not."""
+    finite = [share for share in row["own_relative"] if share is not None and math.isfinite(share)]
+    return float(np.mean(finite)) if finite else math.inf
+
+
+def sentence_case(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 # -------------------- warnings
 def warnings_of(c, models, final, had_grid, judge) -> list[str]:
     """What a careful reader would want to know. models: {name: Candidate}; final:
@@ -290,6 +369,13 @@ def warnings_of(c, models, final, had_grid, judge) -> list[str]:
         loss = base.get("precision", 0) - result.get("precision", 0)
         if name != "base" and loss > 0.01 and result["against_base"]["difference"] < 0:
             notes.append(f"{name}: precision falls while the distance falls")
+    # Two shares of as many images each, three standard errors apart.
+    for name, result in final.items():
+        if "memorisation" in result and "memorisation" in base:
+            more = result["memorisation"] - base["memorisation"]
+            if more > 3 * (0.5 / result["images"]) ** 0.5:
+                notes.append(f"{name}: samples lie closer to the training images than the base's")
+
     for name, candidate in models.items():
         if not math.isfinite(candidate.fd):
             notes.append(f"{name}: the sampler diverges")
@@ -392,6 +478,7 @@ def summarise_seeds(c, argv, summaries, begin) -> dict:
     for k, summary in enumerate(summaries):
         seeds.append({"folder": f"seed-{k}", "seed": summary["config"]["seed"]})
     first = summaries[0]
+    over = claims_over_seeds(summaries)
     same = ("score", "judges", "reference", "machine", "threads", "world", "neon_ext", "versions")
     return {
         "command": " ".join(["python edm_neon.py", *argv]),
@@ -401,6 +488,7 @@ def summarise_seeds(c, argv, summaries, begin) -> dict:
         "seeds": seeds,
         "final": [[entry["final"] for entry in s["snapshots"]] for s in summaries],
         "claims": [[entry["claims"] for entry in s["snapshots"]] for s in summaries],
-        "over_seeds": claims_over_seeds(summaries),
+        "over_seeds": over,
+        "headlines": [headline_over_seeds(over, entry["kimg"]) for entry in first["snapshots"]],
         "seconds_total": time.perf_counter() - begin,
     }

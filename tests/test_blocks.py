@@ -63,7 +63,7 @@ def test_block_of_a_parameter(name, paper, structural, layer):
 
 def test_paper_partition_of_the_cifar10_network():
     with torch.device("meta"):
-        net = edm.EDMPrecond(**edm.PRESETS["cifar10"].network)
+        net = neon.networks.EDMPrecond(**edm.PRESETS["cifar10"].network)
     owners = owners_of(edm_model(), net, "paper")
     sizes = dict.fromkeys(BLOCKS, 0)
     for name, p in net.named_parameters():
@@ -83,6 +83,20 @@ def test_paper_partition_of_the_cifar10_network():
 )
 def test_order_of_blocks(blocks, order):
     assert neon.blocks.block_order(dict(enumerate(blocks))) == order
+
+
+LAYERS = {
+    "gain": "gain",
+    "head.bias": "head",
+    "a.b.c.d.weight": "a.b.c",
+    "head.parametrizations.weight.original0": "head",
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_of_a_parameter(name):
+    """Three names deep, and what torch makes of one weight stays together."""
+    assert neon.blocks.layer_of(name) == LAYERS[name]
 
 
 def custom(table):

@@ -276,13 +276,16 @@ def test_other_files_are_named(tmp_path, data, message):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [dict(class_name="VPPrecond"), dict(kwargs={"model_type": "DhariwalUNet"})],
-    ids=["vp", "adm"],
+    "arguments, message",
+    [
+        ({"class_name": "Generator"}, "Generator is not supported, only EDMPrecond, VPPrecond"),
+        ({"kwargs": {"model_type": "DiT"}}, "option model_type cannot be DiT"),
+    ],
+    ids=["class", "model"],
 )
-def test_other_networks_of_edm_are_named(tmp_path, arguments):
+def test_networks_that_edm_has_not_are_named(tmp_path, arguments, message):
     (tmp_path / "net.pkl").write_bytes(snapshot(network(), **arguments))
-    refused(tmp_path / "net.pkl", "is not supported, only EDMPrecond around SongUNet")
+    refused(tmp_path / "net.pkl", message)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])

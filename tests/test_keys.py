@@ -86,7 +86,11 @@ INPUTS: dict[str, dict[str, tuple]] = {
         "guidance": (1.0, 2.0),
         "autoencoder": (None, ["A"]),
     },
-    "judge_key": {"features": ("a", "b"), "reference": ("a", "b")},
+    "judge_key": {"features": ("a", "b"), "reference": ("a", "b"), "memory": ("a", "b")},
+    "memory_key": {
+        "trained": (torch.ones(2, 1), torch.zeros(2, 1)),
+        "unseen": (torch.ones(2, 1), torch.zeros(2, 1)),
+    },
     "part_key": {
         "name": ("run", "score"),
         "constants": ({"dim": 2}, {"dim": 3}),
@@ -106,6 +110,7 @@ VERSIONS = {
     "reference_key": set(),
     "pipeline_key": set(),
     "judge_key": set(),
+    "memory_key": set(),
     "part_key": set(),
 }
 

@@ -495,6 +495,40 @@ def test_grid_of_a_block_that_is_not_there_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "primary, options",
+    [
+        ("", {}),
+        ("", {"grid": (1.0,), "search": "cobyqa"}),
+        ("global against base", {}),
+        ("global", {}),
+        ("searched against blockwise", {"search": "cobyqa"}),
+        ("global against guided", {"controls": ("guided",)}),
+        ("blockwise against base, twice the steps", {"controls": ("steps",)}),
+        ("global against base, trained on", {"continue_on_data": -1.0}),
+        ("blockwise against random blocks 2", {"placebo": 2}),
+    ],
+)
+def test_a_primary_claim_of_this_run(tmp_path, primary, options):
+    neon.study.check_primary(config(tmp_path, primary=primary, **options), BLOCKS)
+
+
+@pytest.mark.parametrize(
+    "primary, options",
+    [
+        ("searched", {}),
+        ("base against global", {}),
+        ("globl", {}),
+        ("global against guided", {"controls": ("steps",)}),
+        ("blockwise against random blocks 2", {"placebo": 1}),
+    ],
+)
+def test_a_primary_claim_of_no_run_is_refused_with_those_there_are(tmp_path, primary, options):
+    c = config(tmp_path, primary=primary, **{"controls": ()} | options)
+    with pytest.raises(neon.UserError, match=f"'{primary}' is no claim .*blockwise against global"):
+        neon.study.check_primary(c, BLOCKS)
+
+
+@pytest.mark.parametrize(
     "named, blocks",
     [
         ("paper", ["enc", "mid", "dec"]),
@@ -729,6 +763,9 @@ def test_entry_as_plain_data_keeps_scores_and_models(studied):
             assert plain[name]["w"] == entry.models[name].w
             assert plain[name]["fd"] == entry.models[name].fd
         assert plain["global"]["w_global"] == entry.models["global"].w_global
+        primary = next(claim for claim in plain["claims"] if claim["primary"])
+        assert plain["headline"].startswith(f"{primary['model'].capitalize()} against global: ")
+        assert plain["strongest_control"] == neon.verdicts.strongest_control(entry.final)
 
 
 def test_again_nothing_is_scored(studied, networks, monkeypatch):

@@ -234,6 +234,79 @@ def test_plain_data_of_a_claim():
     assert found == ("blockwise", "global", claim.sentence(), True, ["a"])
 
 
+# -------------------- the summing-up
+
+
+def summed_up(best="blockwise", primary="", **controls):
+    """The headline of a study with these controls, by their distance."""
+    finals = gains({"own": -9, "a": 9})
+    for judge in finals:
+        for name, fd in controls.items():
+            finals[judge][name] = [noisy(fd, 70)]
+    claims = neon.verdicts.claims_of(finals, primary)
+    text = neon.verdicts.headline(claims, neon.verdicts.final_comparison(finals["own"]), best)
+    return text.replace(f" ({neon.verdicts.UNKNOWN})", "")
+
+
+def test_the_headline_is_the_primary_claim_and_the_best_repair_against_the_strongest_control():
+    first, second = summed_up(guided=18, more=25).split(". ")
+    assert first.startswith("Blockwise against global: better, -4")
+    base, control = second.split("; ")
+    assert base.startswith("Blockwise against base: better, -6")
+    assert control.startswith("blockwise against guided: better, -3")
+    assert control.endswith(", the strongest control.")
+
+
+def test_the_headline_repeats_no_claim():
+    text = summed_up(best="global", primary="global against base")
+    assert text.startswith("Global against base: better") and text.count("lobal") == 1
+
+
+def test_the_headline_says_that_nothing_was_repaired():
+    text = summed_up(best="base", guided=18)
+    assert "No step back from the base was better on the selection seeds." in text
+    assert "Global against base: better" in text and "global against guided: worse" in text
+
+
+@pytest.mark.parametrize(
+    "levels, strongest",
+    [
+        ({}, ""),
+        ({"guided": 3.0, "more": 2.0}, "more"),
+        ({"guided": 2.0, "more": 3.0}, "guided"),
+    ],
+)
+def test_the_strongest_control_has_the_lowest_distance_without_its_bias(levels, strongest):
+    final = {"base": {"fd": 9.0, "corrected": 1.0}, "global": {"fd": 1.0, "corrected": 0.5}}
+    for k, (name, corrected) in enumerate(levels.items()):
+        final[name] = {"fd": 5.0 + k, "corrected": corrected}
+    assert neon.verdicts.strongest_control(final) == strongest
+
+
+def test_the_headline_over_seeds():
+    rows = []
+    for model, against, share in (
+        ("blockwise", "global", -0.1),
+        ("global", "base", -0.2),
+        ("guided", "base", -0.4),
+        ("more", "base", -0.3),
+        ("global", "guided", 0.3),
+        ("blockwise", "more", 0.2),
+        ("blockwise", "base", -0.25),
+    ):
+        claim = as_claim(model, against, share, [share])
+        rows.append(claim | {"primary": (model, against) == ("blockwise", "global")})
+    over = neon.verdicts.claims_over_seeds([summary_with(*rows)] * 2)
+    parts = neon.verdicts.headline_over_seeds(over, over[0]["kimg"]).split("; ")
+    assert [part.split(" in ")[0] for part in parts] == [
+        "Primary claim: blockwise is better than global",
+        "blockwise is better than base",
+        "global is better than base",
+        "global is better than guided",
+    ]
+    assert parts[-1].endswith(", the strongest control.") and "more" not in "".join(parts)
+
+
 # -------------------- warnings
 
 
@@ -305,6 +378,15 @@ def test_precision_that_falls_with_the_distance(precision, difference, noted):
     }
     notes = warnings({"blockwise": 4.0 + difference / 2}, final)
     assert ("blockwise: precision falls while the distance falls" in notes) == noted
+
+
+@pytest.mark.parametrize("share, noted", [(0.5, False), (0.61, False), (0.63, True), (0.4, False)])
+def test_memorisation_is_watched(share, noted):
+    """Three standard errors of two shares of 300 images are 0.122."""
+    final = {name: {"fd": 4.0, "images": 300, "memorisation": 0.5} for name in ("base", "global")}
+    final["global"] |= {"memorisation": share, "against_base": gain(0.5)}
+    notes = warnings(final=final)
+    assert any("training images" in note for note in notes) == noted
 
 
 def test_precision_is_watched_in_every_row():
