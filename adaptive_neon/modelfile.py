@@ -310,7 +310,8 @@ class StartCheck:
 
         learning = set(movable_parameters(self.base))
         if not self.c.aux:
-            learning = self.check_loss(example)
+            # A LoRA learns in factors beside the weights that it moves.
+            learning = (self.check_loss(example) & learning) or learning
         self.check_weights(learning)
         self.check_controls()
         self.check_precision()
