@@ -467,7 +467,6 @@ class StartCheck:
         before = self.sample(self.net, TWO)
         self.add(self.net, steps)
         found = self.sample(self.net, TWO)
-        self.add(self.net, steps, -1.0)
 
         self.expect_close(expected, found, self.SAME, "memory")
         what = "the network's weights" if self.c.aux else "the weights that loss() trains"
