@@ -51,7 +51,13 @@ from adaptive_neon.files import (
     reason_of,
     save_state,
 )
-from adaptive_neon.glyphs import GlyphsClassifier, draw_glyphs, glyphs_cnn, glyphs_mlp
+from adaptive_neon.glyphs import (
+    GLYPH_SIZE,
+    GlyphsClassifier,
+    draw_glyphs,
+    glyphs_cnn,
+    glyphs_mlp,
+)
 from adaptive_neon.images import RealData, RealImages, read_dataset, split
 from adaptive_neon.networks import PRECONDS, Precond, denoiser
 from adaptive_neon.pickles import Inert, inert_tensors, read_pickle
@@ -176,6 +182,7 @@ class Glyphs(EdmPreset):
     nothing to download, and fresh real images for every purpose."""
 
     name = "glyphs"
+    size = GLYPH_SIZE
     small = True
     threads = 1  # 12 x 12 images: two batches at once are faster than two threads
     defaults = {
@@ -216,16 +223,19 @@ class Glyphs(EdmPreset):
 
     def real_images(self, c):
         if c.data or c.ref:
-            raise UserError("--preset glyphs draws its own real images: leave --data and --ref out")
+            raise UserError(
+                f"--preset {self.name} draws its own real images: leave --data and --ref out"
+            )
         parts = {}
         for purpose, count in self.images.items():
             stream = self.streams[purpose]
-            parts[purpose] = RealImages(*draw_glyphs(count, stream), f"glyphs, stream {stream}")
+            drawn = draw_glyphs(count, stream, self.size)
+            parts[purpose] = RealImages(*drawn, f"glyphs, stream {stream}")
         return RealData(**parts, origin="images that no network and no selection has seen")
 
     def classifier(self, c, name, body, seed, stream):
         streams = self.streams[stream], self.streams["classifier test"]
-        return GlyphsClassifier(c.out, name, body, seed, *streams)
+        return GlyphsClassifier(c.out, name, body, seed, *streams, size=self.size)
 
     def features(self, c):
         return self.classifier(c, "glyphs-cnn-64", glyphs_cnn, 0, "classifier")
@@ -240,8 +250,17 @@ class Glyphs(EdmPreset):
         return {"classifier-2": another_seed, "mlp": another_architecture}
 
 
+class Glyphs16(Glyphs):
+    """The same in 16 x 16: pipelines of diffusers want sides that can be divided by 8."""
+
+    name = "glyphs16"
+    size = 16
+    network = {**Glyphs.network, "img_resolution": 16, "attn_resolutions": [8]}
+
+
 PRESETS = {
-    preset.name: preset for preset in (Cifar10(), Ffhq64(), Afhqv2(), ImageNet64(), Glyphs())
+    preset.name: preset
+    for preset in (Cifar10(), Ffhq64(), Afhqv2(), ImageNet64(), Glyphs(), Glyphs16())
 }
 
 

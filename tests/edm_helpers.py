@@ -379,7 +379,7 @@ def toy_network_files(folder):
 
 # -------------------- the script
 SMALL = (
-    *("--preset", PRESET, "--train-base", "2", "--snapshot", "1", "--grid", "0.5,1.0"),
+    *("--preset", PRESET, "--train-base", "1", "--snapshot", "1", "--grid", "0.5,1.0"),
     *("--synthetic", "100", "--select-images", "80", "--final-images", "80", "--steps", "4"),
     *("--judge", "pixels"),
 )
