@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import threading
 
 import pytest
@@ -208,11 +209,11 @@ def test_gradient_is_that_of_differences_and_the_decoder_keeps_little(
 
 # -------------------- training
 class Recorder(torch.nn.Module):
-    """A network that answers zero and remembers what it was asked."""
+    """A network that answers a quarter and remembers what it was asked."""
 
     def forward(self, x, *args, **kwargs):
         self.x, self.args = x, args
-        return (torch.zeros_like(x),)
+        return (torch.full_like(x, 0.25),)
 
 
 def test_loss_is_the_error_of_the_noise_and_drops_prompts(text_folders, model_of):
@@ -227,7 +228,8 @@ def test_loss_is_the_error_of_the_noise_and_drops_prompts(text_folders, model_of
     assert torch.equal(rows[~dropped], model.rows[labels[~dropped]])
     alpha = model.process.alphas[times].view(-1, 1, 1, 1)
     noise = (recorder.x - alpha.sqrt() * x) / (1 - alpha).sqrt()
-    torch.testing.assert_close(loss, noise.square().mean((1, 2, 3)), rtol=1e-2, atol=1e-2)
+    expected = (0.25 - noise).square().mean((1, 2, 3))
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_loss_of_a_flow_is_the_error_of_the_velocity(text_folders, model_of):
@@ -238,7 +240,8 @@ def test_loss_of_a_flow_is_the_error_of_the_velocity(text_folders, model_of):
     _, _, times = recorder.args
     sigma = (times / 1000).view(-1, 1, 1, 1)
     noise = (recorder.x - (1 - sigma) * x) / sigma
-    torch.testing.assert_close(loss, (noise - x).square().mean((1, 2, 3)), rtol=2e-2, atol=2e-2)
+    expected = (0.25 - (noise - x)).square().mean((1, 2, 3))
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=2e-2)
     assert times.max() <= 1000 and times.min() > 0 and times.unique().numel() > 40
 
 
@@ -299,10 +302,17 @@ def test_embeddings_are_kept_by_content(text_folders, model_of, tmp_path, monkey
         raise AssertionError("text encoders are loaded again")
 
     monkeypatch.setattr("adaptive_neon.text.TextModel._embed", used)
-    again = model_of(folder)
+    again = model_of(folder, guidance=3.0, rescale=0.5)
     assert torch.equal(again.rows, first.rows) and torch.equal(again.pooled, first.pooled)
-    with pytest.raises(AssertionError, match="loaded again"):
-        model_of(folder, prompts=PROMPTS[:2])
+    for options in ({"prompts": PROMPTS[:2]}, {"negative": ""}, {"held_out": ["a bold one"]}):
+        with pytest.raises(AssertionError, match="loaded again"):
+            model_of(folder, **options)
+
+
+def test_without_transformers_one_line_says_so(text_folders, model_of, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match="pip install transformers"):
+        model_of(text_folders["sd"])
 
 
 def test_a_plan_keeps_nothing_and_says_what_is_needed(text_folders, model_of, tmp_path, capsys):
