@@ -51,7 +51,13 @@ from adaptive_neon.files import (
     reason_of,
     save_state,
 )
-from adaptive_neon.glyphs import GlyphsClassifier, draw_glyphs, glyphs_cnn, glyphs_mlp
+from adaptive_neon.glyphs import (
+    GLYPH_SIZE,
+    GlyphsClassifier,
+    draw_glyphs,
+    glyphs_cnn,
+    glyphs_mlp,
+)
 from adaptive_neon.images import RealData, RealImages, read_dataset, split
 from adaptive_neon.networks import PRECONDS, Precond, denoiser
 from adaptive_neon.pickles import Inert, inert_tensors, read_pickle
@@ -59,6 +65,7 @@ from adaptive_neon.sampling import Model
 
 # ==================== presets
 EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm"
+NEON_URL = "https://huggingface.co/sinaalemohammad/Neon/resolve/main"
 
 
 class EdmPreset(Preset):
@@ -105,6 +112,8 @@ class Cifar10(EdmPreset):
         "uncond": f"{EDM_URL}/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
         "cond-ve": f"{EDM_URL}/pretrained/edm-cifar10-32x32-cond-ve.pkl",
         "uncond-ve": f"{EDM_URL}/pretrained/edm-cifar10-32x32-uncond-ve.pkl",
+        "neon-cond": f"{NEON_URL}/Neon_EDM_conditional_CIFAR10.pkl",  # repaired already
+        "neon-uncond": f"{NEON_URL}/Neon_EDM_unconditional_CIFAR10.pkl",
     }
     statistics = f"{EDM_URL}/fid-refs/cifar10-32x32.npz"
     origin = "CIFAR-10's 50,000 training images, which EDM's networks were trained on"
@@ -123,6 +132,7 @@ class Ffhq64(EdmPreset):
     bases = {
         "uncond": f"{EDM_URL}/pretrained/edm-ffhq-64x64-uncond-vp.pkl",
         "uncond-ve": f"{EDM_URL}/pretrained/edm-ffhq-64x64-uncond-ve.pkl",
+        "neon-uncond": f"{NEON_URL}/Neon_EDM_FFHQ.pkl",
     }
     statistics = f"{EDM_URL}/fid-refs/ffhq-64x64.npz"
     origin = "FFHQ's 70,000 images at 64 x 64, which EDM's networks were trained on"
@@ -172,6 +182,7 @@ class Glyphs(EdmPreset):
     nothing to download, and fresh real images for every purpose."""
 
     name = "glyphs"
+    size = GLYPH_SIZE
     small = True
     threads = 1  # 12 x 12 images: two batches at once are faster than two threads
     defaults = {
@@ -212,16 +223,19 @@ class Glyphs(EdmPreset):
 
     def real_images(self, c):
         if c.data or c.ref:
-            raise UserError("--preset glyphs draws its own real images: leave --data and --ref out")
+            raise UserError(
+                f"--preset {self.name} draws its own real images: leave --data and --ref out"
+            )
         parts = {}
         for purpose, count in self.images.items():
             stream = self.streams[purpose]
-            parts[purpose] = RealImages(*draw_glyphs(count, stream), f"glyphs, stream {stream}")
+            drawn = draw_glyphs(count, stream, self.size)
+            parts[purpose] = RealImages(*drawn, f"glyphs, stream {stream}")
         return RealData(**parts, origin="images that no network and no selection has seen")
 
     def classifier(self, c, name, body, seed, stream):
         streams = self.streams[stream], self.streams["classifier test"]
-        return GlyphsClassifier(c.out, name, body, seed, *streams)
+        return GlyphsClassifier(c.out, name, body, seed, *streams, size=self.size)
 
     def features(self, c):
         return self.classifier(c, "glyphs-cnn-64", glyphs_cnn, 0, "classifier")
@@ -236,8 +250,17 @@ class Glyphs(EdmPreset):
         return {"classifier-2": another_seed, "mlp": another_architecture}
 
 
+class Glyphs16(Glyphs):
+    """The same in 16 x 16: pipelines of diffusers want sides that can be divided by 8."""
+
+    name = "glyphs16"
+    size = 16
+    network = {**Glyphs.network, "img_resolution": 16, "attn_resolutions": [8]}
+
+
 PRESETS = {
-    preset.name: preset for preset in (Cifar10(), Ffhq64(), Afhqv2(), ImageNet64(), Glyphs())
+    preset.name: preset
+    for preset in (Cifar10(), Ffhq64(), Afhqv2(), ImageNet64(), Glyphs(), Glyphs16())
 }
 
 
@@ -610,7 +633,7 @@ def pickled_network(path):
     options.setdefault("model_type", "SongUNet" if song else "DhariwalUNet")  # EDM's defaults
 
     # What is an attribute, EDM takes as it is now, not as the network was built.
-    for name in PRECONDS[ema.name].attributes:
+    for name in ("img_resolution", "img_channels", "label_dim", *PRECONDS[ema.name].attributes):
         if name in ema.state:
             options[name] = ema.state[name]
 

@@ -16,7 +16,7 @@ from torch import nn
 from .blocks import Merger
 from .command import Parser, run_command
 from .config import Config, Preset, grid_values, judge_name
-from .controls import GUIDANCES
+from .controls import GUIDANCE
 from .extension import neon_ext
 from .files import UserError, reading
 from .folders import is_pipeline
@@ -129,8 +129,7 @@ class Cost:
             scores += c.evaluations * {"cobyqa": 1, "gradient": 6}[c.search]
         finals = 4 + bool(c.search) + c.placebo + bool(c.continue_on_data) + len(own)
         finals += 2 * ("steps" in c.controls) + 2 * ("guided" in c.controls)
-        if "guidance" in c.controls and getattr(setup.model, "guidance", 1) > 1:
-            scores, finals = scores + len(GUIDANCES) + 1, finals + 2
+        finals += GUIDANCE in setup.model.controls and "own" in c.controls  # of equal adherence
         finals *= c.final_repeats
         images = (scores * c.select_images + finals * c.final_images) * len(c.snapshot)
         hours = (images + c.synthetic) * seconds / 3600 / setup.processes.world
@@ -300,8 +299,11 @@ def check_combinations(c: Config) -> None:
         raise UserError("--bounds: give two numbers, low,high")
     if c.placebo and c.partition == "layers":
         raise UserError("--placebo draws random blocks of several layers: use another --partition")
-    if c.guidance not in (None, 1) and (c.model or not is_pipeline(c.base)):
-        raise UserError("--guidance is for pipelines of diffusers as --base: leave it out")
+    if c.model or not is_pipeline(c.base):
+        for name, unset in (("guidance", (None, 1)), ("prompts", ("",)), ("lora_rank", (0,))):
+            if getattr(c, name) not in unset:
+                named = name.replace("_", "-")
+                raise UserError(f"--{named} is for pipelines of diffusers as --base: leave it out")
     if c.partition in ("paper", "structural") and not c.model:
         check_grid(c, ["enc", "mid", "dec"])
 

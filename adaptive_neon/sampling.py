@@ -35,6 +35,7 @@ class Model:
 
     identity = ""  # hash of all but the weights that decides an image; part of every key
     training_identity = ""  # the same of what decides a training
+    notes: list[str] = []  # what the report should say of it
     draws_on = False  # whether sample() takes draw(): more noise of every sample, step by step
     controls: dict[str, list[dict]] = {}  # {what a critic would try: its settings of sample()}
     settings: dict = {}  # of sample(), where they are not its own; a key has them as weights
@@ -82,6 +83,10 @@ class Model:
     def trainable(self, base: nn.Module, c=None) -> nn.Module:
         """A copy of the base as it is self-trained: with dropout, for example."""
         return copied(base)
+
+    def balanced_labels(self, classes: int, seeds, device) -> torch.Tensor:
+        """Equal shares of every class: int64 [N]."""
+        return balanced_labels(classes, seeds, device)
 
     def asked_for(self, labels: torch.Tensor | None):
         """What labels [N] ask for, as alignment(images, it) takes it: themselves, or prompts."""
@@ -131,6 +136,10 @@ class Model:
     def export(self, net: nn.Module, path: Path, recipe: dict) -> None:
         """The repaired network, in the form the model's users know; path has no suffix yet."""
         raise NotImplementedError
+
+    def export_merged(self, merger, w: dict[str, float], path: Path, recipe: dict) -> None:
+        """The same of a merger's network with the weights w."""
+        self.export(merger.set(w), path, recipe)
 
     def own_features(self, example: torch.Tensor):
         """A feature network of the model's own (see Judge), or None. example: uint8 images."""
@@ -234,7 +243,7 @@ class Sampler:
         draws = Draws(self.shape, padded, device)
         noise, labels = draws.noise(), draws.labels(self.classes)
         if self.classes and self.labels == "balanced":
-            labels = balanced_labels(self.classes, padded, device)
+            labels = self.model.balanced_labels(self.classes, padded, device)
         more = {"draw": partial(draws.noise, torch.float64)} if self.model.draws_on else {}
         images = self.model.sample(self.net, noise, labels, self.steps, **more)[: len(seeds)]
         return images, None if labels is None else labels[: len(seeds)]

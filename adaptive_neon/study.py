@@ -12,10 +12,12 @@ from torch import nn
 from .blocks import Blocks, Merger, block_order, partition, placebo_partitions
 from .config import Config
 from .controls import (
+    EQUAL,
+    GUIDANCE,
     GUIDED,
     TRAINED_ON,
     TWICE,
-    guidance_controls,
+    equal_adherence,
     guided,
     with_settings,
     with_steps,
@@ -107,9 +109,7 @@ def experiment(setup: Setup, net: nn.Module, sampler: Sampler) -> "Results":
 
         # What a critic asks for first: more steps, more training, guidance instead of new weights.
         controls = controls_of(setup, scorer, values)
-        if "guidance" in c.controls:
-            for name, found_at in guidance_controls(scorer, choose(models.values())).items():
-                controls[name] = Candidate(*found_at)
+        controls |= control_of_equal_adherence(setup, controls, choose(models.values()))
         clock.ends("random blocks and controls")
 
         # The winners once more, on noise and real images that no selection has seen.
@@ -290,6 +290,15 @@ def controls_of(setup: Setup, scorer: Scorer, values: set[float]) -> dict[str, C
     return found
 
 
+def control_of_equal_adherence(setup: Setup, controls, repaired) -> dict[str, Candidate]:
+    """Where the base was tried over guidance."""
+    if f"base, {GUIDANCE}" not in controls:
+        return {}
+    over = controls[f"base, {GUIDANCE}"].scorer
+    score = equal_adherence(over, setup.model.controls[GUIDANCE], repaired)
+    return {} if score is None else {EQUAL: Candidate.of(score, over)}
+
+
 # -------------------- what a study ends with
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -323,6 +332,7 @@ class Entry:
             )
         final = final_comparison({name: own[name] for name in models | controls})
         warnings = warnings_of(c, models, final, bool(tried["grid"]), scorer.judge)
+        warnings += scorer.sampler.model.notes
         if len(placebos) < c.placebo:
             warnings.append(
                 f"--placebo {c.placebo}: the layers allow only {len(placebos)} other blocks"
@@ -430,7 +440,7 @@ def export_best(setup: Setup, entry: Entry) -> None:
     }
     path = c.out / f"adaptive-neon-{entry.kimg:06d}"
     net = merger.set(best.w)
-    setup.model.export(net, path, recipe)
+    setup.model.export_merged(merger, best.w, path, recipe)
     if c.export_pt:
         state = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
         write_atomically(path.with_suffix(".pt"), partial(torch.save, state))

@@ -30,7 +30,7 @@ from .files import UserError, file_hash, printable
 from .keys import key_of, weights_hash
 from .processes import Diverged
 
-PROGRAM = ("adaptive_neon", "neon_ext", "edm_neon", "toy_neon", "__main__")
+PROGRAM = ("edm_neon.py", "toy_neon.py")  # beside the package
 PACKAGE = Path(__file__).resolve().parent
 STANDARD = os.path.realpath(sysconfig.get_path("stdlib")) + os.sep
 
@@ -42,7 +42,7 @@ active: contextvars.ContextVar = contextvars.ContextVar("active", default=None) 
 def is_installed(path: str | Path) -> bool:
     """Whether a file belongs to Python, to an installed package or to this program."""
     path = Path(os.path.realpath(path))
-    if PACKAGE in path.parents or (path.parent == PACKAGE.parent and path.stem in PROGRAM):
+    if PACKAGE in path.parents or (path.parent == PACKAGE.parent and path.name in PROGRAM):
         return True
     packages = {"site-packages", "dist-packages"}
     return str(path).startswith(STANDARD) or not packages.isdisjoint(path.parts)
@@ -109,7 +109,7 @@ class Scope:
     def owns(self, name: str) -> bool:
         """Whether the user's code means a module of its own by this name."""
         top = name.partition(".")[0]
-        if top in self.own or top in PROGRAM or not top:
+        if top in self.own or not top:
             return top in self.own
         with LOCK, self.entered():
             spec = self.find(top)

@@ -82,20 +82,26 @@ def persistent(module, name, **extra):
     return Persistent(name, state | extra)
 
 
-def snapshot(net, protocol=4, class_name="", kwargs=None, **attributes):
-    """Bytes of EDM's network-snapshot-*.pkl."""
-    extra = {name: getattr(net, name) for name in net.attributes} | attributes
+def snapshot(net, protocol=4, class_name="", kwargs=None, alone=False, **attributes):
+    """Bytes of EDM's network-snapshot-*.pkl. kwargs: others of its options, None for one that is
+    left out; alone: without all that is not the network."""
+    public = ["img_resolution", "img_channels", "label_dim", *net.attributes]
+    extra = {name: getattr(net, name) for name in public} | attributes
     options = dict(model_type="SongUNet", use_fp16=False) | net.options | (kwargs or {})
-    options.pop("precond", None)
+    options = {k: v for k, v in options.items() if k != "precond" and v is not None}
     class_name = class_name or type(net).__name__
     ema = persistent(net, class_name, **extra, _init_args=(), _init_kwargs=options)
+    content = {"ema": ema}
+    if not alone:
+        loss = Persistent("EDMLoss", dict(P_mean=-1.2, P_std=1.2, sigma_data=0.5))
+        content |= {"loss_fn": loss, "augment_pipe": None, "dataset_kwargs": {"xflip": False}}
     module = types.ModuleType("torch_utils.persistence")
     module._reconstruct_persistent_obj = _reconstruct_persistent_obj
     _reconstruct_persistent_obj.__module__ = module.__name__
     modules = {"torch_utils": types.ModuleType("torch_utils"), module.__name__: module}
     sys.modules.update(modules)
     try:
-        return pickle.dumps({"ema": ema, "augment_pipe": None}, protocol=protocol)
+        return pickle.dumps(content, protocol=protocol)
     finally:
         _reconstruct_persistent_obj.__module__ = __name__
         for name in modules:

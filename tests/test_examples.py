@@ -32,7 +32,7 @@ def test_latent_glyphs_train_on_what_the_preset_trains_on():
 
 def test_examples_are_found_by_installing_not_by_their_place():
     texts = [path.read_text("utf-8") for path in EXAMPLES.glob("*.py")]
-    assert len(texts) == 4
+    assert len(texts) == 6
     assert not any("sys.path" in text or "adapters" in text for text in texts)
 
 
@@ -195,3 +195,85 @@ def test_ar_blocks_follow_the_depth(ar, partition):
     middle = [f"block {i}" for i in range(6)]
     want = ["enc", "mid", "dec"] if partition == "paper" else ["embeddings", *middle, "output"]
     assert order == want
+
+
+# -------------------- text
+def test_text_glyphs_have_a_prompt_for_every_font_and_digit():
+    """The prompt of an image names its digit, and its font's look; the stream is the one that the
+    preset trains on."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    example, preset = load_adapter("text_glyphs"), edm.PRESETS["glyphs16"]
+    assert (example.STREAM, example.SIZE) == (preset.streams["training"], preset.size)
+    images, prompts = example.glyphs(300)
+    drawn, digits = neon.glyphs.draw_glyphs(300, 0, 16)
+    assert torch.equal(((images + 1) * 127.5).round().to(torch.uint8), drawn)
+    assert len(set(example.PROMPTS)) == 140
+    for number, digit in zip(prompts, digits, strict=True):
+        assert neon.glyphs.digit_in(example.PROMPTS[number]) == digit
+
+    # The bold fonts have the most ink.
+    ink = {}
+    for image, number in zip(images, prompts, strict=True):
+        look = example.PROMPTS[number].split()[1]
+        ink.setdefault(look, []).append(float(image.mean()))
+    means = {look: np.mean(values) for look, values in ink.items()}
+    assert means["bold"] > means["plain"] > means["thin"]
+
+
+def test_text_glyphs_words_are_one_token_each(tmp_path):
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    example = load_adapter("text_glyphs")
+    words = example.write_tokenizer(tmp_path)
+    rows = words(example.PROMPTS).input_ids
+    assert {len(row) for row in rows} == {7} and len({tuple(row) for row in rows}) == 140
+
+
+@pytest.fixture
+def clip():
+    """The judge with random weights, and a tokenizer that knows four words."""
+    transformers = pytest.importorskip("transformers")
+    judge = load_adapter("clip_judge")
+    small = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    ends = dict(bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(
+        text_config={**small, "vocab_size": 9, "max_position_embeddings": 8, **ends},
+        vision_config={**small, "image_size": 224, "patch_size": 56},
+        projection_dim=12,
+    )
+    net = transformers.CLIPModel(config).eval().requires_grad_(False)
+
+    def words(prompt, **options):
+        ids = torch.tensor([[0, *(2 + len(word) % 7 for word in prompt.split()), 1]])
+        return transformers.BatchEncoding({"input_ids": ids})
+
+    judge.network = lambda device: net
+    judge.tokenizer = lambda: words
+    return judge, net
+
+
+def test_clip_judge_is_clips_own_cosine(clip):
+    judge, net = clip
+    images = torch.randint(256, (3, 1, 20, 20)).float()
+    prompts = ["a thin one", "seven", "a thin one"]
+    found = judge.alignment(images, prompts)
+    x = torch.nn.functional.interpolate(
+        images.expand(-1, 3, -1, -1) / 255, (224, 224), mode="bicubic", antialias=True
+    ).clamp(0, 1)
+    x = (x - torch.tensor(judge.MEAN).view(1, 3, 1, 1)) / torch.tensor(judge.STD).view(1, 3, 1, 1)
+    for i, prompt in enumerate(prompts):
+        ids = judge.tokenizer()(prompt)["input_ids"]
+        logits = net(input_ids=ids, pixel_values=x[i : i + 1]).logits_per_image
+        cosine = float(logits) / float(net.logit_scale.exp())
+        assert float(found[i]) == pytest.approx(100 * max(cosine, 0), abs=1e-3)
+
+
+def test_clip_judge_is_differentiable_and_of_unit_length(clip):
+    judge, _ = clip
+    images = torch.rand(2, 3, 20, 20).mul(255).requires_grad_()
+    found = judge.features(images)
+    found[:, 0].sum().backward()
+    assert found.shape == (2, 12) and images.grad.abs().sum() > 0
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(2))
