@@ -388,25 +388,29 @@ def edm_sampler(
     """Heun's second-order method (EDM, algorithm 1; with S_churn algorithm 2, stochastic).
     noise [N, C, H, W], one-hot labels [N, K] (or None), draw(): more noise of every sample, float64
     [N, C, H, W] -> images in [-1, 1] float64."""
-    t = sigma_steps(net, num_steps, sigma_min, sigma_max, rho).to(noise.device)
+    t = sigma_steps(net, num_steps, sigma_min, sigma_max, rho)
+    churned = (t >= S_min) & (t <= S_max)
+    gamma = torch.where(churned, min(S_churn / num_steps, 2**0.5 - 1), 0.0)
+    t_hat = net.round_sigma(t + gamma * t)
+    more = (t_hat**2 - t**2).clamp_min(0).sqrt() * S_noise
+    t, t_hat, more = (values.to(noise.device) for values in (t, t_hat, more))
+
     x = noise.double() * t[0]
     for i in range(num_steps):
-        # More noise than there is, where it is asked for; the draws of a seed are EDM's.
-        gamma = min(S_churn / num_steps, 2**0.5 - 1) if S_min <= t[i] <= S_max else 0.0
-        t_hat = net.round_sigma(t[i] + gamma * t[i])
+        # Noise is raised from t to t_hat; every step draws, as in EDM.
         if S_churn:
-            x = x + (t_hat**2 - t[i] ** 2).clamp_min(0).sqrt() * S_noise * draw()
+            x = x + more[i] * draw()
 
         # Euler step.
-        denoised = net(x.float(), t_hat, class_labels).double()
-        d = (x - denoised) / t_hat
-        x_next = x + (t[i + 1] - t_hat) * d
+        denoised = net(x.float(), t_hat[i], class_labels).double()
+        d = (x - denoised) / t_hat[i]
+        x_next = x + (t[i + 1] - t_hat[i]) * d
 
         # Second-order correction, except at the end, where the slope is undefined.
         if i < num_steps - 1:
             denoised = net(x_next.float(), t[i + 1], class_labels).double()
             d_next = (x_next - denoised) / t[i + 1]
-            x_next = x + (t[i + 1] - t_hat) * ((d + d_next) / 2)
+            x_next = x + (t[i + 1] - t_hat[i]) * ((d + d_next) / 2)
         x = x_next
     return x
 

@@ -179,7 +179,9 @@ def part_of(entry, score, samples, budget) -> Part:
         caption = f"{number(final['fd'])}, w = {weights_title(final['w'])}"
         panels.append(Panel(name, caption, address, width))
 
-    tables = [Table("Models", without_snapshot(model_rows(entry, score)), MODELS_NOTE)]
+    rows = without_snapshot(model_rows(entry, score))
+    note = MODELS_NOTE + MEMORISED_NOTE * any("memorised, %" in row for row in rows)
+    tables = [Table("Models", rows, note)]
     tables += [Table(title, rows) for title, rows in judge_tables(entry)]
     if entry["grid"] and len(entry["blocks"]) != 3:
         best = sorted(entry["grid"], key=lambda row: (row["fd"] is None, row["fd"]))[:10]
@@ -245,8 +247,10 @@ def tile_of(claim) -> Tile:
 
 MODELS_NOTE = (
     "Final comparison, each distance with its standard deviation where it was repeated. Corrected: "
-    "without the bias of few images. Verdict: of the corrected difference, with Holm's correction. "
-    "Memorised: samples closer to a training image than to a held-out one (50 is no memory)."
+    "without the bias of few images. Verdict: of the corrected difference, with Holm's correction."
+)
+MEMORISED_NOTE = (
+    " Memorised: samples closer to a training image than to a held-out one (50 is no memory)."
 )
 INTERVALS = (
     "Differences are paired (the same noise, the same real images), without the distance's bias. "

@@ -378,22 +378,16 @@ def write_texts(texts, plain, out) -> None:
     write_atomically(out / "summary.json", json.dumps(plain, indent=1, allow_nan=False))
 
 
-def publish(texts, plain, out):
-    """table.md and summary.json; then, where nothing can be lost any more, the terminal."""
-    write_texts(texts, plain, out)
-    print("\n" + "\n\n".join(filter(None, texts)), flush=True)
-
-
 WIDTH = 100  # of a terminal
 MOST_ROWS = 9  # of a table there
 MOST_SENTENCES, MOST_LINES = 2, 3  # there, of a sentence
 
 
-def terminal_text(title, rows, columns, sentences) -> str:
+def terminal_text(title, rows, columns, sentences, most=MOST_ROWS) -> str:
     """A table and sentences, within 100 columns and a few lines; table.md has the whole."""
-    lines = [printable(title, WIDTH), *plain_table(rows[:MOST_ROWS], columns)]
-    if len(rows) > MOST_ROWS:
-        lines.append(f"... and {len(rows) - MOST_ROWS} rows more in table.md")
+    lines = [printable(title, WIDTH), *plain_table(rows[:most], columns)]
+    if len(rows) > most:
+        lines.append(f"... and {len(rows) - most} rows more in table.md")
     for sentence in sentences[:MOST_SENTENCES]:
         wrapped = textwrap.wrap(escaped(sentence), WIDTH)
         if len(wrapped) > MOST_LINES:

@@ -1,8 +1,8 @@
 r"""An autoregressive model for `edm_neon.py --model`: small grey digits as 36 tokens, one after the
 other. No diffusion, no sampler steps, no gradient through its samples.
 
-    python edm_neon.py --preset glyphs --model examples/ar_glyphs.py --steps 1 --snapshot 20 \
-        --lr 1e-3 --grid 1,2 --sweep 0:3:0.5 --controls guided,own
+    python edm_neon.py --preset glyphs --model examples/ar_glyphs.py --steps 1 \
+        --train-base 60 --snapshot 20 --lr 2e-6 --grid 0.5,1 --sweep 0:2:0.25 --controls guided,own
 
 A token is one of 128 patches of 2 x 2 pixels. A causal transformer says how probable each is; the
 seam's Gaussian numbers, as uniform ones, choose. It is sampled a little colder than it was trained,

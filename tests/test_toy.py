@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import reference
@@ -580,9 +579,9 @@ def small_run(tmp_path_factory):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Later runs of the small study: as small, and without pictures."""
+    """Later runs of the small study: as small, and without figures."""
     smaller(monkeypatch)
-    monkeypatch.setattr(toy, "plot_report", lambda figures, out: None)
+    monkeypatch.setattr(toy, "drawn", lambda *figure: None)
 
 
 @pytest.fixture(scope="module")
@@ -596,8 +595,8 @@ def paper_run(tmp_path_factory):
         smaller(patch)
         patch.setattr(toy, "Alignment", few)
         patch.setattr(toy, "GLOBAL_W", tuple(np.linspace(-2, 2, 11).round(4).tolist()))
-        patch.setattr(toy, "plot_report", lambda figures, out: calls.update(figures))
         calls = {}
+        patch.setattr(toy, "drawn", lambda title, plot, *data: calls.update({plot: data}))
         done = launch(*args, "--out", out)
     assert done.code == 0, done.stderr
     return Study(out, args, done, calls)
@@ -802,7 +801,7 @@ def cells_of(text):
 
 def test_table_of_several_seeds(small_run):
     """Mean, standard deviation and wins of every row, from the seeds' own numbers."""
-    header, table = cells_of(small_run.done.stdout)
+    header, table = cells_of((small_run.out / "table.md").read_text())
     assert header == ["seeds: 2", "FD", "SW2", "paper FD", "seeds better than global: FD, SW2"]
     assert list(table) == ROWS
     seeds = []
@@ -818,11 +817,14 @@ def test_table_of_several_seeds(small_run):
         assert row[2:] == [PAPER.get(name, ""), ", ".join(wins)]
 
 
-def test_table_is_printed_and_kept(small_run):
-    text = (small_run.out / "table.md").read_text()
-    assert small_run.done.stdout.strip("\n") == text.strip("\n")
-    last = text.splitlines()[-1]
-    assert str(small_run.out) in last and float(last.split(" s;")[0]) > 0
+def test_table_is_printed_within_a_terminal(small_run):
+    *lines, last = small_run.done.stdout.splitlines()
+    assert len(lines) < 25 and max(map(len, lines)) <= 100
+    _, table = cells_of((small_run.out / "table.md").read_text())
+    for (name, cells), line in zip(table.items(), lines[3:], strict=False):
+        assert line.split("  ")[0] == name.removeprefix("gradient on ")
+        assert all(cell in line for cell in cells)
+    assert last.endswith(f"Report: {small_run.out / 'report.html'}") and float(last.split()[0]) > 0
 
 
 def test_table_of_one_seed(run):
@@ -839,10 +841,11 @@ def test_table_of_one_seed(run):
 # ---------------------------------------------------------------- the authors' draws
 def test_several_seeds_with_the_authors_draws(paper_run):
     """Every winner of both seeds on its own 700 points, with the covariance divided by n - 1."""
-    out, done = paper_run.out, paper_run.done
+    out = paper_run.out
     summary = summary_in(out)
     assert [seed["seed"] for seed in summary["seeds"]] == [7, 8]
-    assert list(cells_of(done.stdout)[1]) == ["base", "collapsed", "global", "delta 0.6"]
+    rows = cells_of((out / "table.md").read_text())[1]
+    assert list(rows) == ["base", "collapsed", "global", "delta 0.6"]
     for seed in summary["seeds"]:
         theta_r, theta_s, data = models_in(out, seed["seed"])
         assert torch.equal(data, toy.real_data(POINTS, seed["seed"]))
@@ -877,7 +880,7 @@ def test_alignment_is_of_the_first_seed(paper_run):
     few = toy.Alignment(7, points=200, passes=2, batch=90, zetas=(0.9, 1.1))
     want = toy.gradient_alignment(models_in(out, 7)[0], few)
     assert first["alignment"] == {"zeta": [0.9, 1.1], "cosine": want.cosine}
-    assert paper_run.calls["alignment.png"] == (toy.draw_alignment, toy.Curve(**first["alignment"]))
+    assert paper_run.calls[toy.draw_alignment] == (toy.Curve(**first["alignment"]),)
 
 
 # ---------------------------------------------------------------- a study goes on
@@ -898,24 +901,23 @@ def test_files_have_the_usual_mode_and_nothing_else_is_left(small_run):
     out = small_run.out
     files = [p for p in out.rglob("*") if p.is_file()]
     assert {stat.S_IMODE(p.stat().st_mode) for p in files} == {0o644}
-    pictures = {"score_against_w.png", "layers_and_deltas.png", "samples.png"}
     grids = {f"grid_{delta}.csv" for delta in DELTAS}
-    rest = {"summary.json", "table.md", "seed_42", "seed_43"}
-    assert {p.name for p in out.iterdir()} == rest | pictures | grids
-    assert {p.suffix for p in out.glob("seed_*/*")} == {".safetensors"}
+    rest = {"summary.json", "table.md", "report.html", "seed_42", "seed_43"}
+    assert {p.name for p in out.iterdir()} == rest | grids
+    others = {p.name for p in out.glob("seed_*/*") if p.suffix != ".safetensors"}
+    assert others == {"report.html"}
 
 
 def test_another_delta_or_accuracy_keeps_the_models(small_run, tmp_path, quick):
     copy = tmp_path / "copy"
     shutil.copytree(small_run.out, copy)
-    (copy / "alignment.png").write_text("an earlier study's")
     args = ("--base-steps", STEPS, "--points", 1024, "--delta", 0.6, "--out", copy)
     assert launch(*args).code == 0
     seed = copy / "seed_42"
     assert len(list(seed.glob("models, *"))) == 1 and len(list(seed.glob("base, *"))) == 2
     # no table or picture of the earlier study beside this one's summary
     assert [p.name for p in copy.glob("grid_*")] == ["grid_0.6.csv"]
-    assert not (copy / "alignment.png").exists()
+    assert not [*copy.glob("seed_*/report.html")]
     assert summary_in(copy)["base"]["fd"] != summary_in(small_run.out)["base"]["fd"]  # other points
 
 
@@ -1120,13 +1122,13 @@ def run():
 def drawn():
     """draw(function, what) -> its axes, after layout."""
 
-    def draw(function, what):
-        function(plt, what)
-        plt.gcf().draw_without_rendering()
-        return plt.gcf().axes
+    def draw(function, *what):
+        figure, told = function(*what)
+        figure.draw_without_rendering()
+        assert len(told) > 20
+        return figure.axes
 
-    yield draw
-    plt.close("all")
+    return draw
 
 
 def xy(line):
@@ -1141,21 +1143,58 @@ def legend_of(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-def test_each_file_holds_its_picture_of_the_first_seed(run, monkeypatch, tmp_path):
-    figures = {}
-    monkeypatch.setattr(toy, "plot_report", lambda found, out: figures.update(found))
+def titles_of(page):
+    return [title for title, *_ in page.parts[0].figures]
+
+
+def test_page_has_what_was_measured(run, monkeypatch):
+    monkeypatch.setattr(toy, "drawn", lambda *figure: figure)
+    page = toy.page_of([run], {"command": "python toy_neon.py", "machine": "m"})
+    (part,) = page.parts
+    assert part.beside[1:] == (toy.draw_weights, run)
+    assert [figure[1:] for figure in part.figures] == [
+        (toy.draw_sweeps, run),
+        (toy.draw_scores, [run], "fd"),
+        (toy.draw_scores, [run], "sw2"),
+        (toy.draw_alignment, run.alignment),
+    ]
+    assert part.tables[0].rows == toy.table([run]) and page.command == "python toy_neon.py"
+    less = dataclasses.replace(run, alignment=None, deltas=(1.0,))
+    assert titles_of(toy.page_of([less], {})) == [titles_of(page)[0]]
+
+
+def test_page_says_the_papers_numbers_beside_ours(run, monkeypatch):
+    monkeypatch.setattr(toy, "drawn", lambda *figure: None)
+    (sentence,) = toy.page_of([run], {}).parts[0].headline
+    for words in (
+        "base 0.20000 +- 1.0e-04 (paper: 0.1626)",
+        "one weight for all layers 0.05000 +- 1.0e-05 (paper: 0.03554)",
+        "delta 0.1, 0.02000 +- 1.0e-05 (paper: 0.033426)",
+    ):
+        assert words in sentence
+
+
+def test_best_delta_over_seeds_is_that_of_the_mean(run):
+    other = dataclasses.replace(run, scores=dict(run.scores))
+    for delta, fd in ((0.1, 0.9), (0.5, 0.01), (1.0, 0.03)):
+        old = run.scores[toy.row_of(delta)]
+        other.scores[toy.row_of(delta)] = dataclasses.replace(old, fd=fd)
+    assert (toy.least([run]), toy.least([run, other])) == ("delta 0.1", "delta 0.5")
+
+
+def test_pages_of_several_seeds(run, monkeypatch, tmp_path):
+    """One over them, which links to each one's own; strict JSON beside them."""
+    monkeypatch.setattr(toy, "drawn", lambda *figure: None)
     other = dataclasses.replace(run, training=toy.Training(43), alignment=None)
-    toy.write_results(tmp_path, [run, other], {"any": float("inf")}, ["a text"])
-    assert figures == {
-        "score_against_w.png": (toy.draw_sweeps, run),
-        "layers_and_deltas.png": (toy.draw_deltas, [run, other]),
-        "samples.png": (toy.draw_samples, run),
-        "alignment.png": (toy.draw_alignment, run.alignment),
-    }
+    for seed in (42, 43):
+        (tmp_path / f"seed_{seed}").mkdir()
+    toy.write_results(tmp_path, [run, other], {"any": float("inf")})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"any": None}
-    figures.clear()
-    toy.write_results(tmp_path, [other, run], {}, [])
-    assert "alignment.png" not in figures  # it is of the first seed
+    text = (tmp_path / "report.html").read_text()
+    for seed in (42, 43):
+        assert f'href="seed_{seed}/report.html"' in text
+        own = (tmp_path / f"seed_{seed}" / "report.html").read_text()
+        assert f"lower is better; seed {seed}<" in own and "href=" not in own
 
 
 def test_sweeps_are_each_settings_own(run, drawn):
@@ -1184,7 +1223,7 @@ def test_sweeps_are_cut_where_they_would_flatten(run, drawn):
 
 
 def test_weights_are_grouped_bars(run, drawn):
-    bars, fd, sw2 = drawn(toy.draw_deltas, [run])
+    (bars,) = drawn(toy.draw_weights, run)
     groups = list(bars.containers)
     assert [group.get_label() for group in groups] == ["delta 0.1", "delta 0.5", "delta 1"]
     assert len({group[0].get_facecolor() for group in groups}) == 3
@@ -1200,14 +1239,14 @@ def test_weights_are_grouped_bars(run, drawn):
     assert xy(dotted)[1] == [0.3, 0.3] and dotted.get_label() == "global, 0.3"
 
 
-@pytest.mark.parametrize("score, place", [("fd", 1), ("sw2", 2)])
-def test_scores_per_delta_with_the_spread(run, drawn, score, place):
+@pytest.mark.parametrize("score", ["fd", "sw2"])
+def test_scores_per_delta_with_the_spread(run, drawn, score):
     other = dataclasses.replace(run, scores=dict(run.scores))
     shift = {"fd": 0.02, "sw2": 0.04}
     for row in ("delta 0.1", "delta 0.5", "delta 1", "global"):
         old = run.scores[row]
         other.scores[row] = dataclasses.replace(old, fd=old.fd + 0.02, sw2=old.sw2 + 0.04)
-    axis = drawn(toy.draw_deltas, [run, other])[place]
+    (axis,) = drawn(toy.draw_scores, [run, other], score)
     assert labels(axis) == ("delta", score.upper())
     lines = {line.get_label(): xy(line) for line in axis.lines}
     rows = [run.scores[toy.row_of(delta)] for delta in W_OF]
@@ -1227,34 +1266,37 @@ def test_scores_per_delta_with_the_spread(run, drawn, score, place):
 
 
 def test_one_seed_has_no_band(run, drawn):
-    _, fd, _ = drawn(toy.draw_deltas, [run])
+    (fd,) = drawn(toy.draw_scores, [run], "fd")
     assert not fd.collections and fd.lines[0].get_label() == "ours"
 
 
-def test_one_delta_leaves_out_what_has_nothing_to_show(run, drawn):
-    one = dataclasses.replace(run, deltas=(1.0,))
-    assert len(drawn(toy.draw_deltas, [one])) == 1
-
-
-def test_clouds_are_those_of_their_weights_over_the_targets_ellipses(run, drawn):
-    axes = drawn(toy.draw_samples, run)
-    titles = ["real data", "base: FD 0.20000", "collapsed: FD 1.50000", "global: FD 0.05000"]
-    assert [axis.get_title() for axis in axes] == [*titles, "delta 0.1: FD 0.02000"]
-    np.testing.assert_array_equal(xy(axes[0].lines[0]), run.data.T.double())
-    for axis, w in zip(axes[1:], ([0.0] * 6, [-1.0] * 6, [0.3] * 6, W_OF[0.1]), strict=True):
+def test_clouds_are_those_of_their_weights(run, monkeypatch):
+    monkeypatch.setattr(toy, "drawn", lambda title, plot, points: points)
+    run = dataclasses.replace(run, deltas=(0.1,), alignment=None)
+    monkeypatch.setattr(toy, "draw_weights", None)
+    monkeypatch.setattr(toy, "draw_sweeps", None)
+    panels = toy.page_of([run], {}).parts[0].panels
+    titles = ["real data", "base", "collapsed", "global", "delta 0.1"]
+    assert [panel.name for panel in panels] == titles
+    assert [panel.caption for panel in panels[1:3]] == ["FD 0.20000", "FD 1.50000"]
+    np.testing.assert_array_equal(panels[0].figure, run.data)
+    for panel, w in zip(panels[1:], ([0.0] * 6, [-1.0] * 6, [0.3] * 6, W_OF[0.1]), strict=True):
         z = toy.sobol_normal(1024, 1000)
         x = again(run.scorer.theta_r, run.scorer.theta_s, [w], z)[0]
-        np.testing.assert_allclose(xy(axis.lines[0]), x.T, atol=1e-3)
+        np.testing.assert_allclose(panel.figure, x, atol=1e-3)
 
-    # Ellipses at one and two standard deviations, longest along x = y.
+
+def test_a_cloud_and_the_ellipses_at_one_and_two_deviations(run, drawn):
     inverse = torch.linalg.inv(toy.target()[1])
-    for axis in axes:
-        ellipses = [torch.tensor(xy(line)).double() for line in axis.lines[1:]]
-        radii = [((inverse @ e) * e).sum(0).sqrt() for e in ellipses]
-        assert [float(r.min()) for r in radii] == pytest.approx([1, 2])
-        assert [float(r.max()) for r in radii] == pytest.approx([1, 2])
-        assert all(float((e[0] * e[1]).mean()) > 0 for e in ellipses)
-        assert axis.get_aspect() == 1 and axis.get_xlim() == axis.get_ylim() == (-5, 5)
+    (axis,) = drawn(toy.draw_cloud, run.data)
+    np.testing.assert_array_equal(xy(axis.lines[0]), run.data.T.double())
+    ellipses = [torch.tensor(xy(line)).double() for line in axis.lines[1:]]
+    assert axis.get_aspect() == 1 and axis.get_xlim() == axis.get_ylim() == (-5, 5)
+    radii = [((inverse @ e) * e).sum(0).sqrt() for e in ellipses]
+    assert [float(r.min()) for r in radii] == pytest.approx([1, 2])
+    assert [float(r.max()) for r in radii] == pytest.approx([1, 2])
+    # longest along x = y, as the covariance of +1 says
+    assert all(float((e[0] * e[1]).mean()) > 0 for e in ellipses)
 
 
 def test_alignment_has_a_zero_line(run, drawn):
