@@ -89,14 +89,19 @@ def open_pipeline(c) -> DiffusersModel:
     name = pipeline_name(resolve(c.base))
     if name in PIPELINES:
         return TextModel(c)
-    for option in ("prompts", "final_prompts", "lora_rank", "rescale", "negative"):
-        if getattr(c, option) not in ("", 0, None):
-            named = option.replace("_", "-")
-            raise wrong(
-                f"--{named}: {c.base} as a {name} takes no prompts here, only these do: "
-                f"{', '.join(PIPELINES)}"
-            )
+    for option in asked_of_text(c):
+        raise wrong(
+            f"{option}: {c.base} as a {name} takes no prompts here, only these do: "
+            f"{', '.join(PIPELINES)}"
+        )
     return DiffusersModel(c)
+
+
+def asked_of_text(c) -> list[str]:
+    """The options of a configuration that only pipelines with prompts have."""
+    options = ("prompts", "final_prompts", "negative", "rescale", "lora_rank", "export_merged")
+    given = [name for name in options if getattr(c, name) not in ("", 0, None, False)]
+    return [f"--{name.replace('_', '-')}" for name in given]
 
 
 class TextModel(DiffusersModel):
@@ -136,7 +141,8 @@ class TextModel(DiffusersModel):
         self.firsts = sorted({0, SELECT_SEED, SEARCH_SEED, *finals})
         self.finals = set(finals)
 
-        self.rank, self.targets, self.seed = c.lora_rank, c.lora_targets, c.seed
+        self.rank, self.seed = c.lora_rank, c.seed
+        self.targets: list[str] = []  # modules that a LoRA is trained for
         self.device, self.plan, self.merged_too = c.device, c.plan, c.export_merged
         self.autoencoder_may = ("shift_factor",) if self.flows() else ()
         super().__init__(c)
@@ -418,10 +424,10 @@ class TextModel(DiffusersModel):
         x = torch.randn(2, *self.shape, generator=generator).to(self.device)
         labels = torch.arange(2, device=self.device) % len(self.prompts)
         times = torch.full((2,), self.process.middle(), device=self.device)
-        outputs = [
-            self._predict(net.to(self.device).eval(), x, times, labels)
-            for net in (back, merged, base)
-        ]
+        outputs = []
+        for net in (back, merged, base):  # one after the other on the device
+            outputs.append(self._predict(net.to(self.device).eval(), x, times, labels).cpu())
+            net.cpu()
         apart = float((outputs[0] - outputs[1]).abs().max())
         effect = float((outputs[1] - outputs[2]).abs().max())
         if apart > 0.01 * effect + 1e-4 * float(outputs[1].abs().max()):

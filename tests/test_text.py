@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 import text_pipelines as tiny  # noqa: E402
 
+import adaptive_neon as neon  # noqa: E402
 from adaptive_neon.config import Config  # noqa: E402
 from adaptive_neon.files import UserError  # noqa: E402
 from adaptive_neon.text import open_pipeline, read_prompts  # noqa: E402
@@ -77,7 +78,6 @@ SCHEDULES = {
     "pndm": ("PNDMScheduler", {}),
     "ddim": ("DDIMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
-    "dpm": ("DPMSolverMultistepScheduler", {}),
     "v": ("DDIMScheduler", {"prediction_type": "v_prediction"}),
     "zero snr": (
         "DDIMScheduler",
@@ -95,10 +95,9 @@ SCHEDULES = {
     "schedule, steps, options",
     [
         ("pndm", 7, {}),
-        ("pndm", 30, {"guidance": 1.0}),
+        ("pndm", 9, {"guidance": 1.0}),
         ("ddim", 7, {"negative": "a thin one"}),
         ("euler", 7, {"guidance": 2.0}),
-        ("dpm", 7, {"negative": ""}),
         ("ddim", 7, {"rescale": 0.7}),
         ("v", 7, {}),
         ("zero snr", 5, {"rescale": 0.7}),
@@ -117,8 +116,7 @@ def test_stable_diffusion(tmp_path, model_of, schedule, steps, options):
     assert ours.std() > 0.1 and model.guidance == options.get("guidance", 7.5)
 
 
-@pytest.mark.parametrize("negative", [None, "", "a thin one"])
-@pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "empty"])
+@pytest.mark.parametrize("zeros, negative", [(True, None), (True, ""), (False, None)])
 def test_xl(tmp_path, model_of, negative, zeros):
     folder = tiny.sdxl(tmp_path / "p", zeros=zeros)
     model = model_of(folder, negative=negative)
@@ -134,7 +132,7 @@ def test_no_negative_prompt_of_xl_is_no_empty_one(text_folders, model_of):
     assert empty.rows[-1].abs().max() > 0.1
 
 
-@pytest.mark.parametrize("guidance, shift", [(None, 3.0), (1.0, 3.0), (4.0, 1.0)])
+@pytest.mark.parametrize("guidance, shift", [(None, 3.0), (1.0, 2.0)])
 def test_sd3(tmp_path, model_of, guidance, shift):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     folder = tiny.sd3(tmp_path / "p", scheduler)
@@ -159,7 +157,7 @@ def test_half_precision_text_encoders(tmp_path, model_of):
     torch.testing.assert_close(ours, images_of(model_of(whole), whole, 5), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", tiny.MAKERS)
+@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
 def test_samples_are_their_own(text_folders, model_of, kind):
     """Whatever the batch or thread, and differentiable."""
     folder = text_folders[kind]
@@ -460,3 +458,14 @@ def test_other_pipelines_take_no_prompts(tmp_path):
     for option, value in (("prompts", "p.txt"), ("lora_rank", 2), ("negative", "x")):
         with pytest.raises(UserError, match="takes no prompts"):
             open_pipeline(Config(base=str(tmp_path), **{option: value}))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--prompts", "p.txt"), ("--negative", "x"), ("--rescale", "0.5"), ("--guidance", "2")],
+)
+def test_networks_without_prompts_ignore_no_option(option, tmp_path):
+    import edm_neon as edm
+
+    with pytest.raises(UserError, match=f"{option[0]} is for pipelines of diffusers"):
+        neon.cli.parse(["--preset", "glyphs", "--out", str(tmp_path), *option], edm.PRESETS, "")
