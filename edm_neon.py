@@ -303,9 +303,11 @@ class EdmModel(Model):
                 f"{c.data} has no labels, but the network is conditional: add dataset.json"
             )
         channels, height, width = images.shape[1:]
-        if height != width or width % 2 ** (len(options["channel_mult"]) - 1):
+        halvings = len(options["channel_mult"]) - 1
+        if height != width or width % 2**halvings:
             raise UserError(
-                f"{c.data}: {height} x {width} images; the network needs squares it can halve twice"
+                f"{c.data}: {height} x {width} images; the network needs squares that it can halve "
+                f"{halvings} times"
             )
         options |= {"dropout": c.dropout, "img_resolution": width, "img_channels": channels}
         if options["label_dim"]:

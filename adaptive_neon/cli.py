@@ -35,6 +35,7 @@ from .study import (
     global_weights,
     grid_points,
 )
+from .text import asked_of_text
 from .train import time_training
 from .verdicts import summarise_seeds
 
@@ -300,10 +301,9 @@ def check_combinations(c: Config) -> None:
     if c.placebo and c.partition == "layers":
         raise UserError("--placebo draws random blocks of several layers: use another --partition")
     if c.model or not is_pipeline(c.base):
-        for name, unset in (("guidance", (None, 1)), ("prompts", ("",)), ("lora_rank", (0,))):
-            if getattr(c, name) not in unset:
-                named = name.replace("_", "-")
-                raise UserError(f"--{named} is for pipelines of diffusers as --base: leave it out")
+        asked = asked_of_text(c) + ["--guidance"] * (c.guidance not in (None, 1))
+        if asked:
+            raise UserError(f"{asked[0]} is for pipelines of diffusers as --base: leave it out")
     if c.partition in ("paper", "structural") and not c.model:
         check_grid(c, ["enc", "mid", "dec"])
 

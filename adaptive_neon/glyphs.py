@@ -128,6 +128,7 @@ class GlyphsClassifier(nn.Module):
         test_stream: int,
         images: int = 10_000,
         epochs: int = 4,
+        *,
         size: int = GLYPH_SIZE,
     ):
         super().__init__()

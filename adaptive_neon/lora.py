@@ -18,7 +18,16 @@ from torch import nn
 from .files import is_safetensors, printable
 from .folders import refuse, write_tensors, wrong
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
+ATTENTION = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+)
 BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks")
 
 # How others name the two factors, and the networks that hold them.

@@ -89,14 +89,19 @@ def open_pipeline(c) -> DiffusersModel:
     name = pipeline_name(resolve(c.base))
     if name in PIPELINES:
         return TextModel(c)
-    for option in ("prompts", "final_prompts", "lora_rank", "rescale", "negative"):
-        if getattr(c, option) not in ("", 0, None):
-            named = option.replace("_", "-")
-            raise wrong(
-                f"--{named}: {c.base} as a {name} takes no prompts here, only these do: "
-                f"{', '.join(PIPELINES)}"
-            )
+    for option in asked_of_text(c):
+        raise wrong(
+            f"{option}: {c.base} as a {name} takes no prompts here, only these do: "
+            f"{', '.join(PIPELINES)}"
+        )
     return DiffusersModel(c)
+
+
+def asked_of_text(c) -> list[str]:
+    """The options of a configuration that only pipelines with prompts have."""
+    options = ("prompts", "final_prompts", "negative", "rescale", "lora_rank", "export_merged")
+    given = [name for name in options if getattr(c, name) not in ("", 0, None, False)]
+    return [f"--{name.replace('_', '-')}" for name in given]
 
 
 class TextModel(DiffusersModel):
@@ -105,8 +110,8 @@ class TextModel(DiffusersModel):
     parts_known = PARTS
 
     def __init__(self, c):
-        folder = resolve(c.base)
-        self.kind = pipeline_name(folder)
+        self.kind = pipeline_name(resolve(c.base))
+        import_transformers()
         self.pipeline: Any = getattr(import_diffusers(), self.kind)
         asked = inspect.signature(self.pipeline.__call__).parameters
         self.own_guidance = asked["guidance_scale"].default
@@ -136,14 +141,15 @@ class TextModel(DiffusersModel):
         self.firsts = sorted({0, SELECT_SEED, SEARCH_SEED, *finals})
         self.finals = set(finals)
 
-        self.rank, self.targets, self.seed = c.lora_rank, c.lora_targets, c.seed
+        self.lora_rank, self.seed = c.lora_rank, c.seed
+        self.targets: list[str] = []  # modules that a LoRA is trained for
         self.device, self.plan, self.merged_too = c.device, c.plan, c.export_merged
         self.autoencoder_may = ("shift_factor",) if self.flows() else ()
         super().__init__(c)
         self._check_pipeline()
         self.moving = self._moving_parameters(c)
         self.training_identity = text_key(
-            pipeline=self.identity, prompts=[], settings=[self.rank, self.targets]
+            pipeline=self.identity, prompts=[], settings=[self.lora_rank, self.targets]
         )
         self.rows, self.pooled = self._embedded(c)
 
@@ -190,10 +196,9 @@ class TextModel(DiffusersModel):
         for name in self.parts:
             if name.startswith(TEXT):
                 encoders[name] = content_hash(self.folder / name)
-        settings = [VERSION, self.kind, self.negative, self.rescale, encoders]
-        return text_key(
-            pipeline=super()._key(), prompts=[self.prompts, self.held_out], settings=settings
-        )
+        prompts = [self.prompts, self.held_out, self.negative]
+        self.embedded = text_key(pipeline=self.kind, prompts=prompts, settings=[VERSION, encoders])
+        return text_key(pipeline=super()._key(), prompts=[self.embedded], settings=[self.rescale])
 
     # ---------- prompts
     def balanced_labels(self, classes, seeds, device):
@@ -215,7 +220,7 @@ class TextModel(DiffusersModel):
     def _embedded(self, c) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Embeddings [P + 1, L, D] of all prompts and the negative one, and pooled ones [P + 1, D]
         where the pipeline has them; kept on disk."""
-        path = c.out / f"prompts-{self.identity}.safetensors"
+        path = c.out / f"prompts-{self.embedded}.safetensors"
         if path.exists():
             with reading(f"{path} is damaged, delete it"):
                 tensors, _ = load_state(path)
@@ -271,10 +276,6 @@ class TextModel(DiffusersModel):
 
     def _text_only(self) -> dict[str, Any]:
         """The pipeline's parts that are left out, for its constructor."""
-        import transformers
-
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
         needed = [name for name in self.parts if name.startswith(TEXT)] + ["scheduler"]
         out: dict[str, Any] = {}
         for name, parameter in inspect.signature(self.pipeline.__init__).parameters.items():
@@ -304,7 +305,7 @@ class TextModel(DiffusersModel):
         """Their names; empty where all move."""
         with torch.device("meta"):
             net = self.network_class.from_config(self.config)
-        if self.rank:
+        if self.lora_rank:
             self.targets = target_modules(net, c.lora_targets)
             return {f"{name}.weight" for name in self.targets}
         source = Path(c.aux) if c.aux else None
@@ -347,9 +348,9 @@ class TextModel(DiffusersModel):
 
     def trainable(self, base: nn.Module, c=None) -> nn.Module:
         net = copied(base)
-        if not self.rank:
+        if not self.lora_rank:
             return net
-        return with_lora(net.requires_grad_(True), self.targets, self.rank, self.seed + 1)
+        return with_lora(net.requires_grad_(True), self.targets, self.lora_rank, self.seed + 1)
 
     def save(self, net: nn.Module, path: Path, recipe: dict) -> None:
         lora = lora_of(net)
@@ -418,10 +419,10 @@ class TextModel(DiffusersModel):
         x = torch.randn(2, *self.shape, generator=generator).to(self.device)
         labels = torch.arange(2, device=self.device) % len(self.prompts)
         times = torch.full((2,), self.process.middle(), device=self.device)
-        outputs = [
-            self._predict(net.to(self.device).eval(), x, times, labels)
-            for net in (back, merged, base)
-        ]
+        outputs = []
+        for net in (back, merged, base):  # one after the other on the device
+            outputs.append(self._predict(net.to(self.device).eval(), x, times, labels).cpu())
+            net.cpu()
         apart = float((outputs[0] - outputs[1]).abs().max())
         effect = float((outputs[1] - outputs[2]).abs().max())
         if apart > 0.01 * effect + 1e-4 * float(outputs[1].abs().max()):
@@ -498,6 +499,18 @@ def read_prompts(path: str) -> list[str]:
     if not prompts:
         raise wrong(f"{path}: no prompts, one a line is needed")
     return prompts
+
+
+def import_transformers() -> None:
+    """Silent about what is reported here in other words."""
+    try:
+        import transformers
+    except ImportError:
+        raise wrong(
+            "a pipeline with prompts needs the package transformers: pip install transformers"
+        ) from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def warn_of_long(prompts: list[str], tokenizer) -> None:

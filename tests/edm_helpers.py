@@ -49,7 +49,7 @@ NCSNPP = {
     "encoder_type": "residual",
     "resample_filter": [1, 3, 3, 1],
 }
-ADM = {"model_type": "DhariwalUNet", "model_channels": 32, "channel_mult": [1, 2, 4]}
+ADM = {"model_type": "DhariwalUNet", "model_channels": 32, "channel_mult": [2, 2, 4]}
 KINDS = {
     "cifar": CIFAR,
     "ncsnpp": CIFAR | NCSNPP,

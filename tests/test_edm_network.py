@@ -31,7 +31,7 @@ OUTPUTS = {
     "cifar": [-0.0115, -0.67762, 0.78117, 0.03575, 0.13518, -0.09962],
     "ncsnpp": [-0.21376, -0.62737, 0.59809, -0.21454, -0.10151, 0.08318],
     "uncond": [-0.16811, -0.55162, 0.68816, 0.10832, -0.32064, -0.33842],
-    "adm": [-0.15402, -0.67626, 0.70422, -0.20547, -0.20776, 0.09591],
+    "adm": [-0.24797, -0.95139, 0.73063, 0.12389, -0.22149, 0.04185],
 }
 
 
@@ -502,6 +502,15 @@ def test_labels_reach_the_network():
 def test_one_hot_labels():
     assert edm.one_hot(network(), torch.tensor([2, 0])).tolist() == torch.eye(10)[[2, 0]].tolist()
     assert edm.one_hot(network("uncond"), None) is None
+
+
+@pytest.mark.parametrize("taps", [[1, 1], [1, 3, 3, 1]])
+def test_residual_path_of_ncsnpp_convolves_before_it_filters(taps):
+    conv = neon.networks.Conv(3, 5, 3, down=True, fused=True, resample_filter=taps)
+    x, f = torch.randn(2, 3, 8, 8), torch.tensor(taps) / sum(taps)
+    h = nn.functional.conv2d(x, conv.weight, padding=1 + (len(taps) - 1) // 2)
+    h = torch.einsum("nchijw,w->nchij", h.unfold(2, len(taps), 2).unfold(3, len(taps), 2), f) @ f
+    torch.testing.assert_close(conv(x), h + conv.bias[:, None, None])
 
 
 # -------------------- ADM

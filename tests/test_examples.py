@@ -277,3 +277,27 @@ def test_clip_judge_is_differentiable_and_of_unit_length(clip):
     found[:, 0].sum().backward()
     assert found.shape == (2, 12) and images.grad.abs().sum() > 0
     torch.testing.assert_close(found.norm(dim=1), torch.ones(2))
+
+
+def test_text_glyphs_write_a_pipeline_that_is_read(tmp_path, monkeypatch):
+    """Hardly trained: what its own call makes of a prompt is what the program makes of it."""
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    example = load_adapter("text_glyphs")
+    monkeypatch.setattr(example, "IMAGES", 128)
+    folder = tmp_path / "base"
+    monkeypatch.setattr("sys.argv", ["x", str(folder), "--vae-epochs", "1", "--epochs", "1"])
+    example.main()
+    prompts = folder / "prompts.txt"
+    assert prompts.read_text().splitlines() == example.PROMPTS
+
+    fields = dict(base=str(folder), prompts=str(prompts), guidance=2.0, device="cpu", out=tmp_path)
+    model = neon.text.open_pipeline(neon.config.Config(**fields))
+    noise = torch.randn(2, *model.shape)
+    with torch.no_grad():
+        ours = model.sample(model.load(folder), noise, torch.tensor([7, 139]), 4)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    asked = [example.PROMPTS[7], example.PROMPTS[139]]
+    options = dict(guidance_scale=2.0, num_inference_steps=4, output_type="pt")
+    theirs = pipeline(asked, latents=noise, **options).images * 2 - 1
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)

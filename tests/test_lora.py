@@ -18,6 +18,7 @@ from test_text import PROMPTS, images_of, model_of, noise_of, text_folders  # no
 import adaptive_neon as neon  # noqa: E402
 from adaptive_neon import lora  # noqa: E402
 from adaptive_neon.files import UserError  # noqa: E402
+from adaptive_neon.text import open_pipeline  # noqa: E402
 from adaptive_neon.train import Recipe, Training  # noqa: E402
 
 KINDS = [*tiny.MAKERS]
@@ -40,17 +41,25 @@ def outputs(model, net):
         return model._predict(net.eval(), noise_of(model, 2), times, torch.tensor([0, 1]))
 
 
-@pytest.fixture
-def pair(text_folders, model_of, tmp_path):  # noqa: F811
-    """pair(kind, **options): the model, its base, and the snapshot of a LoRA."""
+@pytest.fixture(scope="module")
+def pair(text_folders, tmp_path_factory):  # noqa: F811
+    """pair(kind, **options): the model, its base, and the snapshot of a LoRA; none of them to be
+    changed."""
+    made = {}
 
     def build(kind, rank=3, targets="attention", **options):
-        folder = text_folders[kind]
-        model = model_of(folder, lora_rank=rank, lora_targets=targets, **options)
-        base = model.load(folder)
-        path = tmp_path / "network-snapshot-000001.safetensors"
-        model.save(trained(model, base), path, {"kimg": 1})
-        return model, base, path
+        key = (kind, rank, targets, *options)
+        if key not in made:
+            root = tmp_path_factory.mktemp("pair")
+            (root / "prompts.txt").write_text("\n".join(PROMPTS))
+            fields = dict(base=str(text_folders[kind]), prompts=str(root / "prompts.txt"))
+            fields |= dict(lora_rank=rank, lora_targets=targets, device="cpu", out=root)
+            model = open_pipeline(neon.config.Config(**fields, **options))
+            base = model.load(text_folders[kind])
+            path = root / "network-snapshot-000001.safetensors"
+            model.save(trained(model, base), path, {"kimg": 1})
+            made[key] = model, base, path
+        return made[key]
 
     return build
 
@@ -94,7 +103,7 @@ def test_snapshots_hold_what_learns(pair):
     assert all(2 in tensor.shape[:2] for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("kind, targets", [("sd", "all"), ("sdxl", "attention"), ("sd3", "all")])
+@pytest.mark.parametrize("kind, targets", [("sd", "all"), ("sd3", "all")])
 def test_the_self_trained_network_is_the_merged_one(pair, kind, targets):
     """As peft and diffusers compute it: with the factors beside, and fused."""
     model, base, path = pair(kind, targets=targets)
@@ -224,8 +233,7 @@ def kohya(found, alpha, prefix="lora_unet_"):
     return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
-@pytest.mark.parametrize("alpha", [None, 3, 5])
+@pytest.mark.parametrize("kind, alpha", [("sd", None), ("sd", 5), ("sdxl", 3)])
 def test_files_of_kohya(pair, tmp_path, kind, alpha):
     """alpha is not r, or not there at all: then it is r."""
     model, base, path = pair(kind, targets="all" if kind == "sd" else "attention")
@@ -332,25 +340,22 @@ def test_anyones_lora_alone_decides_what_moves(pair, text_folders, model_of, tmp
 
 
 # -------------------- the file that comes out
-def export_of(model, base, path, w, **options):
+def export_of(model, base, path, w, out):
     aux = model.load_like(base, path)
     merger = neon.Merger(base, aux, lambda name: model.block(name, base, "paper"))
     merger.attach(copy.deepcopy(base))
-    folder = path.parent / "out"
-    model.export_merged(merger, w, folder, {"w": w}, **options)
-    return merger, folder
+    model.export_merged(merger, w, out, {"w": w})
+    return merger, out
 
 
 W = {"enc": 1.5, "mid": -0.5, "dec": 0.75}
 
 
-@pytest.mark.parametrize(
-    "kind, targets", [("sd", "attention"), ("sd", "all"), ("sdxl", "all"), ("sd3", "all")]
-)
-def test_the_file_is_the_merged_network(text_folders, pair, kind, targets):  # noqa: F811
+@pytest.mark.parametrize("kind, targets", [("sd", "all"), ("sdxl", "attention"), ("sd3", "all")])
+def test_the_file_is_the_merged_network(text_folders, pair, tmp_path, kind, targets):  # noqa: F811
     """For the whole pipeline of a user: pipe.load_lora_weights(), and half of it at 0.5."""
     model, base, path = pair(kind, targets=targets)
-    merger, out = export_of(model, base, path, W)
+    merger, out = export_of(model, base, path, W, tmp_path / "out")
     parts = dict(text_encoder_3=None, tokenizer_3=None) if kind == "sd3" else {}
     pipeline = diffusers.DiffusionPipeline.from_pretrained(text_folders[kind], **parts)
     pipeline.load_lora_weights(out, weight_name="repair.safetensors")
@@ -366,9 +371,9 @@ def test_the_file_is_the_merged_network(text_folders, pair, kind, targets):  # n
     torch.testing.assert_close(outputs(model, net), half, rtol=0, atol=5e-5)
 
 
-def test_names_sizes_and_recipe_of_the_file(pair):
+def test_names_sizes_and_recipe_of_the_file(pair, tmp_path):
     model, base, path = pair("sd", rank=3)
-    _, out = export_of(model, base, path, W)
+    _, out = export_of(model, base, path, W, tmp_path / "out")
     assert sorted(file.name for file in out.iterdir()) == [
         "adaptive-neon.json",
         "repair.safetensors",
@@ -391,9 +396,9 @@ def test_names_sizes_and_recipe_of_the_file(pair):
     torch.testing.assert_close(own, outputs(model, merger.set(W)), rtol=0, atol=2e-5)
 
 
-def test_the_whole_pipeline_on_request(text_folders, pair):  # noqa: F811
+def test_the_whole_pipeline_on_request(pair, tmp_path):  # noqa: F811
     model, base, path = pair("sd", export_merged=True)
-    merger, out = export_of(model, base, path, W)
+    merger, out = export_of(model, base, path, W, tmp_path / "out")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(out.with_name("out-merged"))
     merged = outputs(model, merger.set(W))
     assert torch.equal(outputs(model, pipeline.unet), merged)
@@ -414,20 +419,24 @@ def one_dropped(found):
     return lora.Lora(dict([*found.factors.items()][1:]))
 
 
-@pytest.mark.parametrize("fault", [flipped, one_flipped, one_dropped])
-@pytest.mark.parametrize("kind", ["sd", "sd3"])
-def test_a_file_that_is_another_network_is_not_called_written(pair, monkeypatch, fault, kind):
+@pytest.mark.parametrize(
+    "kind, fault",
+    [("sd", one_flipped), ("sd", one_dropped), ("sd3", flipped), ("sd3", one_dropped)],
+)
+def test_a_file_that_is_another_network_is_not_called_written(
+    pair, tmp_path, monkeypatch, fault, kind
+):
     model, base, path = pair(kind, targets="all")
     write = lora.write_lora
     monkeypatch.setattr(
         "adaptive_neon.text.write_lora", lambda found, *rest: write(fault(found), *rest)
     )
     with pytest.raises(AssertionError, match="repair.safetensors"):
-        export_of(model, base, path, W)
-    assert not (path.parent / "out").exists()
+        export_of(model, base, path, W, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
-def test_an_alpha_that_is_not_r_is_noticed(pair, monkeypatch):
+def test_an_alpha_that_is_not_r_is_noticed(pair, tmp_path, monkeypatch):
     """The trap of files that state another alpha than the one that was folded in."""
     model, base, path = pair("sd")
 
@@ -436,12 +445,12 @@ def test_an_alpha_that_is_not_r_is_noticed(pair, monkeypatch):
 
     monkeypatch.setattr("adaptive_neon.text.write_lora", other_alpha)
     with pytest.raises(AssertionError, match="comes back .* away"):
-        export_of(model, base, path, W)
+        export_of(model, base, path, W, tmp_path / "out")
 
 
-def test_no_step_at_all_is_a_file_too(pair):
+def test_no_step_at_all_is_a_file_too(pair, tmp_path):
     model, base, path = pair("sd")
-    merger, out = export_of(model, base, path, dict.fromkeys(W, 0.0))
+    merger, out = export_of(model, base, path, dict.fromkeys(W, 0.0), tmp_path / "out")
     tensors = safetensors.torch.load_file(out / "repair.safetensors")
     assert all(not t.any() for name, t in tensors.items() if name.endswith("lora_up.weight"))
 

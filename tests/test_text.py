@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("transformers")
 
 import text_pipelines as tiny  # noqa: E402
 
+import adaptive_neon as neon  # noqa: E402
 from adaptive_neon.config import Config  # noqa: E402
 from adaptive_neon.files import UserError  # noqa: E402
 from adaptive_neon.text import open_pipeline, read_prompts  # noqa: E402
@@ -77,7 +79,6 @@ SCHEDULES = {
     "pndm": ("PNDMScheduler", {}),
     "ddim": ("DDIMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
-    "dpm": ("DPMSolverMultistepScheduler", {}),
     "v": ("DDIMScheduler", {"prediction_type": "v_prediction"}),
     "zero snr": (
         "DDIMScheduler",
@@ -95,10 +96,9 @@ SCHEDULES = {
     "schedule, steps, options",
     [
         ("pndm", 7, {}),
-        ("pndm", 30, {"guidance": 1.0}),
+        ("pndm", 9, {"guidance": 1.0}),
         ("ddim", 7, {"negative": "a thin one"}),
         ("euler", 7, {"guidance": 2.0}),
-        ("dpm", 7, {"negative": ""}),
         ("ddim", 7, {"rescale": 0.7}),
         ("v", 7, {}),
         ("zero snr", 5, {"rescale": 0.7}),
@@ -117,8 +117,7 @@ def test_stable_diffusion(tmp_path, model_of, schedule, steps, options):
     assert ours.std() > 0.1 and model.guidance == options.get("guidance", 7.5)
 
 
-@pytest.mark.parametrize("negative", [None, "", "a thin one"])
-@pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "empty"])
+@pytest.mark.parametrize("zeros, negative", [(True, None), (True, ""), (False, None)])
 def test_xl(tmp_path, model_of, negative, zeros):
     folder = tiny.sdxl(tmp_path / "p", zeros=zeros)
     model = model_of(folder, negative=negative)
@@ -134,7 +133,7 @@ def test_no_negative_prompt_of_xl_is_no_empty_one(text_folders, model_of):
     assert empty.rows[-1].abs().max() > 0.1
 
 
-@pytest.mark.parametrize("guidance, shift", [(None, 3.0), (1.0, 3.0), (4.0, 1.0)])
+@pytest.mark.parametrize("guidance, shift", [(None, 3.0), (1.0, 2.0)])
 def test_sd3(tmp_path, model_of, guidance, shift):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     folder = tiny.sd3(tmp_path / "p", scheduler)
@@ -159,7 +158,7 @@ def test_half_precision_text_encoders(tmp_path, model_of):
     torch.testing.assert_close(ours, images_of(model_of(whole), whole, 5), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", tiny.MAKERS)
+@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
 def test_samples_are_their_own(text_folders, model_of, kind):
     """Whatever the batch or thread, and differentiable."""
     folder = text_folders[kind]
@@ -210,11 +209,11 @@ def test_gradient_is_that_of_differences_and_the_decoder_keeps_little(
 
 # -------------------- training
 class Recorder(torch.nn.Module):
-    """A network that answers zero and remembers what it was asked."""
+    """A network that answers a quarter and remembers what it was asked."""
 
     def forward(self, x, *args, **kwargs):
         self.x, self.args = x, args
-        return (torch.zeros_like(x),)
+        return (torch.full_like(x, 0.25),)
 
 
 def test_loss_is_the_error_of_the_noise_and_drops_prompts(text_folders, model_of):
@@ -229,7 +228,8 @@ def test_loss_is_the_error_of_the_noise_and_drops_prompts(text_folders, model_of
     assert torch.equal(rows[~dropped], model.rows[labels[~dropped]])
     alpha = model.process.alphas[times].view(-1, 1, 1, 1)
     noise = (recorder.x - alpha.sqrt() * x) / (1 - alpha).sqrt()
-    torch.testing.assert_close(loss, noise.square().mean((1, 2, 3)), rtol=1e-2, atol=1e-2)
+    expected = (0.25 - noise).square().mean((1, 2, 3))
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_loss_of_a_flow_is_the_error_of_the_velocity(text_folders, model_of):
@@ -240,7 +240,8 @@ def test_loss_of_a_flow_is_the_error_of_the_velocity(text_folders, model_of):
     _, _, times = recorder.args
     sigma = (times / 1000).view(-1, 1, 1, 1)
     noise = (recorder.x - (1 - sigma) * x) / sigma
-    torch.testing.assert_close(loss, (noise - x).square().mean((1, 2, 3)), rtol=2e-2, atol=2e-2)
+    expected = (0.25 - (noise - x)).square().mean((1, 2, 3))
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=2e-2)
     assert times.max() <= 1000 and times.min() > 0 and times.unique().numel() > 40
 
 
@@ -301,10 +302,17 @@ def test_embeddings_are_kept_by_content(text_folders, model_of, tmp_path, monkey
         raise AssertionError("text encoders are loaded again")
 
     monkeypatch.setattr("adaptive_neon.text.TextModel._embed", used)
-    again = model_of(folder)
+    again = model_of(folder, guidance=3.0, rescale=0.5)
     assert torch.equal(again.rows, first.rows) and torch.equal(again.pooled, first.pooled)
-    with pytest.raises(AssertionError, match="loaded again"):
-        model_of(folder, prompts=PROMPTS[:2])
+    for options in ({"prompts": PROMPTS[:2]}, {"negative": ""}, {"held_out": ["a bold one"]}):
+        with pytest.raises(AssertionError, match="loaded again"):
+            model_of(folder, **options)
+
+
+def test_without_transformers_one_line_says_so(text_folders, model_of, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match="pip install transformers"):
+        model_of(text_folders["sd"])
 
 
 def test_a_plan_keeps_nothing_and_says_what_is_needed(text_folders, model_of, tmp_path, capsys):
@@ -460,3 +468,14 @@ def test_other_pipelines_take_no_prompts(tmp_path):
     for option, value in (("prompts", "p.txt"), ("lora_rank", 2), ("negative", "x")):
         with pytest.raises(UserError, match="takes no prompts"):
             open_pipeline(Config(base=str(tmp_path), **{option: value}))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--prompts", "p.txt"), ("--negative", "x"), ("--rescale", "0.5"), ("--guidance", "2")],
+)
+def test_networks_without_prompts_ignore_no_option(option, tmp_path):
+    import edm_neon as edm
+
+    with pytest.raises(UserError, match=f"{option[0]} is for pipelines of diffusers"):
+        neon.cli.parse(["--preset", "glyphs", "--out", str(tmp_path), *option], edm.PRESETS, "")

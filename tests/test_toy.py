@@ -282,6 +282,24 @@ def test_exact_protocol_equals_gauss_hermite(scorer):
     assert got.fd == pytest.approx(want, abs=max(1e-4, 5 * got.fd_error))
 
 
+def test_fresh_score_pools_its_sets(scorer, monkeypatch):
+    """Mean and covariance of all points together: Sobol sets would be too equal to tell."""
+    means = [0.5 * k for k in range(8)]
+
+    def moments(self, W, n, seed):
+        k = seed - 1000
+        mean = torch.tensor([[means[k], 0.0]]).double()
+        return mean, (1 + 0.1 * k) * torch.eye(2).double()[None]
+
+    monkeypatch.setattr(toy.Scorer, "moments", moments)
+    pooled = (1 + 0.1 * 3.5) * torch.eye(2).double()
+    pooled[0, 0] += np.var(means)
+    mean = torch.tensor([1.75, 0.0]).double()
+    want = reference.frechet_distance(mean, pooled, *toy.target())
+    small = with_scoring(scorer, sw2_points=64)
+    assert toy.fresh_score(small, [0.0] * 6).fd == pytest.approx(float(want), rel=1e-9)
+
+
 @pytest.fixture
 def fake_cuda(monkeypatch):
     """Tensors without memory that obey the rules of a GPU; moving them needs no CUDA build."""
@@ -335,6 +353,23 @@ def test_search_stays_within_its_bounds_and_evaluations(scorer):
     assert found.W.abs().max() == 0.1 and found.W.min() == -0.1 and found.W[0].tolist() == [0.0] * 6
     few = toy.descend(with_scoring(scorer, points=512), toy.Search(evaluations=3), "fd", 0.4)
     assert len(few.fd) == len(few.W) == few.evaluations == 3 and few.points == [128] * 3
+
+
+@pytest.mark.parametrize("objective, best", [("fd", 0.3), ("sw2", 1.0)])
+def test_search_keeps_the_best_of_its_objective(scorer, monkeypatch, objective, best):
+    """Not the last, and not the best of the other score, which it also computes."""
+    scores = {0.0: (3.0, 2.0), 0.3: (1.0, 4.0), 1.0: (2.0, 1.0), 0.5: (4.0, 3.0)}
+
+    def minimize(value, x0, **_):
+        for w, (value.fd, value.sw2) in scores.items():
+            monkeypatch.setattr(toy, "frechet_to_target", lambda mean, _: 0 * mean.sum() + value.fd)
+            monkeypatch.setattr(toy, "sliced_w2", lambda x: 0 * x.sum() + value.sw2)
+            value(np.full(6, w))
+
+    monkeypatch.setattr(toy.scipy.optimize, "minimize", minimize)
+    found = toy.descend(with_scoring(scorer, points=2**9), toy.Search(), objective, 0.0)
+    assert found.w == [best] * 6 and found.fd == [3.0, 1.0, 2.0, 4.0]
+    assert found.W.tolist() == [[w] * 6 for w in scores]
 
 
 # ---------------------------------------------------------------- gradient alignment
