@@ -30,13 +30,11 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, leave_quietly)
 
 import math
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from adaptive_neon import cli
 from adaptive_neon.config import Preset
@@ -53,43 +51,33 @@ from adaptive_neon.files import (
     reason_of,
     save_state,
 )
-from adaptive_neon.glyphs import GlyphsClassifier, draw_glyphs, glyphs_cnn, glyphs_mlp
+from adaptive_neon.glyphs import (
+    GLYPH_SIZE,
+    GlyphsClassifier,
+    draw_glyphs,
+    glyphs_cnn,
+    glyphs_mlp,
+)
 from adaptive_neon.images import RealData, RealImages, read_dataset, split
+from adaptive_neon.networks import PRECONDS, Precond, denoiser
 from adaptive_neon.pickles import Inert, inert_tensors, read_pickle
 from adaptive_neon.sampling import Model
 
 # ==================== presets
 EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm"
+NEON_URL = "https://huggingface.co/sinaalemohammad/Neon/resolve/main"
 
 
-class Cifar10(Preset):
-    """EDM on CIFAR-10. The paper's FIDs: base 1.78, best global 1.43 to 1.74, block-wise 1.43 to
-    1.71."""
+class EdmPreset(Preset):
+    """What EDM published of one data set: networks, and statistics of what they were trained on."""
 
-    name = "cifar10"
-    network = {
-        "img_resolution": 32,
-        "img_channels": 3,
-        "label_dim": 10,
-        "augment_dim": 9,
-        "model_channels": 128,
-        "channel_mult": [2, 2, 2],
-        "num_blocks": 4,
-        "attn_resolutions": [16],
-    }
-
-    bases = {
-        "cond": f"{EDM_URL}/pretrained/edm-cifar10-32x32-cond-vp.pkl",
-        "uncond": f"{EDM_URL}/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
-    }
-    statistics = f"{EDM_URL}/fid-refs/cifar10-32x32.npz"
-    origin = "CIFAR-10's 50,000 training images, which EDM's networks were trained on"
+    network: dict = {}  # options of a network that is trained here, or of the size of the base
 
     def model(self, c):
         return EdmModel(self, c)
 
     def untrained(self):
-        return EDMPrecond(**self.network).eval()
+        return denoiser(**self.network).eval()
 
     def real_images(self, c):
         """RealData of --data; None without it."""
@@ -104,11 +92,97 @@ class Cifar10(Preset):
         return inception(c.detector)
 
 
-class Glyphs(Cifar10):
+class Cifar10(EdmPreset):
+    """FID of EDM: 1.79 conditional, 1.97 not; NEON brings 1.78 and 1.98 to 1.38. The paper: best
+    global 1.43 to 1.74, block-wise 1.43 to 1.71."""
+
+    name = "cifar10"
+    network = {
+        "img_resolution": 32,
+        "img_channels": 3,
+        "label_dim": 10,
+        "augment_dim": 9,
+        "model_channels": 128,
+        "channel_mult": [2, 2, 2],
+        "num_blocks": 4,
+        "attn_resolutions": [16],
+    }
+    bases = {
+        "cond": f"{EDM_URL}/pretrained/edm-cifar10-32x32-cond-vp.pkl",
+        "uncond": f"{EDM_URL}/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
+        "cond-ve": f"{EDM_URL}/pretrained/edm-cifar10-32x32-cond-ve.pkl",
+        "uncond-ve": f"{EDM_URL}/pretrained/edm-cifar10-32x32-uncond-ve.pkl",
+        "neon-cond": f"{NEON_URL}/Neon_EDM_conditional_CIFAR10.pkl",  # repaired already
+        "neon-uncond": f"{NEON_URL}/Neon_EDM_unconditional_CIFAR10.pkl",
+    }
+    statistics = f"{EDM_URL}/fid-refs/cifar10-32x32.npz"
+    origin = "CIFAR-10's 50,000 training images, which EDM's networks were trained on"
+
+
+class Ffhq64(EdmPreset):
+    """FID of EDM: 2.39 (VP), 2.53 (VE); NEON brings 2.39 to 1.12."""
+
+    name = "ffhq64"
+    defaults = {"steps": 40, "dropout": 0.05, "augment": 0.15}  # EDM's
+    network = Cifar10.network | {
+        "img_resolution": 64,
+        "label_dim": 0,
+        "channel_mult": [1, 2, 2, 2],
+    }
+    bases = {
+        "uncond": f"{EDM_URL}/pretrained/edm-ffhq-64x64-uncond-vp.pkl",
+        "uncond-ve": f"{EDM_URL}/pretrained/edm-ffhq-64x64-uncond-ve.pkl",
+        "neon-uncond": f"{NEON_URL}/Neon_EDM_FFHQ.pkl",
+    }
+    statistics = f"{EDM_URL}/fid-refs/ffhq-64x64.npz"
+    origin = "FFHQ's 70,000 images at 64 x 64, which EDM's networks were trained on"
+
+
+class Afhqv2(Ffhq64):
+    """FID of EDM: 1.96 (VP), 2.16 (VE); NEON reports none."""
+
+    name = "afhqv2"
+    defaults = Ffhq64.defaults | {"dropout": 0.25}
+    bases = {
+        "uncond": f"{EDM_URL}/pretrained/edm-afhqv2-64x64-uncond-vp.pkl",
+        "uncond-ve": f"{EDM_URL}/pretrained/edm-afhqv2-64x64-uncond-ve.pkl",
+    }
+    statistics = f"{EDM_URL}/fid-refs/afhqv2-64x64.npz"
+    origin = "AFHQv2's images at 64 x 64, which EDM's networks were trained on"
+
+
+class ImageNet64(EdmPreset):
+    """FID of EDM with these steps and noise: 1.36, in half precision; NEON reports none."""
+
+    name = "imagenet64"
+    defaults = {
+        "steps": 256,
+        "s_churn": 40.0,
+        "s_min": 0.05,
+        "s_max": 50.0,
+        "s_noise": 1.003,
+        "dropout": 0.1,
+        "augment": 0.0,
+    }
+    network = {
+        "model_type": "DhariwalUNet",
+        "img_resolution": 64,
+        "img_channels": 3,
+        "label_dim": 1000,
+        "model_channels": 192,
+        "channel_mult": [1, 2, 3, 4],
+    }
+    bases = {"cond": f"{EDM_URL}/pretrained/edm-imagenet-64x64-cond-adm.pkl"}
+    statistics = f"{EDM_URL}/fid-refs/imagenet-64x64.npz"
+    origin = "ImageNet's training images at 64 x 64, which EDM's network was trained on"
+
+
+class Glyphs(EdmPreset):
     """Digits drawn from matplotlib's fonts and a small classifier of them: minutes on a laptop,
     nothing to download, and fresh real images for every purpose."""
 
     name = "glyphs"
+    size = GLYPH_SIZE
     small = True
     threads = 1  # 12 x 12 images: two batches at once are faster than two threads
     defaults = {
@@ -149,16 +223,19 @@ class Glyphs(Cifar10):
 
     def real_images(self, c):
         if c.data or c.ref:
-            raise UserError("--preset glyphs draws its own real images: leave --data and --ref out")
+            raise UserError(
+                f"--preset {self.name} draws its own real images: leave --data and --ref out"
+            )
         parts = {}
         for purpose, count in self.images.items():
             stream = self.streams[purpose]
-            parts[purpose] = RealImages(*draw_glyphs(count, stream), f"glyphs, stream {stream}")
+            drawn = draw_glyphs(count, stream, self.size)
+            parts[purpose] = RealImages(*drawn, f"glyphs, stream {stream}")
         return RealData(**parts, origin="images that no network and no selection has seen")
 
     def classifier(self, c, name, body, seed, stream):
         streams = self.streams[stream], self.streams["classifier test"]
-        return GlyphsClassifier(c.out, name, body, seed, *streams)
+        return GlyphsClassifier(c.out, name, body, seed, *streams, size=self.size)
 
     def features(self, c):
         return self.classifier(c, "glyphs-cnn-64", glyphs_cnn, 0, "classifier")
@@ -173,19 +250,39 @@ class Glyphs(Cifar10):
         return {"classifier-2": another_seed, "mlp": another_architecture}
 
 
-PRESETS = {"cifar10": Cifar10(), "glyphs": Glyphs()}
+class Glyphs16(Glyphs):
+    """The same in 16 x 16: pipelines of diffusers want sides that can be divided by 8."""
+
+    name = "glyphs16"
+    size = 16
+    network = {**Glyphs.network, "img_resolution": 16, "attn_resolutions": [8]}
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (Cifar10(), Ffhq64(), Afhqv2(), ImageNet64(), Glyphs(), Glyphs16())
+}
 
 
 # ==================== EDM behind the seam
 class EdmModel(Model):
-    """EDM's networks behind the seam: EDMPrecond around DDPM++ or NCSN++, its sampler, loss and
-    augmentation."""
+    """EDM's networks behind the seam, with its sampler, loss and augmentation."""
 
     identity = "edm, Heun, 1"
     encodes = False
 
     def __init__(self, preset, c):
         self.preset, self.augment_p = preset, c.augment
+        self.churn = {}
+        if c.s_churn:
+            self.churn = {
+                "S_churn": c.s_churn,
+                "S_min": c.s_min,
+                "S_max": c.s_max,
+                "S_noise": c.s_noise,
+            }
+            self.identity = f"edm, Heun, {self.churn}, 1"
+        self.draws_on = bool(self.churn)
         self.training_identity = f"edm, augment {c.augment}, dropout {c.dropout}, 1"
 
     def fetch(self, source, what):
@@ -200,22 +297,25 @@ class EdmModel(Model):
 
     def create(self, images, labels, c):
         """The preset's network, in the size of the images."""
-        if labels is None:
+        options = dict(self.preset.network)
+        if labels is None and options["label_dim"]:
             raise UserError(
                 f"{c.data} has no labels, but the network is conditional: add dataset.json"
             )
         channels, height, width = images.shape[1:]
-        options = dict(self.preset.network)
-        if height != width or width % 2 ** (len(options["channel_mult"]) - 1):
+        halvings = len(options["channel_mult"]) - 1
+        if height != width or width % 2**halvings:
             raise UserError(
-                f"{c.data}: {height} x {width} images; the network needs squares it can halve twice"
+                f"{c.data}: {height} x {width} images; the network needs squares that it can halve, "
+                f"{halvings} times one after the other"
             )
         options |= {"dropout": c.dropout, "img_resolution": width, "img_channels": channels}
-        options["label_dim"] = int(labels.max()) + 1
-        return EDMPrecond(**options)
+        if options["label_dim"]:
+            options["label_dim"] = int(labels.max()) + 1
+        return denoiser(**options)
 
     def trainable(self, base, c):
-        net = EDMPrecond(**dict(base.config, dropout=c.dropout))
+        net = denoiser(**dict(base.config, dropout=c.dropout))
         net.load_state_dict(base.state_dict())
         return net
 
@@ -228,18 +328,18 @@ class EdmModel(Model):
     def classes(self, net):
         return net.label_dim
 
-    def sample(self, net, noise, labels, steps):
-        return edm_sampler(net, noise, one_hot(net, labels), steps)
+    def sample(self, net, noise, labels, steps, draw=None):
+        return edm_sampler(net, noise, one_hot(net, labels), steps, **self.churn, draw=draw)
 
     def loss(self, net, x, labels):
         return edm_loss(net, x, one_hot(net, labels), self.augment_p)
 
     def block(self, name, net, partition):
         """paper: lowest resolution and mapping are mid, else enc or dec; structural: the decoder's
-        blocks after the bottleneck are dec."""
+        blocks after the bottleneck are dec. ADM's last two layers, beside dec, belong to it."""
         side, layer = name.split(".")[1:3]
         if side not in ("enc", "dec"):
-            return "mid"
+            return "dec" if side.startswith("out_") else "mid"
         lowest = min(int(key.split("x")[0]) for key in net.model.enc)
         if not layer.startswith(f"{lowest}x{lowest}_"):
             return side
@@ -247,9 +347,10 @@ class EdmModel(Model):
         return "dec" if partition == "structural" and after_bottleneck else "mid"
 
     def layer(self, name):
-        """model.enc.8x8_block0.conv0.weight -> enc.8x8_block0; all embeddings are one, map."""
+        """model.enc.8x8_block0.conv0.weight -> enc.8x8_block0; all embeddings are one, map, and
+        so are ADM's last two layers, out."""
         side, layer = name.split(".")[1:3]
-        return "map" if side.startswith("map") else f"{side}.{layer}"
+        return side[:3] if side.startswith(("map_", "out_")) else f"{side}.{layer}"
 
     def save(self, net, path, recipe):
         save_network(net, path, recipe)
@@ -273,326 +374,59 @@ def sigma_steps(net, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0):
 
 
 def edm_sampler(
-    net, noise, class_labels=None, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0
+    net,
+    noise,
+    class_labels=None,
+    num_steps=18,
+    sigma_min=0.002,
+    sigma_max=80.0,
+    rho=7.0,
+    S_churn=0.0,
+    S_min=0.0,
+    S_max=math.inf,
+    S_noise=1.0,
+    draw=None,
 ):
-    """Heun's second-order deterministic sampler (EDM, algorithm 1).
-    noise [N, C, H, W], one-hot labels [N, K] (or None) -> images in [-1, 1] float64."""
-    t = sigma_steps(net, num_steps, sigma_min, sigma_max, rho).to(noise.device)
+    """Heun's second-order method (EDM, algorithm 1; with S_churn algorithm 2, stochastic).
+    noise [N, C, H, W], one-hot labels [N, K] (or None), draw(): more noise of every sample, float64
+    [N, C, H, W] -> images in [-1, 1] float64."""
+    t = sigma_steps(net, num_steps, sigma_min, sigma_max, rho)
+    churned = (t >= S_min) & (t <= S_max)
+    gamma = torch.where(churned, min(S_churn / num_steps, 2**0.5 - 1), 0.0)
+    t_hat = net.round_sigma(t + gamma * t)
+    more = (t_hat**2 - t**2).clamp_min(0).sqrt() * S_noise
+    t, t_hat, more = (values.to(noise.device) for values in (t, t_hat, more))
+
     x = noise.double() * t[0]
     for i in range(num_steps):
+        # Noise is raised from t to t_hat; every step draws, as in EDM.
+        if S_churn:
+            x = x + more[i] * draw()
+
         # Euler step.
-        denoised = net(x.float(), t[i], class_labels).double()
-        d = (x - denoised) / t[i]
-        x_next = x + (t[i + 1] - t[i]) * d
+        denoised = net(x.float(), t_hat[i], class_labels).double()
+        d = (x - denoised) / t_hat[i]
+        x_next = x + (t[i + 1] - t_hat[i]) * d
 
         # Second-order correction, except at the end, where the slope is undefined.
         if i < num_steps - 1:
             denoised = net(x_next.float(), t[i + 1], class_labels).double()
             d_next = (x_next - denoised) / t[i + 1]
-            x_next = x + (t[i + 1] - t[i]) * ((d + d_next) / 2)
+            x_next = x + (t[i + 1] - t_hat[i]) * ((d + d_next) / 2)
         x = x_next
     return x
 
 
-def edm_loss(net, images, labels, augment_p, P_mean=-1.2, P_std=1.2):
-    """EDM's loss [N, C, H, W]: lambda(sigma) (D(y + n; sigma) - y)^2, ln sigma ~ N(P_mean,
-    P_std^2), lambda by the network's sigma_data."""
-    sigma = (torch.randn(len(images), 1, 1, 1, device=images.device) * P_std + P_mean).exp()
+def edm_loss(net, images, labels, augment_p):
+    """EDM's loss [N, C, H, W]: lambda(sigma) (D(y + n; sigma) - y)^2, with sigma and lambda of the
+    network's preconditioning."""
+    sigma = net.draw_sigma(len(images), images.device)
     augment_labels = None
     if augment_p:
         images, augment_labels = augment(images, augment_p)
     noise = torch.randn_like(images) * sigma
-    weight = (sigma**2 + net.sigma_data**2) / (sigma * net.sigma_data) ** 2
-    return weight * (net(images + noise, sigma, labels, augment_labels) - images).square()
-
-
-# ==================== network: DDPM++ and NCSN++, names as in EDM
-class Conv(nn.Conv2d):
-    """2-D convolution after resampling by a small filter (fused: before it, as NCSN++'s residual
-    path)."""
-
-    def __init__(
-        self, c_in, c_out, kernel, up=False, down=False, resample_filter=(1, 1), fused=False
-    ):
-        super().__init__(c_in, c_out, kernel, padding=kernel // 2)
-        self.up, self.fused = up, fused
-        self.simple = list(resample_filter) == [1, 1]
-        f = torch.as_tensor(resample_filter, dtype=torch.float32)
-        outer = (f[:, None] * f / f.sum() ** 2)[None, None]  # [1, 1, k, k]
-        self.register_buffer("resample_filter", outer if up or down else None)
-
-    def forward(self, x):
-        if self.resample_filter is None:
-            return super().forward(x)
-        if self.simple:
-            x = F.interpolate(x, scale_factor=2) if self.up else F.avg_pool2d(x, 2)
-            return super().forward(x)
-
-        f = self.resample_filter.to(x.dtype)
-        f_pad = (f.shape[-1] - 1) // 2
-        if self.fused:
-            x = F.conv2d(x, self.weight, padding=self.padding[0] + f_pad)
-            return F.conv2d(
-                x, f.expand(x.shape[1], 1, -1, -1), self.bias, stride=2, groups=x.shape[1]
-            )
-        if self.up:
-            f = (f * 4).expand(x.shape[1], 1, -1, -1)
-            x = F.conv_transpose2d(x, f, stride=2, padding=f_pad, groups=x.shape[1])
-        else:
-            f = f.expand(x.shape[1], 1, -1, -1)
-            x = F.conv2d(x, f, stride=2, padding=f_pad, groups=x.shape[1])
-        return super().forward(x)
-
-
-def group_norm(channels):
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
-
-
-class UNetBlock(nn.Module):
-    """Residual block with noise embedding, optional resampling and single-head self-attention."""
-
-    def __init__(
-        self, c_in, c_out, c_emb, dropout, resample_filter, up=False, down=False, attention=False
-    ):
-        super().__init__()
-        self.dropout = dropout
-        resample = {"up": up, "down": down, "resample_filter": resample_filter}
-        self.norm0 = group_norm(c_in)
-        self.conv0 = Conv(c_in, c_out, 3, **resample)
-        self.affine = nn.Linear(c_emb, c_out)
-        self.norm1 = group_norm(c_out)
-        self.conv1 = Conv(c_out, c_out, 3)
-        self.skip = Conv(c_in, c_out, 1, **resample) if c_in != c_out or up or down else None
-        self.norm2 = group_norm(c_out) if attention else None
-        if attention:
-            self.qkv = Conv(c_out, 3 * c_out, 1)
-            self.proj = Conv(c_out, c_out, 1)
-
-    def forward(self, x, emb):
-        inplace = not torch.is_grad_enabled()
-        h = self.conv0(F.silu(self.norm0(x), inplace))
-        h = h.add_(self.affine(emb)[:, :, None, None])
-        h = F.dropout(F.silu(self.norm1(h), inplace), self.dropout, self.training)
-        h = self.conv1(h)
-        x = h.add_(x if self.skip is None else self.skip(x)).mul_(0.5**0.5)
-        if self.norm2 is not None:
-            x = self.attend(x)
-        return x
-
-    def attend(self, x):
-        n, c, height, width = x.shape
-        qkv = self.qkv(self.norm2(x)).reshape(
-            n, 1, c, 3, height * width
-        )  # channels are interleaved
-        q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(3))  # [N, 1, HW, C]
-        a = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
-        # Contiguous, or dropout would draw its mask in another order than EDM's.
-        a = self.proj(a.contiguous().view(x.shape))
-        return a.add_(x).mul_(0.5**0.5)
-
-
-class SongUNet(nn.Module):
-    """DDPM++ (positional embedding, standard encoder) and NCSN++ (Fourier embedding, residual
-    encoder)."""
-
-    def __init__(
-        self,
-        img_resolution,
-        in_channels,
-        out_channels,
-        label_dim=0,
-        augment_dim=0,
-        model_channels=128,
-        channel_mult=(1, 2, 2, 2),
-        channel_mult_emb=4,
-        num_blocks=4,
-        attn_resolutions=(16,),
-        dropout=0.10,
-        label_dropout=0,
-        embedding_type="positional",
-        channel_mult_noise=1,
-        encoder_type="standard",
-        decoder_type="standard",
-        resample_filter=(1, 1),
-    ):
-        super().__init__()
-        if encoder_type not in ("standard", "residual") or decoder_type != "standard":
-            raise UserError(
-                f"encoder {encoder_type!r} with decoder {decoder_type!r} is not supported"
-            )
-        self.label_dropout = label_dropout
-        c_noise = model_channels * channel_mult_noise
-        c_emb = model_channels * channel_mult_emb
-
-        # Embeddings of noise level, label and augmentation.
-        self.noise = c_noise
-        self.map_noise = None
-        if embedding_type == "fourier":
-            self.map_noise = nn.Module()
-            self.map_noise.register_buffer("freqs", torch.randn(c_noise // 2) * 16)
-        self.map_label = nn.Linear(label_dim, c_noise) if label_dim else None
-        self.map_augment = nn.Linear(augment_dim, c_noise, bias=False) if augment_dim else None
-        self.map_layer0 = nn.Linear(c_noise, c_emb)
-        self.map_layer1 = nn.Linear(c_emb, c_emb)
-
-        block = partial(UNetBlock, c_emb=c_emb, dropout=dropout, resample_filter=resample_filter)
-        levels = []  # (name of the resolution, attention there, channels)
-        for level, multiplier in enumerate(channel_mult):
-            size = img_resolution >> level
-            levels.append((f"{size}x{size}", size in attn_resolutions, model_channels * multiplier))
-
-        # Encoder.
-        self.enc = nn.ModuleDict()
-        skips = []  # channels of every output that the decoder will see
-        c_out = c_aux = in_channels
-        for level, (resolution, attention, width) in enumerate(levels):
-            if level == 0:
-                self.enc[f"{resolution}_conv"] = Conv(c_out, model_channels, 3)
-                c_out = model_channels
-            else:
-                self.enc[f"{resolution}_down"] = block(c_out, c_out, down=True)
-                if encoder_type == "residual":
-                    self.enc[f"{resolution}_aux_residual"] = Conv(
-                        c_aux, c_out, 3, down=True, fused=True, resample_filter=resample_filter
-                    )
-                    c_aux = c_out
-            skips.append(c_out)
-            for i in range(num_blocks):
-                self.enc[f"{resolution}_block{i}"] = block(c_out, width, attention=attention)
-                c_out = width
-                skips.append(c_out)
-
-        # Decoder; attention in the last block of a level, and at the bottom always.
-        self.dec = nn.ModuleDict()
-        for level, (resolution, attention, width) in reversed(list(enumerate(levels))):
-            if level == len(levels) - 1:
-                self.dec[f"{resolution}_in0"] = block(c_out, c_out, attention=True)
-                self.dec[f"{resolution}_in1"] = block(c_out, c_out)
-            else:
-                self.dec[f"{resolution}_up"] = block(c_out, c_out, up=True)
-            for i in range(num_blocks + 1):
-                last = i == num_blocks
-                c_in = c_out + skips.pop()
-                self.dec[f"{resolution}_block{i}"] = block(
-                    c_in, width, attention=attention and last
-                )
-                c_out = width
-        self.dec[f"{resolution}_aux_norm"] = group_norm(c_out)
-        self.dec[f"{resolution}_aux_conv"] = Conv(c_out, out_channels, 3)
-        self.initialise()
-
-    def initialise(self):
-        """Xavier-uniform weights, zero biases, almost zero where a residual branch or the network
-        ends."""
-        for name, p in self.named_parameters():
-            layer = name.split(".")[-2]
-            if p.ndim > 1:
-                gain = 1.0
-                if layer in ("conv1", "proj") or layer.endswith("aux_conv"):
-                    gain = 1e-5
-                elif layer == "qkv":
-                    gain = 0.2**0.5
-                nn.init.xavier_uniform_(p, gain)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
-
-    def embed(self, c_noise, labels, augment_labels):
-        """The embedding [N, c_emb] that every block adds."""
-        if self.map_noise is None:
-            i = torch.arange(self.noise // 2, dtype=torch.float32, device=c_noise.device)
-            frequency = (1 / 10000) ** (i / (self.noise // 2 - 1))
-        else:
-            frequency = 2 * np.pi * self.map_noise.freqs
-        t = c_noise.outer(frequency.to(c_noise.dtype))
-        e = torch.cat([t.sin(), t.cos()], 1).to(self.map_layer0.weight.dtype)
-
-        if self.map_label is not None:
-            if self.training and self.label_dropout:
-                kept = torch.rand(len(labels), 1, device=labels.device) >= self.label_dropout
-                labels = labels * kept
-            e = e + self.map_label(labels * labels.shape[1] ** 0.5)
-        if self.map_augment is not None and augment_labels is not None:
-            e = e + self.map_augment(augment_labels)
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(e))))
-
-    def forward(self, x, c_noise, labels, augment_labels=None):
-        emb = self.embed(c_noise, labels, augment_labels)
-        aux = x
-        skips = []
-        for name, layer in self.enc.items():
-            if name.endswith("aux_residual"):
-                x = skips[-1] = aux = (x + layer(aux)) / 2**0.5
-                continue
-            x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
-            skips.append(x)
-        for name, layer in self.dec.items():
-            if name.endswith("aux_norm"):
-                x = F.silu(layer(x))
-            elif name.endswith("aux_conv"):
-                x = layer(x)
-            elif "_block" in name:
-                x = layer(torch.cat([x, skips.pop()], 1), emb)
-            else:
-                x = layer(x, emb)
-        return x
-
-
-SIGMAS = {"sigma_min": 0, "sigma_max": math.inf, "sigma_data": 0.5}  # EDM's defaults
-
-
-class EDMPrecond(nn.Module):
-    """D(x; sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4), the denoised x [N, C, H, W] (EDM,
-    table 1)."""
-
-    def __init__(
-        self,
-        img_resolution,
-        img_channels,
-        label_dim=0,
-        sigma_min=0,
-        sigma_max=math.inf,
-        sigma_data=0.5,
-        **model,
-    ):
-        super().__init__()
-        self.img_resolution, self.img_channels, self.label_dim = (
-            img_resolution,
-            img_channels,
-            label_dim,
-        )
-        self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
-        self.model = SongUNet(
-            img_resolution, img_channels, img_channels, label_dim=label_dim, **model
-        )
-        sizes = {
-            "img_resolution": img_resolution,
-            "img_channels": img_channels,
-            "label_dim": label_dim,
-        }
-        self.options = sizes | model
-
-    @property
-    def config(self):
-        """EDMPrecond(**config) builds this network, without its weights."""
-        return self.options | {name: getattr(self, name) for name in SIGMAS}
-
-    def forward(self, x, sigma, class_labels=None, augment_labels=None):
-        x = x.float()
-        sigma = torch.as_tensor(sigma, device=x.device).float().reshape(-1, 1, 1, 1)
-        labels = None
-        if self.label_dim:
-            if class_labels is None:
-                class_labels = torch.zeros(1, self.label_dim, device=x.device)
-            labels = class_labels.float().reshape(-1, self.label_dim)
-
-        total = sigma.square() + self.sigma_data**2
-        c_skip = self.sigma_data**2 / total
-        c_out = sigma * self.sigma_data / total.sqrt()
-        out = self.model(x / total.sqrt(), sigma.flatten().log() / 4, labels, augment_labels)
-        return c_skip * x + c_out * out.float()
-
-    def round_sigma(self, sigma):
-        return torch.as_tensor(sigma)
+    denoised = net(images + noise, sigma, labels, augment_labels)
+    return net.loss_weight(sigma) * (denoised - images).square()
 
 
 # ==================== augmentation (EDM, appendix F.2): nine labels
@@ -721,8 +555,8 @@ def augment(images, p):
 
 
 # ==================== files
-# The smallest and largest value of what EDMPrecond and SongUNet take; whole numbers where the
-# smallest is one. Generous, but no value can stop, fill or crash a machine.
+# The smallest and largest value of what EDM's networks take; whole numbers where the smallest is
+# one. Generous, but no value can stop, fill or crash a machine.
 NUMBERS = {
     "img_resolution": (1, 4096),
     "img_channels": (1, 64),
@@ -730,6 +564,12 @@ NUMBERS = {
     "sigma_min": (0.0, 1e6),
     "sigma_max": (1e-6, math.inf),
     "sigma_data": (1e-6, 1e6),
+    "beta_d": (1e-6, 1e3),
+    "beta_min": (1e-6, 1e3),
+    "epsilon_t": (1e-9, 1.0),
+    "C_1": (1e-9, 1.0),
+    "C_2": (1e-9, 1.0),
+    "M": (1, 10_000),
     "augment_dim": (0, 64),
     "model_channels": (4, 4096),
     "channel_mult": (1, 64),
@@ -743,6 +583,8 @@ NUMBERS = {
 }
 LISTS = {"channel_mult": 1, "attn_resolutions": 0, "resample_filter": 1}  # at least so long
 WORDS = {
+    "precond": tuple(PRECONDS),
+    "model_type": ("SongUNet", "DhariwalUNet"),
     "embedding_type": ("positional", "fourier"),
     "encoder_type": ("standard", "residual"),
     "decoder_type": ("standard",),
@@ -750,7 +592,7 @@ WORDS = {
 
 
 def is_option(name, value):
-    """Whether EDMPrecond has this option and it may have this value."""
+    """Whether EDM's networks have this option and it may have this value."""
     if name in WORDS:
         return type(value) is str and value in WORDS[name]
     if name in LISTS:
@@ -764,7 +606,7 @@ def is_option(name, value):
 
 
 def untrained_network(options):
-    """EDMPrecond(**options) without memory for its weights, if the options are some and fit
+    """denoiser(**options) without memory for its weights, if the options are some and fit
     together."""
     for name, value in options.items():
         if name not in NUMBERS and name not in WORDS:
@@ -776,7 +618,7 @@ def untrained_network(options):
     # Sizes that EDM's U-Net can halve and double: one image without memory goes through it.
     try:
         with torch.device("meta"):
-            net = EDMPrecond(**options).eval()
+            net = denoiser(**options).eval()
             net(torch.zeros(1, net.img_channels, *[net.img_resolution] * 2), torch.ones(1))
     except (RuntimeError, ValueError) as error:
         raise Refused(f"its options do not fit together: {reason_of(error)}") from error
@@ -789,19 +631,17 @@ def pickled_network(path):
     ema = snapshot.get("ema") if type(snapshot) is dict else None
     if type(ema) is not Inert or type(ema.state.get("_init_kwargs")) is not dict:
         raise Refused("no network snapshot of EDM: it has no ema")
-    options = dict(ema.state["_init_kwargs"])
-    kind = options.pop("model_type", "DhariwalUNet")
-    if ema.name != "EDMPrecond" or type(kind) is not str or kind != "SongUNet":
-        shown = printable(kind) if type(kind) is str else "something"
-        raise Refused(
-            f"{printable(ema.name)} around {shown} is not supported, only EDMPrecond around "
-            "SongUNet (DDPM++, NCSN++)"
-        )
+    if ema.name not in PRECONDS:
+        raise Refused(f"{printable(ema.name)} is not supported, only {', '.join(PRECONDS)}")
+    options = {**ema.state["_init_kwargs"], "precond": ema.name}
     options.pop("use_fp16", None)
+    song = ema.name in ("VPPrecond", "VEPrecond")
+    options.setdefault("model_type", "SongUNet" if song else "DhariwalUNet")  # EDM's defaults
 
-    # These three are attributes: EDM takes them as they are now, not as the network was built.
-    for name, default in SIGMAS.items():
-        options[name] = ema.state.get(name, default)
+    # What is an attribute, EDM takes as it is now, not as the network was built.
+    for name in ("img_resolution", "img_channels", "label_dim", *PRECONDS[ema.name].attributes):
+        if name in ema.state:
+            options[name] = ema.state[name]
 
     # Weights that share elements are apart in our network; then a small file could fill a machine.
     tensors = dict(inert_tensors(ema))
@@ -818,7 +658,7 @@ def stored_network(path):
 
 
 def build_network(options, tensors):
-    """EDMPrecond(**options) with these weights, popped from `tensors`: eval, float32, frozen."""
+    """denoiser(**options) with these weights, popped from `tensors`: eval, float32, frozen."""
     net = untrained_network(options)
 
     # Every tensor of the network, of its shape, and no other.
@@ -849,8 +689,8 @@ def build_network(options, tensors):
     return net.eval().requires_grad_(False)
 
 
-def load_network(path: str | Path) -> EDMPrecond:
-    """EDM's .pkl (parsed, never run) or our .safetensors, told apart by content -> EDMPrecond.
+def load_network(path: str | Path) -> Precond:
+    """EDM's .pkl (parsed, never run) or our .safetensors, told apart by content.
 
     In eval mode on the CPU, float32, without gradients. UserError: what is wrong with the file."""
     path = Path(path)
@@ -866,11 +706,11 @@ def load_network(path: str | Path) -> EDMPrecond:
         raise Refused(f"neither a pickle of EDM nor a .safetensors, but {kind_of(head)}")
 
 
-def save_network(net: EDMPrecond, path: Path, recipe: dict) -> None:
+def save_network(net: Precond, path: Path, recipe: dict) -> None:
     """.safetensors: weights in float32; options, recipe and SHA-256 in its metadata."""
     config = {}
     for name, value in net.config.items():
-        if name not in SIGMAS or value != SIGMAS[name]:  # infinity is no number of JSON
+        if value != net.attributes.get(name, ""):  # infinity is no number of JSON
             config[name] = value
     tensors = {name: tensor.float() for name, tensor in net.state_dict().items()}
     save_state(path, tensors, {**config, "recipe": recipe})

@@ -48,10 +48,11 @@ from adaptive_neon import files
 from adaptive_neon.command import Parser, run_command
 from adaptive_neon.extension import neon_ext
 from adaptive_neon.files import write_atomically
+from adaptive_neon.page import Page, Panel, Part, Table, write_page
 from adaptive_neon.parts import finished
-from adaptive_neon.plots import plot_report
+from adaptive_neon.plots import INK, drawn, new_figure
 from adaptive_neon.processes import threads
-from adaptive_neon.report import markdown, publish, strict
+from adaptive_neon.report import markdown, strict, terminal_text, write_texts
 
 # ---------------------------------------------------------------- the setting
 # A constant that reaches a number belongs into constants() below, which is part of every key.
@@ -697,17 +698,18 @@ def grid_csv(grid: Found) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ---------------------------------------------------------------- pictures
-# Each takes matplotlib.pyplot and what it shows.
+# ---------------------------------------------------------------- figures
+# Each gives a figure of matplotlib and what it shows in words.
 CROSS = {"marker": "x", "linestyle": "", "markersize": 8, "markeredgewidth": 2}
 
 
-def draw_sweeps(plt, run: Run):
+def draw_sweeps(run: Run):
     """FD against the weight of all layers, in the four settings."""
-    figure, axis = plt.subplots(figsize=(6, 4.6), layout="constrained")
+    figure = new_figure(5.6, 4.4)
+    axis = figure.subplots()
     base = run.scores["base"].fd
     top = 2 * base  # a collapsed network's score would flatten the rest
-    interesting = [0.0]
+    interesting, told = [0.0], []
     for k, setting in enumerate(run.training.settings):
         sweep, best = run.found[setting], run.scores[setting]
         w, fd = sweep.W[:, 0].numpy(), np.array(sweep.fd)
@@ -715,45 +717,49 @@ def draw_sweeps(plt, run: Run):
         axis.plot(w, fd, color=f"C{k}", label=f"{setting}, best w = {best.w[0]:g}")
         axis.plot(best.w[0], best.fd, "o", color=f"C{k}")
         axis.plot(*PAPER_OPTIMA[setting], color=f"C{k}", **CROSS)
+        told.append(f"{setting}: {digits(best.fd)} at {best.w[0]:g}")
 
-    axis.axhline(base, color="black", linestyle=":", label="base, w = 0")
+    axis.axhline(base, color=INK, linestyle=":", label="base, w = 0")
     axis.plot([], [], "o", color="gray", label="our optimum")
     axis.plot([], [], color="gray", label="paper's optimum", **CROSS)
     axis.set(xlim=(min(interesting), max(interesting)), ylim=(0, top))
     axis.set(xlabel="w, the same for all layers", ylabel="FD")
-    axis.set_title(f"One weight for all layers (seed {run.training.seed})")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure, f"FD against one weight for all layers; least {'; '.join(told)}"
 
 
-def draw_deltas(plt, runs: list[Run]):
-    """The winners' weights as bars and, where there are several deltas, their scores."""
-    first, n = runs[0], len(runs[0].deltas)
-    mosaic, height = [["weights"]], 3.2
-    if n > 1:
-        mosaic, height = [["weights", "weights"], ["fd", "sw2"]], 6.5
-    figure, axes = plt.subplot_mosaic(mosaic, figsize=(8.5, height), layout="constrained")
-
-    axis, width = axes["weights"], 0.8 / n
-    colours = plt.get_cmap("viridis")(0.9 * np.arange(n) / max(n - 1, 1))  # dark to light
-    for k, delta in enumerate(first.deltas):
-        left = np.arange(6) - 0.4 + (k + 0.5) * width
-        w = first.scores[row_of(delta)].w
-        axis.bar(left, w, width, color=colours[k], label=f"delta {delta:g}")
-    w_star = first.scores["global"].w[0]
-    axis.axhline(w_star, color="black", linestyle=":", label=f"global, {w_star:g}")
-    axis.axhline(0, color="black", linewidth=0.8)
+def draw_weights(run: Run):
+    """The winners' weights as bars, a group a layer."""
+    n = len(run.deltas)
+    figure = new_figure(5.6, 3.4)
+    axis = figure.subplots()
+    colours = shades(n)
+    told = []
+    for k, delta in enumerate(run.deltas):
+        left = np.arange(6) - 0.4 + (k + 0.5) * 0.8 / n
+        w = run.scores[row_of(delta)].w
+        axis.bar(left, w, 0.8 / n, color=colours[k], label=f"delta {delta:g}")
+        told.append(f"delta {delta:g}: {', '.join(f'{value:.2f}' for value in w)}")
+    w_star = run.scores["global"].w[0]
+    axis.axhline(w_star, color=INK, linestyle=":", label=f"global, {w_star:g}")
+    axis.axhline(0, color=INK, linewidth=0.8)
     axis.set_xticks(range(6), LAYERS)
-    axis.set_title(f"Layer-wise winners (seed {first.training.seed})")
     axis.set_ylabel("weight of the winner")
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-
-    if n > 1:
-        draw_scores(axes["fd"], runs, "fd", "FD, which the grid ranks by")
-        draw_scores(axes["sw2"], runs, "sw2", "SW2, which no search has seen")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=4)
+    return figure, f"Weights by layer, {', '.join(LAYERS)}. {'; '.join(told)}"
 
 
-def draw_scores(axis, runs: list[Run], score: str, title: str):
+def shades(n: int):
+    """Dark to light, none as dark or light as a page."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.3 + 0.6 * np.arange(n) / max(n - 1, 1))
+
+
+def draw_scores(runs: list[Run], score: str):
     """fd or sw2 of the winners against delta, its mean and standard deviation over seeds."""
+    figure = new_figure(5.2, 3.6)
+    axis = figure.subplots()
     deltas = runs[0].deltas
     ours = np.array([[getattr(run.scores[row_of(d)], score) for d in deltas] for run in runs])
     mean, label = ours.mean(0), "ours"
@@ -767,39 +773,115 @@ def draw_scores(axis, runs: list[Run], score: str, title: str):
     if score == "fd":
         axis.plot(DELTAS, PAPER_FD, "x--", color="C1", label="paper, one run")
     axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # room for the legend
-    axis.set(xlabel="delta", ylabel=score.upper(), title=title)
+    axis.set(xlabel="delta", ylabel=score.upper())
     axis.legend(fontsize=8)
+    told = ", ".join(f"{d:g}: {digits(value)}" for d, value in zip(deltas, mean, strict=True))
+    return figure, f"{score.upper()} of the winners against delta. {told}"
 
 
-def draw_samples(plt, run: Run):
-    """Real points and samples, with the target's ellipse at one and two standard deviations."""
-    best = min(map(row_of, run.deltas), key=lambda row: run.scores[row].fd)
-    clouds = {"real data": run.data}
-    for row in ("base", "collapsed", "global", best):
-        score = run.scores[row]
-        clouds[f"{row}: FD {digits(score.fd)}"] = run.scorer.samples(score.w, 1024)
-
+def draw_cloud(points):
+    """Points [N, 2], with the target's ellipse at one and two standard deviations."""
     mean, cov = target()
     circle = torch.linspace(0, 2 * torch.pi, 200).double()
     ellipse = torch.linalg.cholesky(cov) @ torch.stack([circle.cos(), circle.sin()])  # [2, 200]
-    figure, axes = plt.subplots(1, 5, figsize=(12.5, 2.7), layout="constrained")
-    for axis, (title, points) in zip(axes, clouds.items(), strict=True):
-        axis.plot(*points.T, ".", markersize=2)
-        for deviations in (1, 2):
-            axis.plot(*(mean[:, None] + deviations * ellipse), color="C3")
-        axis.set(aspect="equal", xlim=(-5, 5), ylim=(-5, 5))
-        axis.set(xticks=range(-4, 5, 2), yticks=range(-4, 5, 2))
-        axis.set_title(title, fontsize=10)
+    figure = new_figure(2.2, 2.2)
+    axis = figure.subplots()
+    axis.plot(*points.T, ".", markersize=2)
+    for deviations in (1, 2):
+        axis.plot(*(mean[:, None] + deviations * ellipse), color="C3")
+    axis.set(aspect="equal", xlim=(-5, 5), ylim=(-5, 5))
+    axis.set(xticks=range(-4, 5, 2), yticks=range(-4, 5, 2))
+    found = torch.as_tensor(points).double()
+    spread = ", ".join(f"{value:.2f}" for value in torch.cov(found.T).flatten().tolist())
+    return figure, f"{len(points)} points; their covariance {spread}, the target's 2, 1, 1, 2"
 
 
-def draw_alignment(plt, curve: Curve):
+def draw_alignment(curve: Curve):
     """Cosine of the real and the synthetic gradient against zeta."""
-    figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
-    axis.axhline(0, color="black", linewidth=0.8)
+    figure = new_figure(5, 3.5)
+    axis = figure.subplots()
+    axis.axhline(0, color=INK, linewidth=0.8)
     axis.plot(curve.zeta, curve.cosine, label="ours")
     axis.plot(*PAPER_ALIGNMENT, "x", color="C1", markeredgewidth=2, label="paper")
     axis.set(xlabel="zeta, score scale of the samples", ylabel="cosine with the real gradient")
     axis.legend(fontsize=8)
+    told = ", ".join(
+        f"{zeta:g}: {cosine:.3f}" for zeta, cosine in zip(curve.zeta, curve.cosine, strict=True)
+    )
+    return figure, f"Cosine of real and synthetic gradient against zeta. {told}"
+
+
+# ---------------------------------------------------------------- page
+TRUST = (
+    "FD is an integral over the sampler's starting noise; the number behind +- is its numerical "
+    "error (one seed) or the standard deviation over seeds. SW2 is seen by no search but those "
+    "that name it. A seed is points, initial weights and training noise; --protocol paper takes "
+    "the authors' draws. The paper's numbers are of one run."
+)
+
+
+def least(runs: list[Run]) -> str:
+    """The delta whose winner has the least mean FD."""
+
+    def mean(row):
+        return np.mean([run.scores[row].fd for run in runs])
+
+    return min(map(row_of, runs[0].deltas), key=mean)
+
+
+def headline(runs: list[Run]) -> str:
+    """FD of the base, of one weight and of the best winner, with the paper's."""
+    first = f"seeds: {len(runs)}"
+    rows = {row[first]: row for row in table(runs)}
+    texts = []
+    for name, words in (
+        ("base", "base"),
+        ("global", "one weight for all layers"),
+        (least(runs), f"a weight for every layer, {least(runs)},"),
+    ):
+        paper = rows[name]["paper FD"]
+        texts.append(f"{words} {rows[name]['FD']}" + f" (paper: {paper})" * bool(paper))
+    return f"FD: {'; '.join(texts)}."
+
+
+def page_of(runs: list[Run], summary: dict) -> Page:
+    """The table over the seeds; samples and weights of the first."""
+    run = runs[0]
+    panels = [Panel("real data", "", figure=drawn("", draw_cloud, run.data))]
+    for row in ("base", "collapsed", "global", least([run])):
+        points = run.scorer.samples(run.scores[row].w, 1024)
+        caption = f"FD {digits(run.scores[row].fd)}"
+        panels.append(Panel(row, caption, figure=drawn("", draw_cloud, points)))
+
+    figures = [drawn("FD against one weight for all layers", draw_sweeps, run)]
+    if len(run.deltas) > 1:
+        figures.append(drawn("FD, which the grid ranks by", draw_scores, runs, "fd"))
+        figures.append(drawn("SW2, which no grid has seen", draw_scores, runs, "sw2"))
+    if run.alignment:
+        figures.append(drawn("Gradient alignment", draw_alignment, run.alignment))
+    about = summary.get("config", {}) | summary.get("versions", {})
+    facts = [{"what": "machine", "value": str(summary.get("machine", ""))}]
+    facts += [{"what": name, "value": str(value)} for name, value in about.items()]
+    part = Part(
+        title="",
+        headline=[headline(runs)],
+        panels=panels,
+        beside=drawn("Winners' weights by layer", draw_weights, run),
+        tables=[Table("Winners", table(runs))],
+        figures=figures,
+    )
+    seeds = ", ".join(str(one.training.seed) for one in runs)
+    links = {f"seed {one.training.seed}": f"seed_{one.training.seed}/report.html" for one in runs}
+    return Page(
+        title="the paper's toy",
+        about=f"Fréchet distance (FD), lower is better; seed {seeds}",
+        parts=[part],
+        warnings=[],
+        trust={"What the numbers are": [TRUST]},
+        trust_tables=[Table("Settings, machine and versions", facts)],
+        command=summary.get("command", ""),
+        links=links if len(runs) > 1 else {},
+    )
 
 
 # ---------------------------------------------------------------- command line
@@ -877,29 +959,35 @@ def study(argv: list[str]) -> None:
         "seeds": [summary_of(run) for run in runs],
         "seconds_total": seconds,
     }
-    done = f"{seconds:.1f} s; summary.json, table.md, grids and pictures in {args.out}"
-    write_results(args.out, runs, summary, [markdown(table(runs)), done])
+    write_results(args.out, runs, summary)
+    place = args.out / "report.html"
+    print(f"\n{in_short(runs)}\n\n{seconds:.1f} s. Report: {place}", flush=True)
 
 
-def write_results(out: Path, runs: list[Run], summary: dict, texts: list[str]):
-    """Grids, pictures, summary and table; what another study has left of them in this folder
-    goes."""
-    for old in [*out.glob("grid_*.csv"), out / "alignment.png"]:
-        old.unlink(missing_ok=True)
+def in_short(runs: list[Run]) -> str:
+    """The table for a terminal."""
+    first, *columns = table(runs)[0]
+    rows = []
+    for row in table(runs):
+        rows.append(row | {first: row[first].removeprefix("gradient on ")})
+    return terminal_text("FD, lower is better", rows, [first, *columns], [headline(runs)], most=16)
+
+
+def write_results(out: Path, runs: list[Run], summary: dict):
+    """Grids, summary, table, then the page, and one of every seed; what another study has left of
+    them in this folder goes."""
+    for old in [*out.glob("grid_*.csv"), *out.glob("seed_*/report.html")]:
+        old.unlink()
     for delta in runs[0].deltas:
         write_atomically(
             out / f"grid_{shortest(delta)}.csv", grid_csv(runs[0].found[row_of(delta)])
         )
-
-    figures = {
-        "score_against_w.png": (draw_sweeps, runs[0]),
-        "layers_and_deltas.png": (draw_deltas, runs),
-        "samples.png": (draw_samples, runs[0]),
-    }
-    if runs[0].alignment:
-        figures["alignment.png"] = (draw_alignment, runs[0].alignment)
-    plot_report(figures, out)
-    publish(texts, strict(summary), out)
+    plain = strict(summary)
+    write_texts([markdown(table(runs))], plain, out)
+    write_page(page_of(runs, plain), out / "report.html")
+    if len(runs) > 1:
+        for run in runs:
+            write_page(page_of([run], plain), out / f"seed_{run.training.seed}" / "report.html")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,6 +6,7 @@ theta = theta_r - w_block * (theta_s - theta_r)     w > 0 away from collapse, w 
 import copy
 import fnmatch
 import math
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -189,11 +190,6 @@ class Merger:
         values = [w[block] for block in self.blocks]
         theta_r, theta_s = list(self.theta_r.values()), list(self.theta_s.values())
         neon_ext.extrapolate(theta_r, theta_s, self.index, values, out=self.targets)
-
-        # theta_r + (theta_s - theta_r) is theta_s only up to rounding.
-        for target, theirs, k in zip(self.targets, theta_s, self.index, strict=True):
-            if values[k] == -1:
-                target.copy_(theirs)
         self.set_rest(w)
         return self.net
 
@@ -228,13 +224,11 @@ class Merger:
     def owner_of(self, name: str) -> str:
         """The block of a tensor without one: that of the parameter whose name agrees the
         furthest."""
-        parts = name.split(".")
-        for depth in range(len(parts) - 1, -1, -1):
-            prefix = "".join(f"{part}." for part in parts[:depth])
-            for parameter, block in self.owners.items():
-                if parameter.startswith(prefix):
-                    return block
-        raise AssertionError("a network without parameters")
+
+        def agreement(parameter):
+            return len(os.path.commonprefix([name.split("."), parameter.split(".")]))
+
+        return self.owners[max(self.owners, key=agreement)]
 
     def rule(self) -> str:
         """What happens to the rest, for the report; empty where the networks agree in it."""

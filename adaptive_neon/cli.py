@@ -16,7 +16,7 @@ from torch import nn
 from .blocks import Merger
 from .command import Parser, run_command
 from .config import Config, Preset, grid_values, judge_name
-from .controls import GUIDANCES
+from .controls import GUIDANCE
 from .extension import neon_ext
 from .files import UserError, reading
 from .folders import is_pipeline
@@ -35,6 +35,7 @@ from .study import (
     global_weights,
     grid_points,
 )
+from .text import asked_of_text
 from .train import time_training
 from .verdicts import summarise_seeds
 
@@ -120,15 +121,16 @@ class Cost:
         seconds, compilation = sampler.seconds_per_image(c.precision)
         blocks = block_names(c.partition, setup.model, net)
         weights = len(global_weights(c, blocks))
-        scores = weights + 2 * (weights - 2) * ("guided" in c.controls)  # two network calls each
+        own = setup.model.controls.values() if "own" in c.controls else []
+        scores = weights + sum(len(tried) for tried in own)
+        scores += 2 * (weights - 2) * ("guided" in c.controls)  # two network calls each
         scores += grid_points(c, blocks) * (1 + c.placebo)
         if c.search:
             # A gradient costs about as much as five scores, and its point is scored too.
             scores += c.evaluations * {"cobyqa": 1, "gradient": 6}[c.search]
-        finals = 4 + bool(c.search) + c.placebo + bool(c.continue_on_data)
+        finals = 4 + bool(c.search) + c.placebo + bool(c.continue_on_data) + len(own)
         finals += 2 * ("steps" in c.controls) + 2 * ("guided" in c.controls)
-        if "guidance" in c.controls and getattr(setup.model, "guidance", 1) > 1:
-            scores, finals = scores + len(GUIDANCES) + 1, finals + 2
+        finals += GUIDANCE in setup.model.controls and "own" in c.controls  # of equal adherence
         finals *= c.final_repeats
         images = (scores * c.select_images + finals * c.final_images) * len(c.snapshot)
         hours = (images + c.synthetic) * seconds / 3600 / setup.processes.world
@@ -280,6 +282,11 @@ def parse(argv: list[str], presets: Mapping[str, Preset], doc: str) -> Config:
             c, base=preset.bases.get(c.base or next(iter(preset.bases)), c.base)
         )
 
+    if c.model or is_pipeline(c.base):
+        if given.get("s_churn"):
+            raise UserError("--s-churn is for EDM's networks: leave it out")
+        c = dataclasses.replace(c, s_churn=0.0)  # of the preset
+
     if c.device == "cpu" and c.precision == "tf32":
         c = dataclasses.replace(c, precision="fp32")
     check_combinations(c)
@@ -293,8 +300,10 @@ def check_combinations(c: Config) -> None:
         raise UserError("--bounds: give two numbers, low,high")
     if c.placebo and c.partition == "layers":
         raise UserError("--placebo draws random blocks of several layers: use another --partition")
-    if c.guidance not in (None, 1) and (c.model or not is_pipeline(c.base)):
-        raise UserError("--guidance is for pipelines of diffusers as --base: leave it out")
+    if c.model or not is_pipeline(c.base):
+        asked = asked_of_text(c) + ["--guidance"] * (c.guidance not in (None, 1))
+        if asked:
+            raise UserError(f"{asked[0]} is for pipelines of diffusers as --base: leave it out")
     if c.partition in ("paper", "structural") and not c.model:
         check_grid(c, ["enc", "mid", "dec"])
 

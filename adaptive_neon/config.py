@@ -55,7 +55,7 @@ class Preset:
 # -------------------- kinds of options
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 PARTITIONS = "paper, structural, layers"
-CONTROLS = ("steps", "guided", "guidance")
+CONTROLS = ("steps", "guided", "own")
 MOST_VALUES = 10_000  # of a sweep
 
 
@@ -170,7 +170,9 @@ class Config:
     # What is studied
     preset: str = option("cifar10", "data, features and defaults")
     model: str = option("", "Python file of a model of your own (see examples/)")
-    base: str = option("", "cond, uncond, path or URL (.pkl of EDM, .safetensors of this program)")
+    base: str = option(
+        "", "cond, uncond, ..., path or URL (.pkl of EDM or NEON, .safetensors of this program)"
+    )
     aux: str = option("", "existing self-trained network, or a folder of network-snapshot-*")
     data: str = option("", "real images: EDM dataset zip or folder")
     ref: str = option("", "npz with mu and sigma of the real features, path or URL, or cifar10")
@@ -187,6 +189,10 @@ class Config:
     ema_kimg: float = amount(500.0, "half-life of the weight average")
     dropout: float = amount(0.13, "in training, of EDM's networks", high=0.99)
     augment: float = amount(0.12, "probability of EDM's augmentations; 0: none", high=1)
+    lora_rank: int = count(0, "train a LoRA of this rank; 0: all weights", low=0, high=4096)
+    lora_targets: str = option(
+        "attention", "of the LoRA: attention's projections, or all", choices=("attention", "all")
+    )
     train_precision: str = option("fp32", "of training", choices=("fp32", "tf32", "bf16"))
     seed: int = count(0, "of training", low=0, high=2**32)
     training_seeds: int = count(1, "repeat base and self-training with this many seeds", high=1000)
@@ -194,9 +200,17 @@ class Config:
     # Sampling
     steps: int = count(18, "sampler steps", high=10_000)
     labels: str = option("balanced", "equal shares or EDM's draws", choices=("balanced", "random"))
+    s_churn: float = amount(0.0, "noise added while sampling, of EDM's networks; 0: none")
+    s_min: float = amount(0.0, "not at noise levels below")
+    s_max: float = amount(80.0, "not at noise levels above; all begin at 80")
+    s_noise: float = amount(1.0, "its standard deviation")
     guidance: float = option(
         None, "classifier-free, of pipelines (default: their own); 1: none", float, low=1, high=1e3
     )
+    rescale: float = amount(0.0, "of guidance, against overexposure (guidance_rescale)", high=1)
+    prompts: str = option("", "file of prompts, one a line, for pipelines that take them")
+    final_prompts: str = option("", "other prompts for the final comparison")
+    negative: str = option(None, "negative prompt", str)
     sample_batch: int = count(256, "images sampled at once")
     precision: str = option(default_precision, "of sampling; on a GPU tf32", str, PRECISIONS)
     confirm_precision: str = option("", "of the final comparison", choices=PRECISIONS)
@@ -243,8 +257,8 @@ class Config:
     )
     controls: tuple = option(
         CONTROLS,
-        "by commas: steps (twice as many), guided (outputs step back), guidance (the base with "
-        "more or less), none",
+        "by commas: steps (twice as many), guided (outputs step back), own (the model's: guidance "
+        "of pipelines), none",
         controls,
     )
     continue_on_data: float = option(
@@ -256,6 +270,7 @@ class Config:
 
     # The run
     out: Path = option(None, "folder of the results, default runs/<preset>", Path)
+    export_merged: bool = option(False, "also the whole pipeline, beside the file of a LoRA")
     export_pt: bool = option(False, "also the merged weights as a plain state dict")
     plan: bool = option(False, "print blocks, drift and a time estimate, then stop")
     yes: bool = option(False, "run even if it takes very long")

@@ -14,13 +14,14 @@ from torch import nn
 
 from .blocks import Merger, copied
 from .processes import Diverged
-from .sampling import Sampler
-from .scores import Scorer
-from .search import choose
+from .sampling import Model, Sampler
+from .scores import Score, Scorer
 
 TWICE = "base, twice the steps"
 GUIDED = "guided"
 TRAINED_ON = "base, trained on"
+GUIDANCE = "guidance"  # a setting of the model's own, and the name of its control
+EQUAL = "base, equal adherence"
 
 
 def with_steps(scorer: Scorer, steps: int) -> Scorer:
@@ -29,6 +30,34 @@ def with_steps(scorer: Scorer, steps: int) -> Scorer:
     other.sampler = copy.copy(scorer.sampler)
     other.sampler.steps = steps
     return other
+
+
+def with_settings(scorer: Scorer) -> Scorer:
+    """Scores of the base whose sample() has other settings, which stand in the place of weights."""
+    other = copy.copy(scorer)
+    other.sampler = copy.copy(scorer.sampler)
+    other.sampler.model = copy.copy(scorer.sampler.model)
+    other.merger = Settings(scorer.merger, other.sampler.model)
+    return other
+
+
+class Settings(Merger):
+    """The base, and settings of its sampler."""
+
+    def __init__(self, merger: Merger, model: Model):
+        vars(self).update(vars(merger))
+        self.plain, self.model = merger, model
+
+    def weights(self, w):
+        return w
+
+    def parameter_weights(self, w):
+        """No parameter moves: other keys than those of merged networks."""
+        return {f"sample({name})": value for name, value in w.items()}
+
+    def set(self, w):
+        self.model.settings = w
+        return self.plain.set(0.0)
 
 
 def guided(scorer: Scorer) -> Scorer | None:
@@ -117,59 +146,21 @@ class Guide(Merger):
 
 
 # -------------------- the base over guidance
-GUIDANCES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # shares of the model's own
-
-
-class OverGuidance(Merger):
-    """The base alone; its one weight is the guidance that it is sampled with. model: one that this
-    may write to."""
-
-    def __init__(self, plain: Merger, model):
-        vars(self).update(vars(plain))
-        self.plain, self.model = plain, model
-        self.use(dict.fromkeys(plain.owners, "guidance"))
-
-    def parameter_weights(self, w: dict[str, float]) -> dict[str, float]:
-        return {"guidance": w["guidance"]}
-
-    def set(self, w: float | dict[str, float]) -> nn.Module:
-        self.model.guidance = self.weights(w)["guidance"]
-        return self.plain.set(0.0)
-
-
-def guidance_controls(scorer: Scorer, repaired) -> dict[str, tuple]:
-    """{name: (weights, distance, scorer)} of the base at its best guidance, and at the one where
-    it does as much of what was asked for as `repaired` (a Candidate) does; a repair can gain in
-    distance by asking for less. Empty where images are sampled without guidance."""
-    own = getattr(scorer.sampler.model, "guidance", 1.0)
-    if own <= 1:
-        return {}
-    over = copy.copy(scorer)
-    over.sampler = copy.copy(scorer.sampler)
-    over.sampler.model = copy.copy(scorer.sampler.model)
-    over.merger = OverGuidance(scorer.merger, over.sampler.model)
-
-    values = sorted({1.0, *(max(1.0, round(own * share, 3)) for share in GUIDANCES)})
-    tried = over.score_all(values, "guidance")
-    best = choose(tried)
-    found = {"base, best guidance": (best.w, best.fd, over)}
-
-    # Adherence of both, on the selection's seeds and in the first judge that knows it.
-    asked = next((judge for judge in scorer.judges if scorer.alignment_of(judge)), None)
+def equal_adherence(over: Scorer, settings: list[dict], repaired) -> Score | None:
+    """Of the base with the guidance at which it does as much of what was asked for as `repaired` (a
+    Candidate) does: a repair can gain in distance by asking for less. over: with_settings() of the
+    base; settings: the guidances that were tried. Adherence is that on the selection's seeds, in
+    the first judge that knows it; None where none does, or where no guidance gives it."""
+    asked = next((judge for judge in over.judges if over.alignment_of(judge)), None)
     if asked is None:
-        return found
-    seeds = scorer.seeds.selection
-    curve = [over.scores(score.w, seeds, [asked])[0].alignment for score in tried]
+        return None
+    seeds = over.seeds.selection
+    curve = [over.scores(w, seeds, [asked])[0].alignment for w in settings]
     (goal,) = repaired.scorer.scores(repaired.w, seeds, [asked])
-    equal = crossing(values, curve, goal.alignment)
-    if equal is None:
-        if scorer.sampler.processes.rank == 0:
-            print(
-                f"no guidance from {values[0]:g} to {values[-1]:g} gives the base equal adherence"
-            )
-        return found
-    w = over.merger.weights(equal)
-    return found | {"base, equal adherence": (w, over.score(w).fd, over)}
+    equal = crossing([w[GUIDANCE] for w in settings], curve, goal.alignment)
+    if equal is None and over.sampler.processes.rank == 0:
+        print("no control of equal adherence: no guidance that was tried gives the base as much")
+    return None if equal is None else over.score({GUIDANCE: equal})
 
 
 def crossing(x, y, value) -> float | None:

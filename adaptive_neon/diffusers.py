@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import copied
+from .controls import GUIDANCE
 from .files import UserError
 from .folders import (
     RECIPE,
@@ -80,6 +81,9 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", "
 # The autoencoder sees at most this many pixels at once: 256 images of 32x32, 4 of 256x256.
 PIXELS = 2**18
 
+# Of the control that samples the base with more or less guidance: shares of the model's own.
+GUIDANCES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+
 # DiT's own training: this part of the labels is replaced by the null class that guidance needs.
 LABEL_DROP = 0.1
 
@@ -119,6 +123,9 @@ class DiffusersModel(UserModel):
         self.image_size = self._check_sizes()
         self.number_of_classes = self.label_count(place)
         self._check_guidance()
+        if self.guidance > 1:
+            values = {1.0, *(max(1.0, round(self.guidance * share, 3)) for share in GUIDANCES)}
+            self.controls = {GUIDANCE: [{GUIDANCE: value} for value in sorted(values)]}
 
         # Quantisation is constant between its jumps, and what autograd reports there (straight
         # through) is no slope.
@@ -210,13 +217,6 @@ class DiffusersModel(UserModel):
             guidance=self.guidance,
             autoencoder=autoencoder,
         )
-
-    def with_guidance(self, guidance: float) -> "DiffusersModel":
-        """The same pipeline, sampled with another guidance."""
-        other = copy.copy(self)
-        other.guidance = guidance
-        other.identity = other._key()
-        return other
 
     def image_shape(self, net: nn.Module) -> tuple[int, ...]:
         return self.image_size
@@ -313,13 +313,14 @@ class DiffusersModel(UserModel):
 
     def _guided(self, net, x, times, labels):
         """The network's output with classifier-free guidance, like x [N, *shape]."""
-        if self.guidance == 1:
+        guidance = self.settings.get(GUIDANCE, self.guidance)
+        if guidance == 1:
             return self._predict(net, x, times, labels)
         null = torch.full_like(labels, self.number_of_classes)
         both = torch.cat([labels, null])
         output = self._predict(net, torch.cat([x, x]), torch.cat([times, times]), both)
         given, free = output.chunk(2)
-        guided = free + self.guidance * (given - free)
+        guided = free + guidance * (given - free)
         if not self.rescale:
             return guided
         axes = list(range(1, x.ndim))
@@ -510,6 +511,10 @@ class Ddim:
             raise wrong(f"{path}: its network predicts {other.kind}, that of {base} {self.kind}")
         if not torch.equal(other.alphas, self.alphas):
             raise wrong(f"{path}: its noise levels (betas) are not those of {base}")
+
+    def middle(self) -> int:
+        """A time in the middle of the way."""
+        return len(self.alphas) // 2
 
     def times(self, steps: int) -> list[int]:
         """The scheduler's time steps, descending."""

@@ -248,17 +248,11 @@ def download(url, sha256_start, check, part):
             raise Refused(f"what came is {came}: {reason}") from error
 
 
-def fetch(
-    source,
-    what,
-    sha256_start="",
-    check=None,
-    advice="check the address, or put the file at {target}; --preset glyphs needs no download",
-):
+def fetch(source, what, sha256_start="", check=None):
     """A path as it is; a URL's file from the cache, one download at a time.
 
     sha256_start: first hexadecimal digits of the file's SHA-256. check(path) raises if the file is
-    not what was asked for; then it is not kept. UserError: what came instead, and the advice."""
+    not what was asked for; then it is not kept. UserError: what came instead, and what to do."""
     if not re.match("https?://", source, re.IGNORECASE):
         with reading(f"{what} {source} cannot be read"):
             if not Path(source).exists():
@@ -268,7 +262,8 @@ def fetch(
     with reading(f"there is no place to keep {what}"):
         target = cache_path(source)
     shown = printable(source, 300)
-    with reading(f"cannot download {what} from {shown}: {advice.format(target=target)}"):
+    advice = f"check the address, or put the file at {target}; --preset glyphs needs no download"
+    with reading(f"cannot download {what} from {shown}: {advice}"):
         if not target.exists():  # a cache that is complete may be read-only
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(target.parent / "lock", "a") as file:
@@ -277,11 +272,9 @@ def fetch(
                     remove_orphans(target.parent)
                 if not target.exists():  # no other process was faster
                     write_atomically(target, partial(download, source, sha256_start, check))
-    with reading(f"{what} {target} cannot be read"):
-        if not file_hash(target).startswith(sha256_start[:16]):
-            raise UserError(
-                f"{what} {target} is damaged (SHA-256 is not {sha256_start}...): delete it"
-            )
+
+    if sha256_start and not file_hash(target).startswith(sha256_start[:16]):
+        raise UserError(f"{what} {target} is damaged (SHA-256 is not {sha256_start}...): delete it")
     return target
 
 

@@ -140,6 +140,16 @@ def read_index(folder: Path, known: dict[str, dict]) -> dict[str, str]:
     return parts
 
 
+def pipeline_name(folder: Path) -> str:
+    """What model_index.json calls the pipeline; empty where it says nothing that can be read."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return ""
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    return name if isinstance(name, str) else ""
+
+
 def one_of(names, parts) -> str:
     """The one of these parts that is there, or nothing."""
     return next((name for name in names if name in parts), "")

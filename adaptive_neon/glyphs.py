@@ -88,8 +88,8 @@ def draw_glyphs(
     return torch.cat(images), label
 
 
-def glyphs_cnn() -> nn.Sequential:
-    side = -(-GLYPH_SIZE // 4)
+def glyphs_cnn(size: int = GLYPH_SIZE) -> nn.Sequential:
+    side = -(-size // 4)
     conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
     return nn.Sequential(
         conv(1, 32),
@@ -104,17 +104,17 @@ def glyphs_cnn() -> nn.Sequential:
     )
 
 
-def glyphs_mlp() -> nn.Sequential:
+def glyphs_mlp(size: int = GLYPH_SIZE) -> nn.Sequential:
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(GLYPH_SIZE**2, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU()
+        nn.Flatten(), nn.Linear(size**2, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU()
     )
 
 
 class GlyphsClassifier(nn.Module):
     """Small classifier of glyphs, trained here on a stream of its own (seeded, seconds): uint8
-    [N, 1, 12, 12] -> the 64 features in front of its last layer. They are not bounded on purpose:
-    bounded ones are quieter, but blind to brightness, and choose weights that pixels and random
-    convolutions find worse than the base (results/README.md). folder: keeps its weights."""
+    [N, 1, size, size] -> the 64 features in front of its last layer. They are not bounded on
+    purpose: bounded ones are quieter, but blind to brightness, and choose weights that pixels and
+    random convolutions find worse than the base (results/README.md). folder: keeps its weights."""
 
     dim = 64
 
@@ -122,25 +122,28 @@ class GlyphsClassifier(nn.Module):
         self,
         folder: Path,
         name: str,
-        body: Callable[[], nn.Module],
+        body: Callable[..., nn.Module],
         seed: int,
         stream: int,
         test_stream: int,
         images: int = 10_000,
         epochs: int = 4,
+        *,
+        size: int = GLYPH_SIZE,
     ):
         super().__init__()
         self.name = self.kind = name
         self.score = "FD (glyphs CNN, 64-d)" if name == "glyphs-cnn-64" else f"FD ({name}, 64-d)"
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.body = body()
+            # Its key says no other size where it is the usual one.
+            self.body = body() if size == GLYPH_SIZE else body(size)
             self.head = nn.Linear(64, 10)
             design = str(self.body)
             inputs = {"seed": seed, "stream": stream, "images": images, "epochs": epochs}
             path = folder / f"{name}-{classifier_key(design=design, **inputs)}.safetensors"
             if not path.exists():
-                self.fit(*draw_glyphs(images, stream), epochs)
+                self.fit(*draw_glyphs(images, stream, size), epochs)
                 save_state(path, self.state_dict(), {"classifier": name, **inputs})
         with reading(f"{path} is damaged, delete it"):
             weights, _ = load_state(path)
@@ -148,7 +151,7 @@ class GlyphsClassifier(nn.Module):
         self.eval().requires_grad_(False)
         self.identity = design_key(design=design, weights=weights_hash(self))
 
-        fresh, labels = draw_glyphs(2000, test_stream)
+        fresh, labels = draw_glyphs(2000, test_stream, size)
         right = self.head(self(fresh)).argmax(1) == labels
         self.facts = {"accuracy": float(right.double().mean()), "accuracy_images": len(right)}
 

@@ -68,6 +68,12 @@ def pipeline_key(
     return key_of(version, network, scheduler, guidance, autoencoder)
 
 
+def text_key(*, pipeline: str, prompts: list, settings: list) -> str:
+    """A pipeline with prompts. pipeline: pipeline_key(); prompts: as they are written; settings:
+    what else decides an image, or a training."""
+    return key_of(pipeline, prompts, settings)
+
+
 def base_key(*, initial: str, kimg: float, images: str, model: str, recipe: dict) -> str:
     """A base that is trained from scratch. initial: weights_hash(); images: of the training part;
     model: its training_identity."""

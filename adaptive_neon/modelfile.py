@@ -112,6 +112,7 @@ class FileModel(UserFile, UserModel):
             self.functions[name] = partial(self.call, name) if self.has(name) else None
 
         self.base_content = ""
+        self.controls = checked_controls(self.path, getattr(self.file, "CONTROLS", {}))
         self.encodes = self.has("encode")
         self.alignment = checked_alignment(self)
         self.has_save = self.has("save")
@@ -150,7 +151,7 @@ class FileModel(UserFile, UserModel):
 
     def read(self, path: Path) -> nn.Module:
         """load(), twice for a network of ordinary size: ranks and later runs load it again."""
-        self.scope.apart.add(Path(path).resolve())
+        self.scope.apart.add(Path(path).resolve())  # weights have keys of their own
         net = self.checked_network(self.call("load", path), "load")
         if sum(p.numel() for p in net.parameters()) < 2e8:
             again = self.checked_network(self.call("load", path), "load")
@@ -215,6 +216,23 @@ class FileModel(UserFile, UserModel):
         self.scope.sealed = False
         super().start_check(base, c, trained)
         self.scope.seal()
+
+
+def checked_controls(path: Path, found: Any) -> dict[str, list[dict]]:
+    """CONTROLS of a model file."""
+
+    def fits(tried):
+        return isinstance(tried, list) and tried and all(is_settings(one) for one in tried)
+
+    def is_settings(one):
+        return isinstance(one, dict) and one and all(type(v) in (int, float) for v in one.values())
+
+    if not isinstance(found, dict) or not all(fits(tried) for tried in found.values()):
+        raise UserError(
+            f"--model {path}: CONTROLS must be {{name: [{{argument of sample(): number}}, ...]}}, "
+            f"got {printable(repr(found))}"
+        )
+    return found
 
 
 def network_fault(net: Any) -> tuple[str, str] | None:
@@ -292,8 +310,10 @@ class StartCheck:
 
         learning = set(movable_parameters(self.base))
         if not self.c.aux:
-            learning = self.check_loss(example)
+            # A LoRA learns in factors beside the weights that it moves.
+            learning = (self.check_loss(example) & learning) or learning
         self.check_weights(learning)
+        self.check_controls()
         self.check_precision()
         self.model.own_features(example)
         if self.c.search == "gradient":
@@ -386,6 +406,7 @@ class StartCheck:
         rows = x.shape[:1] if isinstance(x, torch.Tensor) else ()
         self.expect(rows == (4,), "encode", list(rows) or type(x).__name__)
 
+        # Twice, from the same seed.
         losses = []
         for each in (copied(net), net):
             torch.manual_seed(0)
@@ -439,17 +460,25 @@ class StartCheck:
     @torch.no_grad()
     def check_weights(self, learning: set[str]):
         """The images follow the weights, as they are now, of the network that is passed."""
+        # The same step in a fresh copy, and in the network that has sampled before.
         steps, fresh = self.moved(0.05, learning), self.fresh()
         self.add(fresh, steps)
         expected = self.sample(fresh, TWO)
         before = self.sample(self.net, TWO)
         self.add(self.net, steps)
         found = self.sample(self.net, TWO)
-        self.add(self.net, steps, -1.0)
 
         self.expect_close(expected, found, self.SAME, "memory")
         what = "the network's weights" if self.c.aux else "the weights that loss() trains"
         self.expect(not torch.equal(found, before), "weights", "the same images", trained=what)
+
+    @torch.no_grad()
+    def check_controls(self):
+        """sample() takes the settings of every control."""
+        for tried in self.model.controls.values():
+            for self.model.settings in tried:
+                self.sample(self.net, TWO)
+        self.model.settings = {}
 
     @torch.no_grad()
     def check_precision(self):
@@ -478,6 +507,7 @@ class StartCheck:
             self.add(net, steps)
         difference = (ahead - behind) / 2
 
+        # The same difference, pulled back through the sampler to the weights.
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         with torch.enable_grad(), network_calls(net, "fp32", checkpointed=True):

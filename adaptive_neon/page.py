@@ -179,7 +179,9 @@ def part_of(entry, score, samples, budget) -> Part:
         caption = f"{number(final['fd'])}, w = {weights_title(final['w'])}"
         panels.append(Panel(name, caption, address, width))
 
-    tables = [Table("Models", without_snapshot(model_rows(entry, score)), MODELS_NOTE)]
+    rows = without_snapshot(model_rows(entry, score))
+    note = MODELS_NOTE + MEMORISED_NOTE * any("memorised, %" in row for row in rows)
+    tables = [Table("Models", rows, note)]
     tables += [Table(title, rows) for title, rows in judge_tables(entry)]
     if entry["grid"] and len(entry["blocks"]) != 3:
         best = sorted(entry["grid"], key=lambda row: (row["fd"] is None, row["fd"]))[:10]
@@ -204,8 +206,7 @@ def without_snapshot(rows) -> list[dict]:
 def figures_of(entry, score) -> list[Figure]:
     """What was measured, drawn."""
     figures = []
-    strongest = (entry.get("strongest_control") or {}).get("against")
-    for against in dict.fromkeys(("base", "global", strongest)):
+    for against in dict.fromkeys(("base", "global", entry.get("strongest_control"))):
         if any(claim["against"] == against for claim in claims_in_order(entry)):
             title = f"Against {against}, in every judge; filled where the verdict holds"
             figures.append(drawn(title, plot_judges, entry, score, against))
@@ -222,14 +223,14 @@ def figures_of(entry, score) -> list[Figure]:
 
 
 def headline_claims(entry) -> list[dict]:
-    """The model of the primary claim against the base; the primary claim; the strongest control."""
+    """The model of the primary claim against the base, the claim's other model, the strongest
+    control."""
     primary = claims_in_order(entry)[0]
-    pairs = [(primary["model"], "base"), (primary["model"], primary["against"])]
-    strongest = entry.get("strongest_control") or {}
-    pairs.append((strongest.get("model"), strongest.get("against")))
     found = []
-    for pair in dict.fromkeys(pairs):
-        found += [claim for claim in entry["claims"] if (claim["model"], claim["against"]) == pair]
+    for other in dict.fromkeys(("base", primary["against"], entry.get("strongest_control"))):
+        for claim in entry["claims"]:
+            if (claim["model"], claim["against"]) == (primary["model"], other):
+                found.append(claim)
     return found
 
 
@@ -246,8 +247,10 @@ def tile_of(claim) -> Tile:
 
 MODELS_NOTE = (
     "Final comparison, each distance with its standard deviation where it was repeated. Corrected: "
-    "without the bias of few images. Verdict: of the corrected difference, with Holm's correction. "
-    "Memorised: samples closer to a training image than to a held-out one (50 is no memory)."
+    "without the bias of few images. Verdict: of the corrected difference, with Holm's correction."
+)
+MEMORISED_NOTE = (
+    " Memorised: samples closer to a training image than to a held-out one (50 is no memory)."
 )
 INTERVALS = (
     "Differences are paired (the same noise, the same real images), without the distance's bias. "

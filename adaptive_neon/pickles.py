@@ -17,11 +17,10 @@ import torch
 
 from .files import Refused, printable
 
-MOST_OPCODES = 500_000  # EDM's CIFAR-10 network has 72,163 (75,815 in protocol 2)
+MOST_OPCODES = 500_000  # EDM's CIFAR-10 network has 72,163, that of ImageNet 92,477
 SPARE_BYTES = 300 << 20  # of text, beyond the file's own size
 MOST_NAMES = 20_000  # of tensors and modules; 427 tensors there
 MOST_SIZE = 1 << 40  # of a tensor in one direction, and of its strides and offset
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save's old format begins with it
 
 
 class Inert:
@@ -56,9 +55,9 @@ NETWORK_NAMES = {
     "torch_utils.persistence._reconstruct_persistent_obj": "persistent_object",
     "_codecs.encode": "encoded",
 }
-OTHER_OBJECTS = """torch.nn.modules.container.ModuleDict builtins.set __builtin__.set numpy.dtype
-numpy.core.multiarray.scalar numpy._core.multiarray.scalar""".split()
-NETWORK_NAMES |= dict.fromkeys(OTHER_OBJECTS, "other_object")
+for name in """torch.nn.modules.container.ModuleDict builtins.set __builtin__.set numpy.dtype
+numpy.core.multiarray.scalar numpy._core.multiarray.scalar""".split():
+    NETWORK_NAMES[name] = "other_object"
 
 
 class PickleReader:
@@ -130,8 +129,7 @@ class PickleReader:
                     raise Refused(f"{opcode} of something that is not a call")
                 stack.append(function(*args))
             case "BUILD":
-                # Attributes of a dict (torch's _metadata, hooks) are not needed.
-                state = stack.pop()
+                state = stack.pop()  # a dict's (torch's _metadata, hooks) is not needed
                 if type(stack[-1]) is Inert:
                     stack[-1].state = state if type(state) is dict else {}
                 elif type(stack[-1]) is not dict:
@@ -216,7 +214,7 @@ class PickleReader:
         magic, _, system, saved, _ = (reader.load() for _ in range(5))
         self.opcodes = reader.opcodes
         little = type(system) is dict and system.get("little_endian") is True
-        if type(magic) is not int or magic != LEGACY_MAGIC or not little:
+        if type(magic) is not int or magic != 0x1950A86A20F9469CFC6C or not little:
             raise Refused("a storage that is not in the old format of torch.save, little-endian")
 
         _, dtype, _, _, count, *_ = saved

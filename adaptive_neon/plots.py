@@ -6,7 +6,6 @@ import io
 import math
 import re
 import warnings
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 
-from .files import printable, write_atomically
+from .files import printable
 from .verdicts import number, range_text
 
 # Markers repeat what colours say. The page sets each colour for light and for dark; these are the
@@ -93,13 +92,11 @@ def inline(svg: str, shown: str) -> str:
     return svg.replace("<svg ", f'<svg role="img" aria-label="{text}" ', 1)
 
 
-def new_figure(width, height, columns=1):
-    """A figure of so many inches and its axes in a row. matplotlib.pyplot would keep it, and ask
-    for a display."""
+def new_figure(width, height):
+    """A figure of so many inches. matplotlib.pyplot would keep it, and ask for a display."""
     from matplotlib.figure import Figure as Canvas
 
-    figure = Canvas((width, height), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    return Canvas((width, height), layout="constrained")
 
 
 def error_bars(rows, key="fd"):
@@ -108,19 +105,6 @@ def error_bars(rows, key="fd"):
     table = np.array([[row[key], row["low"], row["high"]] for row in rows], float)
     values, low, high = table.reshape(-1, 3).T
     return values, np.stack([values - low, high - values]).clip(0)
-
-
-def plot_report(figures, out):
-    """{file name: (function, data)} as PNG files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    for name, (plot, data) in figures.items():
-        plot(plt, data)
-        write_atomically(out / name, partial(plt.savefig, dpi=150))
-        plt.close()
 
 
 # -------------------- weights
@@ -139,8 +123,7 @@ def plot_weights(entry):
 
     heights = [0.3 + 0.22 * len(blocks) * len(names) for blocks, names in groups.items()]
     longest = max(len(label(block)) for blocks in groups for block in blocks)
-    figure, _ = new_figure(2.4 + 0.07 * longest, 1.2 + sum(heights))
-    figure.clear()
+    figure = new_figure(2.4 + 0.07 * longest, 1.2 + sum(heights))
     axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
     parts = [f"global weight {everywhere:g}"]
     for axis, (blocks, names) in zip(axes, groups.items(), strict=True):
@@ -178,7 +161,8 @@ def plot_judges(entry, score, against):
     own = label(score.removeprefix("FD (").split(",")[0])
     names = [f"{own}\n(selected with)", *map(label, judges)]
 
-    figure, (axis,) = new_figure(5.6, 1.0 + len(names) * (0.28 + 0.15 * len(claims)))
+    figure = new_figure(5.6, 1.0 + len(names) * (0.28 + 0.15 * len(claims)))
+    axis = figure.subplots()
     shown = []
     for place, claim in enumerate(claims):
         gains = [claim["own"], *(claim["judges"][judge] for judge in judges)]
@@ -226,7 +210,8 @@ def plot_sweep(entry, score):
     rows = [row for row in entry["sweep"] if row["fd"] is not None]
     x = [row["w_global"] for row in rows]
     values, errors = error_bars(rows)
-    figure, (axis,) = new_figure(5.2, 3.4)
+    figure = new_figure(5.2, 3.4)
+    axis = figure.subplots()
     axis.axvline(0, color=INK, alpha=0.4, linewidth=0.8, linestyle=":")
     chosen = next(iter(entry["final"]["global"]["w"].values()))
     axis.axvline(chosen, color=style_of("global")["color"], linestyle="--", label="chosen")
@@ -241,7 +226,8 @@ def plot_shares(entry):
     """Precision and recall against the global weight."""
     rows = [row for row in entry["sweep"] if "precision" in row]
     x = [row["w_global"] for row in rows]
-    figure, (axis,) = new_figure(5.2, 3.4)
+    figure = new_figure(5.2, 3.4)
+    axis = figure.subplots()
     axis.axvline(0, color=INK, alpha=0.4, linewidth=0.8, linestyle=":")
     for key, line, name in (("precision", "-", "global"), ("recall", "--", "blockwise")):
         style = style_of(name)
@@ -270,7 +256,9 @@ def plot_grid(rows, score):
 
     width = 0.9 + max(1.6, 0.62 * len(columns[last]))
     height = 1.0 + max(1.3, 0.46 * len(columns[first]))
-    figure, axes = new_figure(width * len(columns[middle]) + 0.8, height, len(columns[middle]))
+    count = len(columns[middle])
+    figure = new_figure(width * count + 0.8, height)
+    axes = figure.subplots(1, count, squeeze=False)[0]
     for axis, m in zip(axes, columns[middle], strict=True):
         cells = [[table.get((y, m, x), np.nan) for x in columns[last]] for y in columns[first]]
         image = axis.imshow(cells, vmin=low, vmax=high, cmap="cividis", aspect="auto")
@@ -311,7 +299,8 @@ def plot_search(entry, score):
     """Every score of the search in its order, and the least so far."""
     values = np.array([row["fd"] for row in entry["search"]], float)
     least = np.fmin.accumulate(values)
-    figure, (axis,) = new_figure(5.2, 3.4)
+    figure = new_figure(5.2, 3.4)
+    axis = figure.subplots()
     style = style_of("searched")
     x = np.arange(1, len(values) + 1)
     axis.plot(x, values, style["marker"], color=style["color"], alpha=0.6, label="scored")
@@ -328,7 +317,8 @@ def plot_search(entry, score):
 def plot_snapshots(entries, score):
     """Final distances with their intervals against the length of the self-training."""
     x = [entry["kimg"] for entry in entries]
-    figure, (axis,) = new_figure(5.6, 3.4)
+    figure = new_figure(5.6, 3.4)
+    axis = figure.subplots()
     shown = []
     for name in entries[0]["final"]:
         if name == "collapsed":
@@ -352,7 +342,8 @@ def plot_seeds(rows):
     """Relative gains of every training seed, in the selection's features and in the mean of the
     judges that no selection saw."""
     rows = [row for row in rows if row["model"] != "collapsed"]
-    figure, (axis,) = new_figure(5.6, 1.2 + 0.42 * len(rows))
+    figure = new_figure(5.6, 1.2 + 0.42 * len(rows))
+    axis = figure.subplots()
     shown = []
     sides = (("own_relative", "own features", "global", -0.14),)
     sides += (("relative", "mean of the other judges", "blockwise", 0.14),)

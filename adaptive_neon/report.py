@@ -16,7 +16,7 @@ import torch
 from .extension import neon_ext
 from .files import escaped, printable, write_atomically
 from .judges import NEIGHBOURS
-from .verdicts import cases_text, mean_and_interval, number, verdict_text
+from .verdicts import cases_text, mean_and_interval, number, sentence_case, verdict_text
 
 # -------------------- cells
 
@@ -171,9 +171,8 @@ def claims_in_order(entry) -> list[dict]:
 
 
 def headline(entry) -> str:
-    """What came out, in a sentence or two."""
-    text = entry.get("headline") or claims_in_order(entry)[0]["sentence"]
-    return text if text.endswith(".") else f"{text}."
+    """What it comes to; of a summary without it, the primary claim."""
+    return entry.get("headline") or sentence_case(claims_in_order(entry)[0]["sentence"]) + "."
 
 
 def entry_notes(entry) -> list[str]:
@@ -352,13 +351,11 @@ def write_seeds_tables(summary, out) -> str:
 
 
 def seeds_headlines(summary) -> list[str]:
-    """What the primary claim of every snapshot came to."""
-    several, found = len(summary["kimg"]) > 1, []
-    for claim in summary["over_seeds"]:
-        if claim["primary"]:
-            start = f"{claim['kimg']:g} kimg: " * several
-            found.append(f"{start}{len(summary['seeds'])} training seeds: {claim['sentence']}.")
-    return found
+    """What every snapshot comes to."""
+    if len(summary["kimg"]) == 1:
+        return summary["headlines"]
+    told = zip(summary["kimg"], summary["headlines"], strict=True)
+    return [f"{kimg:g} kimg: {headline}" for kimg, headline in told]
 
 
 # -------------------- files, then the terminal
@@ -381,22 +378,16 @@ def write_texts(texts, plain, out) -> None:
     write_atomically(out / "summary.json", json.dumps(plain, indent=1, allow_nan=False))
 
 
-def publish(texts, plain, out):
-    """table.md and summary.json; then, where nothing can be lost any more, the terminal."""
-    write_texts(texts, plain, out)
-    print("\n" + "\n\n".join(filter(None, texts)), flush=True)
-
-
 WIDTH = 100  # of a terminal
 MOST_ROWS = 9  # of a table there
 MOST_SENTENCES, MOST_LINES = 2, 3  # there, of a sentence
 
 
-def terminal_text(title, rows, columns, sentences) -> str:
+def terminal_text(title, rows, columns, sentences, most=MOST_ROWS) -> str:
     """A table and sentences, within 100 columns and a few lines; table.md has the whole."""
-    lines = [printable(title, WIDTH), *plain_table(rows[:MOST_ROWS], columns)]
-    if len(rows) > MOST_ROWS:
-        lines.append(f"... and {len(rows) - MOST_ROWS} rows more in table.md")
+    lines = [printable(title, WIDTH), *plain_table(rows[:most], columns)]
+    if len(rows) > most:
+        lines.append(f"... and {len(rows) - most} rows more in table.md")
     for sentence in sentences[:MOST_SENTENCES]:
         wrapped = textwrap.wrap(escaped(sentence), WIDTH)
         if len(wrapped) > MOST_LINES:

@@ -35,6 +35,10 @@ class Model:
 
     identity = ""  # hash of all but the weights that decides an image; part of every key
     training_identity = ""  # the same of what decides a training
+    notes: list[str] = []  # what the report should say of it
+    draws_on = False  # whether sample() takes draw(): more noise of every sample, step by step
+    controls: dict[str, list[dict]] = {}  # {what a critic would try: its settings of sample()}
+    settings: dict = {}  # of sample(), where they are not its own; a key has them as weights
 
     def __init__(
         self,
@@ -66,7 +70,7 @@ class Model:
         return self.number_of_classes
 
     def sample(self, net, noise, labels, steps: int) -> torch.Tensor:
-        return self.function("sample")(net, noise, labels, steps)
+        return self.function("sample")(net, noise, labels, steps, **self.settings)
 
     def loss(self, net, x, labels) -> torch.Tensor:
         return self.function("loss")(net, x, labels)
@@ -79,6 +83,10 @@ class Model:
     def trainable(self, base: nn.Module, c=None) -> nn.Module:
         """A copy of the base as it is self-trained: with dropout, for example."""
         return copied(base)
+
+    def balanced_labels(self, classes: int, seeds, device) -> torch.Tensor:
+        """Equal shares of every class: int64 [N]."""
+        return balanced_labels(classes, seeds, device)
 
     def asked_for(self, labels: torch.Tensor | None):
         """What labels [N] ask for, as alignment(images, it) takes it: themselves, or prompts."""
@@ -129,6 +137,10 @@ class Model:
         """The repaired network, in the form the model's users know; path has no suffix yet."""
         raise NotImplementedError
 
+    def export_merged(self, merger, w: dict[str, float], path: Path, recipe: dict) -> None:
+        """The same of a merger's network with the weights w."""
+        self.export(merger.set(w), path, recipe)
+
     def own_features(self, example: torch.Tensor):
         """A feature network of the model's own (see Judge), or None. example: uint8 images."""
         return None
@@ -150,15 +162,34 @@ def balanced_labels(classes, seeds, device):
     return torch.stack(labels).to(device)
 
 
+class Draws:
+    """One generator per seed, as EDM: what a sample draws depends on nothing but its seed."""
+
+    def __init__(self, shape, seeds, device):
+        self.shape, self.device = shape, device
+        self.generators = [torch.Generator(device).manual_seed(int(s) % 2**32) for s in seeds]
+
+    def noise(self, dtype=torch.float32):
+        """[N, *shape]"""
+        options = {"device": self.device, "dtype": dtype}
+        return torch.stack(
+            [torch.randn(self.shape, generator=g, **options) for g in self.generators]
+        )
+
+    def labels(self, classes):
+        """[N] int64; None where there are no classes."""
+        if not classes:
+            return None
+        options = {"device": self.device}
+        return torch.stack(
+            [torch.randint(classes, [], generator=g, **options) for g in self.generators]
+        )
+
+
 def draw_noise(shape, classes, seeds, device):
-    """One generator per seed, as EDM: noise [N, *shape] float32, labels [N] int64 (or None)."""
-    noise, labels = [], []
-    for seed in seeds:
-        generator = torch.Generator(device).manual_seed(int(seed) % 2**32)
-        noise.append(torch.randn(shape, generator=generator, device=device))
-        if classes:
-            labels.append(torch.randint(classes, [], generator=generator, device=device))
-    return torch.stack(noise), torch.stack(labels) if classes else None
+    """Noise [N, *shape] float32, labels [N] int64 (or None)."""
+    draws = Draws(shape, seeds, device)
+    return draws.noise(), draws.labels(classes)
 
 
 def to_pixels(images):
@@ -209,10 +240,12 @@ class Sampler:
         if self.compiled:  # the surplus images are dropped
             padded = seeds + seeds[-1:] * ((batch or self.batch) - len(seeds))
         device = self.processes.device
-        noise, labels = draw_noise(self.shape, self.classes, padded, device)
+        draws = Draws(self.shape, padded, device)
+        noise, labels = draws.noise(), draws.labels(self.classes)
         if self.classes and self.labels == "balanced":
-            labels = balanced_labels(self.classes, padded, device)
-        images = self.model.sample(self.net, noise, labels, self.steps)[: len(seeds)]
+            labels = self.model.balanced_labels(self.classes, padded, device)
+        more = {"draw": partial(draws.noise, torch.float64)} if self.model.draws_on else {}
+        images = self.model.sample(self.net, noise, labels, self.steps, **more)[: len(seeds)]
         return images, None if labels is None else labels[: len(seeds)]
 
     @torch.no_grad()

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from .config import Config, Preset
-from .diffusers import DiffusersModel
 from .files import UserError, remove_orphans
 from .folders import is_pipeline
 from .images import RealData, read_dataset, refuse_empty_classes, write_dataset
@@ -18,6 +17,7 @@ from .modelfile import FileModel
 from .processes import Processes
 from .sampling import Model, Sampler
 from .seeds import Ledger, seed_ledger
+from .text import open_pipeline
 from .train import Recipe, train
 
 
@@ -73,7 +73,7 @@ def open_model(c: Config, preset: Preset, processes: Processes) -> Model:
     if c.model:
         return processes.one_by_one(partial(FileModel, c.model))
     if is_pipeline(c.base):
-        return processes.one_by_one(partial(DiffusersModel, c))
+        return processes.one_by_one(partial(open_pipeline, c))
     if c.base and Path(c.base).is_dir():
         raise UserError(
             f"--base {c.base} is a folder without model_index.json, so no pipeline of diffusers; "

@@ -11,7 +11,17 @@ from torch import nn
 
 from .blocks import Blocks, Merger, block_order, partition, placebo_partitions
 from .config import Config
-from .controls import GUIDED, TRAINED_ON, TWICE, guidance_controls, guided, with_steps
+from .controls import (
+    EQUAL,
+    GUIDANCE,
+    GUIDED,
+    TRAINED_ON,
+    TWICE,
+    equal_adherence,
+    guided,
+    with_settings,
+    with_steps,
+)
 from .files import UserError, write_atomically
 from .judges import Judge, build_judges
 from .processes import Diverged
@@ -99,9 +109,7 @@ def experiment(setup: Setup, net: nn.Module, sampler: Sampler) -> "Results":
 
         # What a critic asks for first: more steps, more training, guidance instead of new weights.
         controls = controls_of(setup, scorer, values)
-        if "guidance" in c.controls:
-            for name, found_at in guidance_controls(scorer, choose(models.values())).items():
-                controls[name] = Candidate(*found_at)
+        controls |= control_of_equal_adherence(setup, controls, choose(models.values()))
         clock.ends("random blocks and controls")
 
         # The winners once more, on noise and real images that no selection has seen.
@@ -245,8 +253,9 @@ def check_primary(c: Config, blocks: list[str]) -> None:
 
 # -------------------- controls
 def controls_of(setup: Setup, scorer: Scorer, values: set[float]) -> dict[str, Candidate]:
-    """The base with twice the steps, the guided network at its best weight of `values`, and on
-    request the base trained on real images for as long as the self-training."""
+    """The base with twice the steps, the guided network at its best weight of `values`, the base
+    at the best of each of the model's own settings, and on request the base trained on real images
+    for as long as the self-training."""
     c = setup.c
     found = {}
     if "steps" in c.controls:
@@ -259,6 +268,10 @@ def controls_of(setup: Setup, scorer: Scorer, values: set[float]) -> dict[str, C
             found[GUIDED] = Candidate.of(choose(tried), guide)
         elif setup.processes.rank == 0:
             print("no guided control: the sampler calls parts of the network, not the network")
+    if "own" in c.controls:
+        for name, settings in setup.model.controls.items():
+            other = with_settings(scorer)
+            found[f"base, {name}"] = Candidate.of(choose(other.score_all(settings, name)), other)
     if c.continue_on_data:
         kimg = scorer.snapshot if c.continue_on_data < 0 else c.continue_on_data
         further = continued_base(setup, scorer.merger.base, kimg)
@@ -275,6 +288,15 @@ def controls_of(setup: Setup, scorer: Scorer, values: set[float]) -> dict[str, C
         )
         found[TRAINED_ON] = Candidate(merger.weights(-1), None, other)
     return found
+
+
+def control_of_equal_adherence(setup: Setup, controls, repaired) -> dict[str, Candidate]:
+    """Where the base was tried over guidance."""
+    if f"base, {GUIDANCE}" not in controls:
+        return {}
+    over = controls[f"base, {GUIDANCE}"].scorer
+    score = equal_adherence(over, setup.model.controls[GUIDANCE], repaired)
+    return {} if score is None else {EQUAL: Candidate.of(score, over)}
 
 
 # -------------------- what a study ends with
@@ -310,6 +332,7 @@ class Entry:
             )
         final = final_comparison({name: own[name] for name in models | controls})
         warnings = warnings_of(c, models, final, bool(tried["grid"]), scorer.judge)
+        warnings += scorer.sampler.model.notes
         if len(placebos) < c.placebo:
             warnings.append(
                 f"--placebo {c.placebo}: the layers allow only {len(placebos)} other blocks"
@@ -417,7 +440,7 @@ def export_best(setup: Setup, entry: Entry) -> None:
     }
     path = c.out / f"adaptive-neon-{entry.kimg:06d}"
     net = merger.set(best.w)
-    setup.model.export(net, path, recipe)
+    setup.model.export_merged(merger, best.w, path, recipe)
     if c.export_pt:
         state = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
         write_atomically(path.with_suffix(".pt"), partial(torch.save, state))

@@ -118,7 +118,9 @@ class Training:
         self.parameters = movable_parameters(self.net)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        self.average = copy.deepcopy(self.net).eval().requires_grad_(False)
+        # What does not learn is the same tensor in both.
+        frozen = {id(p): p for p in self.net.parameters() if not p.requires_grad}
+        self.average = copy.deepcopy(self.net, frozen).eval().requires_grad_(False)
         movable = movable_parameters(self.average, like=self.net).values()
         self.averages = [parameter.detach() for parameter in movable]
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=recipe.lr, fused=True)
@@ -152,11 +154,14 @@ class Training:
         self.seen += recipe.batch
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that a later step depends on; what Adam has not met yet has no moments."""
+        """All that a later step depends on; what Adam has not met yet has no moments, and what does
+        not learn is left out."""
         tensors = {}
+        frozen = {name for name, p in self.net.named_parameters() if not p.requires_grad}
         for side, net in (("net", self.net), ("average", self.average)):
             for name, tensor in net.state_dict().items():
-                if isinstance(tensor, torch.Tensor):  # a module may keep other things beside them
+                # A module may keep other things beside tensors.
+                if isinstance(tensor, torch.Tensor) and name not in frozen:
                     tensors[f"{side} {name}"] = tensor
         for name, parameter in self.parameters.items():
             for key, tensor in self.optimizer.state.get(parameter, {}).items():

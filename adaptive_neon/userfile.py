@@ -30,7 +30,7 @@ from .files import UserError, file_hash, printable
 from .keys import key_of, weights_hash
 from .processes import Diverged
 
-PROGRAM = ("adaptive_neon", "neon_ext", "edm_neon", "toy_neon", "__main__")
+PROGRAM = ("edm_neon.py", "toy_neon.py")  # beside the package
 PACKAGE = Path(__file__).resolve().parent
 STANDARD = os.path.realpath(sysconfig.get_path("stdlib")) + os.sep
 
@@ -42,7 +42,7 @@ active: contextvars.ContextVar = contextvars.ContextVar("active", default=None) 
 def is_installed(path: str | Path) -> bool:
     """Whether a file belongs to Python, to an installed package or to this program."""
     path = Path(os.path.realpath(path))
-    if PACKAGE in path.parents or (path.parent == PACKAGE.parent and path.stem in PROGRAM):
+    if PACKAGE in path.parents or (path.parent == PACKAGE.parent and path.name in PROGRAM):
         return True
     packages = {"site-packages", "dist-packages"}
     return str(path).startswith(STANDARD) or not packages.isdisjoint(path.parts)
@@ -50,8 +50,11 @@ def is_installed(path: str | Path) -> bool:
 
 def taken(tops: set[str]) -> dict[str, ModuleType]:
     """Out of sys.modules: the modules of these names, and those in them."""
-    names = [name for name in list(sys.modules) if name.partition(".")[0] in tops]
-    return {name: sys.modules.pop(name) for name in names}
+    found = {}
+    for name in list(sys.modules):
+        if name.partition(".")[0] in tops:
+            found[name] = sys.modules.pop(name)
+    return found
 
 
 class Scope:
@@ -106,12 +109,14 @@ class Scope:
     def owns(self, name: str) -> bool:
         """Whether the user's code means a module of its own by this name."""
         top = name.partition(".")[0]
-        if top in self.own or top in PROGRAM or not top:
+        if top in self.own or not top:
             return top in self.own
         with LOCK, self.entered():
             spec = self.find(top)
             if spec is None:
-                return False
+                return False  # not yet: sys.path may still grow
+
+            # A namespace package has no file, only folders.
             places = [spec.origin] if spec.has_location else spec.submodule_search_locations
             if not places or is_installed(str(list(places)[0])):
                 return False
@@ -129,8 +134,8 @@ class Scope:
 
     def find_spec(self, name, path=None, target=None):
         """As a finder of sys.meta_path: its own modules are loaded in this scope."""
-        if not self.owns(name):
-            return None
+        if active.get() is not self or not self.owns(name):
+            return None  # other threads import too, and must not wait for LOCK
         spec = self.find(name, path)
         if spec is not None and isinstance(spec.loader, SourceFileLoader):
             spec.loader = Loader(self, name, spec.origin)
@@ -148,6 +153,7 @@ class Scope:
         try:
             yield
         finally:
+            # The last thread to leave takes the entries out again.
             with LOCK:
                 self.inside -= 1
                 if shown is self and self.inside == 0:
@@ -194,6 +200,8 @@ class Scope:
         """Records a file that the user's code opens for reading."""
         if not isinstance(file, (str, bytes, os.PathLike)):
             return
+
+        # By the name in a recorded folder, if it has one: a link may lead out of it.
         path = Path(os.path.abspath(os.fsdecode(file)))
         if not self.roots.intersection(path.parents):
             path = Path(os.path.realpath(path))
@@ -317,11 +325,13 @@ class UserFile:
         """Of the file and of what it has loaded and read up to now, whatever folder it lies in."""
         return key_of(self.scope.records)
 
-    def call(self, name: str, *args) -> Any:
+    def call(self, name: str, *args, **settings) -> Any:
         """A function of the file; its errors name it and the line."""
         scope, records = self.scope, dict(self.scope.records)
         with running(self.path, f"{self.path}: {name}()", "failed"), scope.entered():
-            result = getattr(self.file, name)(*args)
+            result = getattr(self.file, name)(*args, **settings)
+
+        # What decides no image is forgotten; anything else that is new now comes too late.
         if scope.sealed and name in self.UNRECORDED:
             scope.records, scope.late = records, ""
         if scope.late:

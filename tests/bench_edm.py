@@ -27,7 +27,7 @@ import edm_neon as edm  # noqa: E402
 
 def random_network(options, seed):
     """Weights ~ N(0, 1 / fan_in): the zero last layers of a new network would hide errors."""
-    net = edm.EDMPrecond(**options).eval().requires_grad_(False)
+    net = neon.networks.EDMPrecond(**options).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, p in net.named_parameters():
         z = torch.randn(p.shape, generator=generator)

@@ -31,7 +31,7 @@ SIZE = preset.network["img_resolution"]
 
 # Small networks with every kind of parameter that real ones have: EDM's CIFAR-10 network in small
 # (three levels, attention at one that is not the lowest, augmentation labels, dropout), NCSN++
-# (Fourier features, residual encoder) and an unconditional one.
+# (Fourier features, residual encoder), an unconditional one and ADM.
 CIFAR = {
     "img_resolution": 16,
     "img_channels": 3,
@@ -49,13 +49,19 @@ NCSNPP = {
     "encoder_type": "residual",
     "resample_filter": [1, 3, 3, 1],
 }
-KINDS = {"cifar": CIFAR, "ncsnpp": CIFAR | NCSNPP, "uncond": CIFAR | {"label_dim": 0}}
+ADM = {"model_type": "DhariwalUNet", "model_channels": 32, "channel_mult": [2, 2, 4]}
+KINDS = {
+    "cifar": CIFAR,
+    "ncsnpp": CIFAR | NCSNPP,
+    "uncond": CIFAR | {"label_dim": 0},
+    "adm": CIFAR | ADM,  # attention at two levels, with one head and with two
+}
 
 
 def network(kind="cifar", seed=0, **changes):
     """A network whose parameters all matter: initial output layers are almost zero."""
     torch.manual_seed(seed)
-    net = edm.EDMPrecond(**KINDS[kind] | changes)
+    net = neon.networks.denoiser(**KINDS[kind] | changes)
     for p in net.parameters():
         p.data += 0.05 * torch.randn_like(p)
     return net.eval().requires_grad_(False)
@@ -373,7 +379,7 @@ def toy_network_files(folder):
 
 # -------------------- the script
 SMALL = (
-    *("--preset", PRESET, "--train-base", "2", "--snapshot", "1", "--grid", "0.5,1.0"),
+    *("--preset", PRESET, "--train-base", "1", "--snapshot", "1", "--grid", "0.5,1.0"),
     *("--synthetic", "100", "--select-images", "80", "--final-images", "80", "--steps", "4"),
     *("--judge", "pixels"),
 )

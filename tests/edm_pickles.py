@@ -36,9 +36,12 @@ NCSN = dict(
 )
 
 
+ADM = dict(model_type="DhariwalUNet", model_channels=32, augment_dim=0)
+
+
 def network(seed=0, **changes):
     torch.manual_seed(seed)
-    net = edm.EDMPrecond(**{**TINY, **changes})
+    net = neon.networks.denoiser(**{**TINY, **changes})
     for p in net.parameters():  # initial output layers are almost zero; make every parameter matter
         p.data += 0.05 * torch.randn_like(p)
     return net.eval().requires_grad_(False)
@@ -79,18 +82,26 @@ def persistent(module, name, **extra):
     return Persistent(name, state | extra)
 
 
-def snapshot(net, protocol=4, class_name="EDMPrecond", kwargs=None, **attributes):
-    """Bytes of EDM's network-snapshot-*.pkl."""
-    options = dict(net.config, model_type="SongUNet", use_fp16=False) | (kwargs or {})
-    extra = dict(sigma_min=0, sigma_max=float("inf"), sigma_data=0.5) | attributes
+def snapshot(net, protocol=4, class_name="", kwargs=None, alone=False, **attributes):
+    """Bytes of EDM's network-snapshot-*.pkl. kwargs: others of its options, None for one that is
+    left out; alone: without all that is not the network."""
+    public = ["img_resolution", "img_channels", "label_dim", *net.attributes]
+    extra = {name: getattr(net, name) for name in public} | attributes
+    options = dict(model_type="SongUNet", use_fp16=False) | net.options | (kwargs or {})
+    options = {k: v for k, v in options.items() if k != "precond" and v is not None}
+    class_name = class_name or type(net).__name__
     ema = persistent(net, class_name, **extra, _init_args=(), _init_kwargs=options)
+    content = {"ema": ema}
+    if not alone:
+        loss = Persistent("EDMLoss", dict(P_mean=-1.2, P_std=1.2, sigma_data=0.5))
+        content |= {"loss_fn": loss, "augment_pipe": None, "dataset_kwargs": {"xflip": False}}
     module = types.ModuleType("torch_utils.persistence")
     module._reconstruct_persistent_obj = _reconstruct_persistent_obj
     _reconstruct_persistent_obj.__module__ = module.__name__
     modules = {"torch_utils": types.ModuleType("torch_utils"), module.__name__: module}
     sys.modules.update(modules)
     try:
-        return pickle.dumps({"ema": ema, "augment_pipe": None}, protocol=protocol)
+        return pickle.dumps(content, protocol=protocol)
     finally:
         _reconstruct_persistent_obj.__module__ = __name__
         for name in modules:
@@ -245,7 +256,7 @@ HOSTILE = {
     "doubling tuples by DUP": (b"\x80\x04)" + b"2\x86" * 40 + b".", "opcode DUP"),
     "doubling tuples in FROZENSET": (doubled(b"\x80\x04(KEY\x91.", b"KEY"), "opcode FROZENSET"),
     "doubling tuples as an option's name": (doubled(options_pickle(zz=1), b"X\2\0\0\0zz"), KEY),
-    "doubling tuples as model_type": (deep_option(model_type="X"), "around something is not"),
+    "doubling tuples as model_type": (deep_option(model_type="X"), "model_type cannot be a tuple"),
     "doubling tuples as encoder_type": (
         deep_option(encoder_type="X"),
         "encoder_type cannot be a t",
@@ -288,7 +299,7 @@ HOSTILE = {
     "a tensor beyond its storage": (tensor_pickle(offset=b"K\4"), "reaches beyond its storage"),
     "an expanded tensor": (
         tensor_pickle(size=b"J\0\0\0\x7f\x85", stride=b"K\0\x85"),
-        "no network snapshot|not supported",
+        "its tensors are larger than the file",
     ),
     "a tensor under fifty names": (shared_tensor, "its tensors are larger than the file"),
     # Storages

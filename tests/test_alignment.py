@@ -10,7 +10,7 @@ from edm_helpers import BEST, ToyFeatures, toy_scorer
 from made import finals_of, score
 
 import adaptive_neon as neon
-from adaptive_neon.controls import crossing, guidance_controls
+from adaptive_neon.controls import crossing, equal_adherence, with_settings
 from adaptive_neon.files import UserError
 from adaptive_neon.stats import FOLDS, compare_alignment
 from adaptive_neon.study import Candidate
@@ -165,33 +165,28 @@ def test_where_a_curve_has_a_value(y, value, expected):
     assert found == (None if expected is None else pytest.approx(expected))
 
 
-def test_the_base_over_guidance(scorer, monkeypatch):
-    """A toy whose guidance makes its images brighter: at 3 the base does what the repaired one
-    does, at 2 (its own) less."""
+def test_the_base_at_equal_adherence(scorer, monkeypatch):
+    """A toy whose guidance makes its images brighter: the repaired one is as bright as the base at
+    a guidance between two that were tried."""
     model = scorer.sampler.model
-    sample = model.sample
+    sample = type(model).sample
 
     def brighter(self, net, noise, labels, steps):
-        return sample(net, noise, labels, steps) * 0 + 0.1 * self.guidance - 0.5
+        images = sample(self, net, noise, labels, steps)
+        return images if not self.settings else 0 * images + 0.1 * self.settings["guidance"] - 0.5
 
     monkeypatch.setattr(type(model), "sample", brighter)
-    model.guidance = 3.0
-    high = Candidate(scorer.merger.weights(1.0), 1.0, scorer)
-    controls = guidance_controls(scorer, high)
-    w, fd, over = controls["base, equal adherence"]
-    assert w["guidance"] == pytest.approx(3.0, abs=0.05) and fd == over.score(w).fd
-    best, fd, _ = controls["base, best guidance"]
-    tried = [over.score({"guidance": g}).fd for g in (1.0, 1.5, 2.25, 3.0, 3.75, 4.5, 6.0)]
-    assert fd == min(tried) and model.guidance == 3.0, "the model of the study has changed"
-    model.guidance = 1.0
-    assert guidance_controls(scorer, high) == {}
+    over = with_settings(scorer)
+    settings = [{"guidance": value} for value in (1.0, 2.0, 6.0, 12.0)]
+    repaired = Candidate(scorer.merger.weights(BEST), 1.0, scorer)
+    goal = scorer.score(BEST).alignment
+    found = equal_adherence(over, settings, repaired)
+    assert found.alignment == pytest.approx(goal, abs=0.01)
+    assert found.fd == over.score(found.w).fd and found.w["guidance"] not in (1, 2, 6, 12)
+    assert equal_adherence(over, settings[:2], repaired) is None
 
 
-def test_a_score_at_another_guidance_has_its_own_key(scorer):
-    scorer.sampler.model.guidance = 2.0
-    _, _, over = guidance_controls(scorer, Candidate(scorer.merger.weights(0), 1.0, scorer))[
-        "base, best guidance"
-    ]
-    seeds = scorer.seeds.selection
-    keys = {over.key({"guidance": value}, seeds) for value in (1.0, 2.0)}
-    assert len(keys | {scorer.key(scorer.merger.weights(0), seeds)}) == 3
+def test_without_adherence_there_is_no_such_control(tmp_path):
+    scorer = toy_scorer(tmp_path)
+    repaired = Candidate(scorer.merger.weights(BEST), 1.0, scorer)
+    assert equal_adherence(with_settings(scorer), [{"guidance": 2.0}], repaired) is None

@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 import torch
 from edm_helpers import (
+    ToyFeatures,
     ToyModel,
+    config,
     edm_scorer,
     real_toys,
     toy_pair,
@@ -15,6 +17,7 @@ from edm_helpers import (
 from torch import nn
 
 import adaptive_neon as neon
+import neon_ext
 
 
 def images_of(scorer, w):
@@ -136,6 +139,103 @@ def test_guided_weight_is_chosen_on_the_selection_seeds(tmp_path):
 def test_controls_that_were_asked_for(tmp_path, controls, names):
     found, _ = candidates(tmp_path, controls=controls)
     assert [*found] == names
+
+
+# -------------------- settings of the sampler
+class Tuned(ToyModel):
+    """A sampler with a gain; two controls, each with several settings, the best in the middle."""
+
+    controls = {
+        "best gain": [{"gain": 0.4}, {"gain": 0.1}, {"gain": -0.3}],
+        "best of two": [{"gain": 0.5, "more": 2}, {"gain": 0.05, "more": 1}],
+    }
+
+    def sample(self, net, noise, labels, steps):
+        settings = {"gain": 0.0, "more": 1} | self.settings
+        return torch.tanh(net(noise, labels) + settings["gain"] * settings["more"])
+
+
+def tuned(tmp_path, **options):
+    setup, scorer = toy_setup(tmp_path, **options), toy_scorer(tmp_path, **options)
+    setup = dataclasses.replace(setup, model=Tuned())
+    scorer.sampler.model = setup.model
+    scorer.merger.set(1.0)  # what was scored before must not matter
+    return neon.study.controls_of(setup, scorer, {0.0, 0.5}), scorer
+
+
+def base_with_gain(scorer, gain):
+    """Distance of the base's images with a gain, from the sampler's seeds."""
+    base, seeds = scorer.merger.base, scorer.seeds.selection.seeds
+    noise, _ = neon.sampling.draw_noise((1, 4, 4), 5, seeds, "cpu")
+    images = torch.tanh(base(noise, neon.sampling.balanced_labels(5, seeds, "cpu")) + gain)
+    features = ToyFeatures()(neon.sampling.to_pixels(images).to(torch.uint8))
+    return scorer.judge.selection.prepared.distance(*neon_ext.feature_moments(features))
+
+
+def test_models_own_controls_are_the_base_at_the_best_settings(tmp_path):
+    found, scorer = tuned(tmp_path, controls=("own",))
+    assert [*found] == ["base, best gain", "base, best of two"]
+    with torch.no_grad():
+        distances = {gain: float(base_with_gain(scorer, gain)) for gain in (0.4, 0.1, -0.3)}
+    best = min(distances, key=distances.get)
+    assert found["base, best gain"].w == {"gain": best}
+    assert found["base, best gain"].fd == pytest.approx(distances[best], rel=1e-5)
+
+
+def test_models_own_controls_leave_the_sampler_as_it_is(tmp_path):
+    found, scorer = tuned(tmp_path, controls=("own",))
+    assert scorer.sampler.model.settings == {}
+    assert scorer.score(0.0).fd not in {candidate.fd for candidate in found.values()}
+
+
+def test_models_own_controls_have_keys_of_their_own(tmp_path):
+    found, scorer = tuned(tmp_path, controls=("own",))
+    seeds = scorer.seeds.selection
+    keys = {scorer.key(scorer.merger.weights(0.0), seeds)}
+    other = found["base, best gain"].scorer
+    keys |= {other.key({"gain": gain}, seeds) for gain in (0.1, 0.4)}
+    keys.add(other.key({"more": 0.1}, seeds))
+    assert len(keys) == 4
+
+
+def test_models_own_controls_can_be_left_out(tmp_path):
+    assert not tuned(tmp_path, controls=())[0]
+
+
+FILE = """
+import torch
+SHAPE, CLASSES = (1, 8, 8), 0
+def load(path):
+    return torch.nn.Conv2d(1, 1, 3, padding=1)
+def sample(net, noise, labels, steps, gain=1.0):
+    return torch.tanh(gain * net(noise))
+"""
+
+
+@pytest.mark.parametrize(
+    "controls", ["[]", "{'a': {}}", "{'a': []}", "{'a': [{'gain': '2'}]}", "{'a': [{}]}"]
+)
+def test_controls_of_a_model_file_that_are_none(tmp_path, controls):
+    (tmp_path / "model.py").write_text(f"{FILE}\nCONTROLS = {controls}")
+    with pytest.raises(neon.files.UserError, match="CONTROLS must be {name: .*, got "):
+        neon.modelfile.FileModel(tmp_path / "model.py")
+
+
+@pytest.mark.parametrize("name, message", [("gain", ""), ("warmth", r"sample\(\) failed.*warmth")])
+def test_controls_of_a_model_file_are_tried_at_the_start(tmp_path, name, message):
+    (tmp_path / "model.py").write_text(f"{FILE}\nCONTROLS = {{'best': [{{{name!r}: 2.0}}]}}")
+    model = neon.modelfile.FileModel(tmp_path / "model.py")
+    torch.manual_seed(0)
+    net, c = torch.nn.Conv2d(1, 1, 3, padding=1).eval(), config(tmp_path, aux="other.pt")
+    if message:
+        with pytest.raises(neon.files.UserError, match=message):
+            model.start_check(net, c, trained=True)
+    else:
+        model.start_check(net, c, trained=True)
+        noise = torch.randn(2, 1, 8, 8)
+        plain = model.sample(net, noise, None, 1)
+        model.settings = {"gain": 3.0}
+        assert (model.sample(net, noise, None, 1) - plain).abs().max() > 0.1
 
 
 class Counting(ToyModel):

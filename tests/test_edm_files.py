@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from edm_helpers import replace
-from edm_pickles import HOSTILE, NCSN, Evil, content, network, snapshot, within_limits
+from edm_pickles import ADM, HOSTILE, NCSN, Evil, content, network, snapshot, within_limits
 
 import adaptive_neon as neon
 import edm_neon as edm
@@ -48,6 +48,61 @@ def test_pickled_networks_load_to_the_bit(tmp_path, options, protocol):
     (tmp_path / "net.pkl").write_bytes(snapshot(net, protocol))
     loaded = edm.load_network(tmp_path / "net.pkl")
     assert same(loaded, net) and loaded.config == net.config
+
+
+OLDER = [
+    *({"precond": "VPPrecond", "beta_d": 15.0}, {"precond": "VEPrecond", **NCSN}),
+    *({"precond": "iDDPMPrecond"}, {"precond": "iDDPMPrecond", **ADM}),
+]
+
+
+@pytest.mark.parametrize("options", [ADM, ADM | {"label_dim": 0}, *OLDER], ids=str)
+@pytest.mark.parametrize("kind", ["pickle", "safetensors"])
+def test_networks_of_every_kind_load_to_the_bit(tmp_path, options, kind):
+    """Of class, options and attributes of the preconditioning nothing is lost."""
+    net, path = network(**options), tmp_path / "net"
+    if kind == "pickle":
+        path.write_bytes(snapshot(net))
+    else:
+        edm.save_network(net, path, {})
+    loaded = edm.load_network(path)
+    assert same(loaded, net) and loaded.config == net.config
+    x, sigma = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 8.0])
+    assert type(loaded) is type(net) and torch.equal(loaded(x, sigma), net(x, sigma))
+
+
+@pytest.mark.parametrize(
+    "class_name, model",
+    [
+        ("EDMPrecond", "DhariwalUNet"),
+        ("iDDPMPrecond", "DhariwalUNet"),
+        ("VPPrecond", "SongUNet"),
+        ("VEPrecond", "SongUNet"),
+    ],
+)
+def test_network_that_a_file_does_not_name(tmp_path, class_name, model):
+    """EDM's defaults differ from class to class."""
+    options = {"precond": class_name} | (ADM if model == "DhariwalUNet" else {})
+    data = snapshot(network(**options), kwargs={"model_type": None})
+    (tmp_path / "net.pkl").write_bytes(data)
+    assert type(edm.load_network(tmp_path / "net.pkl").model).__name__ == model
+
+
+def test_sizes_that_were_no_keywords_are_read(tmp_path):
+    """Whoever builds a network as EDMPrecond(8, 3, 10, ...)."""
+    sizes = dict.fromkeys(["img_resolution", "img_channels", "label_dim"])
+    (tmp_path / "net.pkl").write_bytes(snapshot(network(), kwargs=sizes))
+    assert same(edm.load_network(tmp_path / "net.pkl"), network())
+
+
+def test_neons_files_are_read(tmp_path):
+    """The network alone, as it was on a GPU, about to be trained further."""
+    net = network().requires_grad_(True).train()
+    data = snapshot(net, alone=True).replace(b"X\3\0\0\0cpu", b"X\3\0\0\0xpu")
+    (tmp_path / "net.pkl").write_bytes(data)
+    loaded = edm.load_network(tmp_path / "net.pkl")
+    assert b"xpu" in data and same(loaded, net) and not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
 
 
 def test_a_loaded_network_is_frozen_and_in_eval_mode(tmp_path):
@@ -276,13 +331,16 @@ def test_other_files_are_named(tmp_path, data, message):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [dict(class_name="VPPrecond"), dict(kwargs={"model_type": "DhariwalUNet"})],
-    ids=["vp", "adm"],
+    "arguments, message",
+    [
+        ({"class_name": "Generator"}, "Generator is not supported, only EDMPrecond, VPPrecond"),
+        ({"kwargs": {"model_type": "DiT"}}, "option model_type cannot be DiT"),
+    ],
+    ids=["class", "model"],
 )
-def test_other_networks_of_edm_are_named(tmp_path, arguments):
+def test_networks_that_edm_has_not_are_named(tmp_path, arguments, message):
     (tmp_path / "net.pkl").write_bytes(snapshot(network(), **arguments))
-    refused(tmp_path / "net.pkl", "is not supported, only EDMPrecond around SongUNet")
+    refused(tmp_path / "net.pkl", message)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])

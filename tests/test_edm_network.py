@@ -13,6 +13,7 @@ from edm_helpers import (
     edm_model,
     network,
     one_hot,
+    owners_of,
     preset,
     replace,
 )
@@ -30,6 +31,7 @@ OUTPUTS = {
     "cifar": [-0.0115, -0.67762, 0.78117, 0.03575, 0.13518, -0.09962],
     "ncsnpp": [-0.21376, -0.62737, 0.59809, -0.21454, -0.10151, 0.08318],
     "uncond": [-0.16811, -0.55162, 0.68816, 0.10832, -0.32064, -0.33842],
+    "adm": [-0.24797, -0.95139, 0.73063, 0.12389, -0.22149, 0.04185],
 }
 
 
@@ -67,7 +69,7 @@ def test_preconditioning_is_edms_table_1(kind):
 @pytest.fixture(scope="module")
 def cifar10_network():
     with torch.device("meta"):
-        return edm.EDMPrecond(**edm.PRESETS["cifar10"].network)
+        return neon.networks.EDMPrecond(**edm.PRESETS["cifar10"].network)
 
 
 def test_cifar10_network_has_edms_size(cifar10_network):
@@ -168,7 +170,7 @@ def test_created_network_fits_the_images():
     images, labels = torch.zeros(6, 3, 16, 16, dtype=torch.uint8), torch.tensor([0, 4, 1, 2, 3, 4])
     net = model.create(images, labels, neon.config.Config(dropout=0.2))
     wanted = {"img_resolution": 16, "img_channels": 3, "label_dim": 5, "dropout": 0.2}
-    assert net.config == preset.network | wanted | edm.SIGMAS
+    assert net.config == preset.network | wanted | neon.networks.EDMPrecond.attributes
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_images_that_no_network_can_be_made_for(shape, labels, message):
 def test_trained_copy_has_the_dropout_asked_for():
     base = network(dropout=0.0)
     net = edm_model().trainable(base, neon.config.Config(dropout=0.3))
-    assert {m.dropout for m in net.modules() if isinstance(m, edm.UNetBlock)} == {0.3}
+    assert {m.dropout for m in net.modules() if isinstance(m, neon.networks.UNetBlock)} == {0.3}
     assert all(torch.equal(a, base.state_dict()[name]) for name, a in net.state_dict().items())
 
 
@@ -350,6 +352,9 @@ def test_draws_of_the_augmentation_are_edms(pictures):
 class Answers:
     """A denoiser that is a function."""
 
+    draw_sigma = neon.networks.EDMPrecond.draw_sigma
+    loss_weight = neon.networks.EDMPrecond.loss_weight
+
     def __init__(self, answer, sigma_data=0.5):
         self.answer, self.sigma_data = answer, sigma_data
 
@@ -497,3 +502,378 @@ def test_labels_reach_the_network():
 def test_one_hot_labels():
     assert edm.one_hot(network(), torch.tensor([2, 0])).tolist() == torch.eye(10)[[2, 0]].tolist()
     assert edm.one_hot(network("uncond"), None) is None
+
+
+@pytest.mark.parametrize("taps", [[1, 1], [1, 3, 3, 1]])
+def test_residual_path_of_ncsnpp_convolves_before_it_filters(taps):
+    conv = neon.networks.Conv(3, 5, 3, down=True, fused=True, resample_filter=taps)
+    x, f = torch.randn(2, 3, 8, 8), torch.tensor(taps) / sum(taps)
+    h = nn.functional.conv2d(x, conv.weight, padding=1 + (len(taps) - 1) // 2)
+    h = torch.einsum("nchijw,w->nchij", h.unfold(2, len(taps), 2).unfold(3, len(taps), 2), f) @ f
+    torch.testing.assert_close(conv(x), h + conv.bias[:, None, None])
+
+
+# -------------------- ADM
+
+
+def adm_by_hand(state, options, x, c_noise, labels, augment_labels):
+    """ADM's F(x [N, C, H, W]) in float64, from its description and a state dict alone."""
+
+    def linear(name, x, bias=True):
+        return x @ state[f"{name}.weight"].T + (state[f"{name}.bias"] if bias else 0)
+
+    def conv(name, x):
+        weight = state[f"{name}.weight"]
+        return nn.functional.conv2d(x, weight, state[f"{name}.bias"], padding=weight.shape[2] // 2)
+
+    def norm(name, x):
+        n, c = x.shape[:2]
+        groups = x.reshape(n, min(32, c // 4), -1)
+        mean, var = groups.mean(2, keepdim=True), groups.var(2, unbiased=False, keepdim=True)
+        x = ((groups - mean) / (var + 1e-5).sqrt()).reshape(x.shape)
+        return x * state[f"{name}.weight"].view(-1, 1, 1) + state[f"{name}.bias"].view(-1, 1, 1)
+
+    def silu(x):
+        return x / (1 + (-x).exp())
+
+    def resampled(x, name):
+        if "_up" in name:
+            return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        if "_down" in name:
+            n, c, h, w = x.shape
+            return x.reshape(n, c, h // 2, 2, w // 2, 2).mean((3, 5))
+        return x
+
+    def attended(name, x):
+        n, c, h, w = x.shape
+        qkv = conv(f"{name}.qkv", norm(f"{name}.norm2", x)).reshape(n, c // 64, 64, 3, h * w)
+        q, k, v = qkv.unbind(3)
+        shares = torch.einsum("nhcq,nhck->nhqk", q, k / 8).softmax(3)
+        return x + conv(f"{name}.proj", torch.einsum("nhqk,nhck->nhcq", shares, v).reshape(x.shape))
+
+    def block(name, x):
+        h = conv(f"{name}.conv0", resampled(silu(norm(f"{name}.norm0", x)), name))
+        scale, shift = linear(f"{name}.affine", e)[:, :, None, None].chunk(2, 1)
+        h = conv(f"{name}.conv1", silu(norm(f"{name}.norm1", h) * (1 + scale) + shift))
+        x = resampled(x, name)
+        x = h + (conv(f"{name}.skip", x) if f"{name}.skip.weight" in state else x)
+        return attended(name, x) if f"{name}.qkv.weight" in state else x
+
+    # Embedding: cosines first, frequencies down to just above 1 / 10000; the label's comes last.
+    half = options["model_channels"] // 2
+    angles = c_noise[:, None] * 10000 ** (-torch.arange(half) / half)
+    e = torch.cat([angles.cos(), angles.sin()], 1)
+    e = e + linear("map_augment", augment_labels, bias=False)
+    e = linear("map_layer1", silu(linear("map_layer0", e)))
+    e = silu(e + linear("map_label", labels, bias=False))
+
+    blocks = list(dict.fromkeys(".".join(name.split(".")[:2]) for name in state))
+    skips = []
+    for name in (name for name in blocks if name.startswith("enc")):
+        x = conv(name, x) if name.endswith("_conv") else block(name, x)
+        skips.append(x)
+    for name in (name for name in blocks if name.startswith("dec")):
+        if "_block" in name:
+            x = torch.cat([x, skips.pop()], 1)
+        x = block(name, x)
+    return conv("out_conv", silu(norm("out_norm", x)))
+
+
+def test_adm_is_what_its_description_says():
+    net = network("adm").model
+    x, c_noise = torch.randn(3, 3, 16, 16), torch.tensor([-0.7, 0.2, 1.0])
+    labels, augment_labels = torch.eye(10)[[2, 0, 9]], torch.randn(3, 9)
+    state = {name: tensor.double() for name, tensor in net.state_dict().items()}
+    want = adm_by_hand(
+        state, KINDS["adm"], *(t.double() for t in (x, c_noise, labels, augment_labels))
+    )
+    torch.testing.assert_close(net(x, c_noise, labels, augment_labels).double(), want, **CLOSE)
+
+
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+@pytest.fixture(scope="module")
+def imagenet_network():
+    with torch.device("meta"):
+        return edm.PRESETS["imagenet64"].untrained()
+
+
+def test_imagenet_network_has_edms_size(imagenet_network):
+    """Counted with EDM's own code."""
+    assert sum(p.numel() for p in imagenet_network.parameters()) == 295_899_267
+    assert len(imagenet_network.state_dict()) == 553
+
+
+def test_adm_has_edms_names_in_edms_order():
+    names = [name.removeprefix("model.") for name in network("adm").state_dict()]
+    tops = list(dict.fromkeys(name.split(".")[0] for name in names))
+    assert tops == [
+        *("map_augment", "map_layer0", "map_layer1", "map_label"),
+        *("enc", "dec", "out_norm", "out_conv"),
+    ]
+    down = [name for name in names if name.startswith("enc.8x8_down.")]
+    assert [name.partition("down.")[2] for name in down] == [
+        *("norm0.weight", "norm0.bias"),
+        *("conv0.weight", "conv0.bias", "conv0.resample_filter"),
+        *("affine.weight", "affine.bias", "norm1.weight", "norm1.bias"),
+        *("conv1.weight", "conv1.bias", "skip.resample_filter"),
+    ]
+
+
+def test_adm_attends_in_every_block_of_a_level():
+    names = network("adm", num_blocks=2).state_dict()
+    found = {name.split(".qkv")[0].removeprefix("model.") for name in names if "qkv" in name}
+    assert found == {
+        *("enc.8x8_block0", "enc.8x8_block1", "dec.4x4_in0"),
+        *("dec.8x8_block0", "dec.8x8_block1", "dec.8x8_block2"),
+    }
+
+
+def test_adm_narrower_than_a_head_has_no_attention():
+    assert not any("qkv" in name for name in network("adm", channel_mult=[1, 1, 1]).state_dict())
+
+
+def test_adm_begins_as_its_authors_say():
+    """Residual branches and the output are zero; all else is uniform up to 1 / sqrt(inputs)."""
+    torch.manual_seed(0)
+    net = neon.networks.denoiser(**KINDS["adm"])
+    for name, p in net.named_parameters():
+        layer = name.split(".")[-2]
+        if layer in ("conv1", "proj", "out_conv", "map_augment"):
+            assert not p.any(), name
+        elif layer == "map_label":
+            assert float(p.detach().std()) == pytest.approx(1, abs=0.1)
+        elif p.ndim > 1:
+            bound = p[0].numel() ** -0.5
+            assert float(p.detach().abs().max()) == pytest.approx(bound, rel=0.05)
+            assert float(p.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+ADM_BLOCKS = {
+    "model.map_label.weight": ("mid", "mid", "map"),
+    "model.map_layer1.bias": ("mid", "mid", "map"),
+    "model.enc.16x16_conv.weight": ("enc", "enc", "enc.16x16_conv"),
+    "model.enc.8x8_down.affine.bias": ("enc", "enc", "enc.8x8_down"),
+    "model.enc.4x4_block0.conv0.weight": ("mid", "mid", "enc.4x4_block0"),
+    "model.dec.4x4_in0.qkv.weight": ("mid", "mid", "dec.4x4_in0"),
+    "model.dec.4x4_block1.norm0.weight": ("mid", "dec", "dec.4x4_block1"),
+    "model.dec.8x8_up.conv0.weight": ("dec", "dec", "dec.8x8_up"),
+    "model.out_norm.weight": ("dec", "dec", "out"),
+    "model.out_conv.bias": ("dec", "dec", "out"),
+}
+
+
+@pytest.mark.parametrize("name", ADM_BLOCKS)
+def test_blocks_and_layers_of_adm(name):
+    net, found = network("adm"), []
+    assert name in dict(net.named_parameters())
+    for partition in ("paper", "structural", "layers"):
+        found.append(owners_of(edm_model(), net, partition)[name])
+    assert tuple(found) == ADM_BLOCKS[name]
+
+
+@pytest.mark.parametrize("kind", ["cifar", "adm"])
+def test_label_dropout_takes_labels_in_training_alone(kind):
+    net = network(kind, label_dropout=0.5, dropout=0.0)
+    labels = torch.eye(10)[:1].expand(64, -1)
+    same = torch.randn(1, 3, 16, 16).expand(64, -1, -1, -1)
+    rows = net.train()(same, torch.ones(64), labels)
+    without = net.eval()(same[:1], torch.ones(1), 0 * labels[:1])
+    dropped = (rows - without).abs().amax((1, 2, 3)) < 1e-4
+    assert 16 < int(dropped.sum()) < 48
+    assert (net(same, torch.ones(64), labels) - without).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+# -------------------- EDM's older preconditionings
+
+
+SMALL = {"channel_mult": [1, 2], "num_blocks": 1, "img_resolution": 8, "attn_resolutions": []}
+
+
+def older(precond, **changes):
+    return network("uncond", precond=precond, **SMALL | changes)
+
+
+def vp_coefficients(sigma):
+    t = ((0.1**2 + 2 * 19.9 * math.log(1 + sigma**2)) ** 0.5 - 0.1) / 19.9
+    return -sigma, (1 + sigma**2) ** -0.5, 999 * t
+
+
+def ve_coefficients(sigma):
+    return sigma, 1, math.log(sigma / 2)
+
+
+def noise_levels():
+    """Of improved DDPM, the largest first."""
+    u = [0.0]
+    for j in range(1000, 0, -1):
+        alphas = [math.sin(math.pi * i / 2016) ** 2 for i in (j - 1, j)]
+        u.append(((u[-1] ** 2 + 1) / max(alphas[0] / alphas[1], 0.001) - 1) ** 0.5)
+    return np.array(u[::-1])
+
+
+def iddpm_coefficients(sigma):
+    nearest = int(np.abs(noise_levels() - sigma).argmin())
+    return -sigma, (1 + sigma**2) ** -0.5, 999 - nearest
+
+
+COEFFICIENTS = {
+    "VPPrecond": vp_coefficients,
+    "VEPrecond": ve_coefficients,
+    "iDDPMPrecond": iddpm_coefficients,
+}
+
+
+@pytest.mark.parametrize("precond", COEFFICIENTS)
+def test_older_preconditionings_are_those_of_table_1(precond):
+    net, x = older(precond), torch.randn(3, 3, 8, 8)
+    sigmas = [0.05, 1.3, 40.0]
+    found = net(x, torch.tensor(sigmas))
+    for row, image, sigma in zip(found, x, sigmas, strict=True):
+        c_out, c_in, c_noise = COEFFICIENTS[precond](sigma)
+        inner = net.model(c_in * image[None], torch.tensor([float(c_noise)]), None)[0, :3]
+        torch.testing.assert_close(row, image + c_out * inner, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "precond, low, high",
+    [("VPPrecond", 0.001, 152.167), ("VEPrecond", 0.02, 100), ("iDDPMPrecond", 0.00642, 20291)],
+)
+def test_range_of_older_preconditionings(precond, low, high):
+    net = older(precond)
+    assert net.sigma_min == pytest.approx(low, rel=0.05)  # float32 leaves VP's two digits
+    assert net.sigma_max == pytest.approx(high, rel=1e-3)
+
+
+def test_noise_levels_of_iddpm_are_a_table():
+    net = older("iDDPMPrecond")
+    np.testing.assert_allclose(net.u, noise_levels(), rtol=1e-4)
+    levels = net.round_sigma(torch.tensor([0.9, 20.0], dtype=torch.float64))
+    assert levels.dtype == torch.float64 and set(levels.tolist()) <= set(net.u.tolist())
+    assert levels.tolist() == pytest.approx([0.9, 20.0], rel=0.01)
+
+
+@pytest.mark.parametrize("precond", COEFFICIENTS)
+def test_noise_levels_of_older_trainings(precond):
+    """VP: t is uniform; VE: ln sigma is; improved DDPM: every level as often."""
+    net = older(precond)
+    torch.manual_seed(0)
+    sigma = net.draw_sigma(20_000, "cpu").flatten().double()
+    if precond == "VPPrecond":
+        place = torch.tensor([vp_coefficients(float(s))[2] / 999 for s in sigma])
+    elif precond == "VEPrecond":
+        place = (sigma / 0.02).log() / math.log(5000)
+    else:
+        place = torch.bucketize(sigma, torch.tensor(noise_levels()[::-1].copy()) * 1.0001) / 1000
+        assert float(sigma.min()) > 0
+    even = torch.linspace(0, 1, 20_000).double()
+    assert float((place.sort().values - even).abs().max()) < 0.02
+    torch.testing.assert_close(net.loss_weight(sigma), sigma**-2)
+
+
+def test_network_of_iddpm_is_trained_in_its_first_half_alone():
+    net = older("iDDPMPrecond").train().requires_grad_(True)
+    images = torch.rand(4, 3, 8, 8) * 2 - 1
+    edm.edm_loss(net, images, None, 0).sum().backward()
+    last = net.model.dec["8x8_aux_conv"].weight.grad
+    assert last[:3].any() and not last[3:].any()
+
+
+@pytest.mark.parametrize("precond", COEFFICIENTS)
+def test_a_trainable_copy_keeps_the_older_preconditioning(precond):
+    base = older(precond, sigma_min=0.03)
+    net = edm_model().trainable(base, neon.config.Config(dropout=0.3)).eval()
+    x, sigma = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 2.0])
+    torch.testing.assert_close(net(x, sigma), base(x, sigma))
+    assert type(net) is type(base) and net.sigma_min == 0.03
+    assert neon.keys.weights_hash(net.model) == neon.keys.weights_hash(base.model)
+
+
+# -------------------- the stochastic sampler
+
+
+CHURN = {"S_churn": 9.0, "S_min": 0.05, "S_max": 50.0, "S_noise": 1.1}
+
+
+def draws(noise):
+    """One prepared noise after the other."""
+    return iter(noise).__next__
+
+
+def test_stochastic_sampler_is_algorithm_2():
+    net, n = Gaussian(), 8
+    latents = torch.randn(40, 1, 2, 2)
+    noise = torch.randn(n, 40, 1, 2, 2, dtype=torch.float64)
+    t = edm.sigma_steps(net, n)
+    x, churned = latents.double() * t[0], 0
+    for i in range(n):
+        now, then = float(t[i]), float(t[i + 1])
+        gamma = min(9 / n, 2**0.5 - 1) if 0.05 <= now <= 50 else 0
+        churned += gamma > 0
+        hat = now * (1 + gamma)
+        x = x + (hat**2 - now**2) ** 0.5 * 1.1 * noise[i]
+        d = (x - net(x.float(), torch.tensor(hat))) / hat
+        ahead = x + (then - hat) * d
+        if then:
+            slope = (ahead - net(ahead.float(), torch.tensor(then))) / then
+            ahead = x + (then - hat) * (d + slope) / 2
+        x = ahead
+    found = edm.edm_sampler(net, latents, num_steps=n, **CHURN, draw=draws(noise))
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-4)
+    assert 0 < churned < n
+
+
+def test_little_churn_is_spread_over_the_steps():
+    """gamma is S_churn / steps where that is less than sqrt(2) - 1."""
+    net = Gaussian()
+    edm.edm_sampler(net, torch.randn(2, 1, 2, 2), num_steps=4, S_churn=0.8, draw=lambda: 0.0)
+    assert net.seen[0][1] == pytest.approx(80 * 1.2)
+
+
+def test_stochastic_sampler_finds_the_distribution():
+    torch.manual_seed(0)
+    options = {"num_steps": 60, "S_churn": 40.0, "draw": lambda: torch.randn(500, 1, 2, 2).double()}
+    images = edm.edm_sampler(Gaussian(), torch.randn(500, 1, 2, 2), **options)
+    assert float(images.mean()) == pytest.approx(0.3, abs=0.02)
+    assert float(images.std()) == pytest.approx(0.2, rel=0.05)
+
+
+def churning(**options):
+    options = {"s_churn": 9.0, "s_min": 0.05, "s_max": 50.0, "s_noise": 1.1} | options
+    return edm_model(**options)
+
+
+def test_noise_of_every_step_is_the_seeds_as_edm_draws_it():
+    """From one generator a seed: the latent, the label, then noise in double precision."""
+    net, seeds = network("cifar"), [7, 3]
+    sampler = neon.sampling.Sampler(churning(), net, 4, labels="random")
+    latents, labels, noise = [], [], []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        latents.append(torch.randn(3, 16, 16, generator=generator))
+        labels.append(torch.randint(10, [], generator=generator))
+        kind = {"generator": generator, "dtype": torch.float64}
+        noise.append(torch.stack([torch.randn(3, 16, 16, **kind) for _ in range(4)]))
+    hot = torch.eye(10)[torch.stack(labels)]
+    more = draws(torch.stack(noise, 1))
+    want = edm.edm_sampler(net, torch.stack(latents), hot, 4, **CHURN, draw=more)
+    torch.testing.assert_close(sampler.floats(seeds)[0], want)
+
+
+def test_noise_of_every_step_does_not_depend_on_the_batch():
+    sampler = neon.sampling.Sampler(churning(), network("uncond"), 3)
+    together, _ = sampler.floats([5, 6, 7])
+    torch.testing.assert_close(sampler.floats([6])[0], together[1:2], rtol=0, atol=1e-4)
+    assert (together[1] - edm_sample(network("uncond"), 6, 3)).abs().max() > 0.01
+
+
+def edm_sample(net, seed, steps):
+    return neon.sampling.Sampler(edm_model(), net, steps).floats([seed])[0][0]
+
+
+@pytest.mark.parametrize("option", ["s_churn", "s_min", "s_max", "s_noise"])
+def test_the_stochastic_sampler_is_in_every_key(option):
+    plain = edm_model().identity
+    assert edm_model(s_min=0.05, s_max=50.0, s_noise=1.003).identity == plain == "edm, Heun, 1"
+    assert len({plain, churning().identity, churning(**{option: 2.0}).identity}) == 3

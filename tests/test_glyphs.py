@@ -188,7 +188,7 @@ def made(monkeypatch):
     """{name: (body, seed, stream, test stream)} of all classifiers of the preset."""
     found = {}
 
-    def record(folder, name, body, seed, stream, test_stream):
+    def record(folder, name, body, seed, stream, test_stream, size):
         found[name] = (body, seed, stream, test_stream)
 
     replace(monkeypatch, "GlyphsClassifier", record)

@@ -10,6 +10,7 @@ from edm_helpers import CIFAR, NCSNPP, ToyModel, edm_model, network, owners_of, 
 import edm_neon as edm
 import neon_ext
 from adaptive_neon.blocks import Merger
+from adaptive_neon.networks import EDMPrecond
 from adaptive_neon.sampling import Sampler, network_calls, to_pixels
 
 # -------------------- another device than the CPU
@@ -21,7 +22,7 @@ def there(*shape, dtype=torch.float32):
 
 
 def network_there(**options):
-    return edm.EDMPrecond(**{**CIFAR, **options}).eval().requires_grad_(False).to("meta")
+    return EDMPrecond(**{**CIFAR, **options}).eval().requires_grad_(False).to("meta")
 
 
 @pytest.mark.parametrize(

@@ -303,17 +303,6 @@ def test_an_entry_larger_than_it_says_is_refused(tmp_path):
         neon.images.read_dataset(with_size(path, len(png) + 10**6, len(png)))
 
 
-def test_an_entry_that_is_there_twice_is_refused(tmp_path):
-    with (
-        zipfile.ZipFile(tmp_path / "set.zip", "w") as archive,
-        pytest.warns(UserWarning, match="Duplicate"),
-    ):
-        for _ in range(2):
-            archive.writestr("1.png", encoded(RGB))
-    with pytest.raises(neon.files.UserError, match="1.png is in it twice"):
-        neon.images.read_dataset(tmp_path / "set.zip")
-
-
 def test_encrypted_entries_are_refused(tmp_path):
     path = zipped(tmp_path / "set.zip", {"1.png": encoded(RGB)})
     data = bytearray(path.read_bytes())

@@ -183,6 +183,7 @@ def test_toy_neon_runs(execute):
 def test_edm_neon_runs(glyphs):
     assert "| global" in (glyphs / "table.md").read_text()
     assert list(glyphs.glob("adaptive-neon-*.safetensors"))
+    assert "<svg" in (glyphs / "report.html").read_text()  # the template is installed, too
 
 
 @pytest.mark.slow

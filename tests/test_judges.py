@@ -310,8 +310,8 @@ def test_kernel_distance_is_the_unbiased_estimate_and_its_folds_leave_one_out():
             assert found[k] == pytest.approx(naive_kernel_distance(*pair, unit), rel=1e-9)
 
 
-@pytest.mark.parametrize("name, scale", [("inception-12345678-tf1", 9.0), ("flat", 1.0)])
-def test_kernel_distance_has_the_unit_of_the_real_features_or_inceptions_own(name, scale):
+@pytest.mark.parametrize("name", ["inception-12345678-tf1", "flat"])
+def test_kernel_distance_has_the_unit_of_the_real_features_or_inceptions_own(name):
     """Published numbers are of Inception's features as they are."""
     torch.manual_seed(0)
     real, fake = torch.randn(41, 5), torch.randn(47, 5) + 0.3
@@ -341,16 +341,6 @@ def test_statistics_alone_have_no_folds(real):
     for changes in ({"has_folds": False}, {"real": None}):
         without = dataclasses.replace(reference, **changes)
         assert neon.judges.distances_without_real(without, torch.randn(90, 4)) is None
-
-
-def test_kernel_distance_of_equal_distributions_is_zero_on_average():
-    torch.manual_seed(0)
-    values = []
-    for _ in range(40):
-        real, fake = torch.randn(60, 4), torch.randn(40, 4)
-        values.append(neon.judges.kernel_distance(with_features(real), fake)[0])
-    error = np.std(values) / len(values) ** 0.5
-    assert abs(np.mean(values)) < 4 * error  # the biased estimate is 6 errors away
 
 
 def test_kernel_distance_takes_at_most_so_many_images(monkeypatch):

@@ -235,7 +235,10 @@ WRONG = {
         loss_is(LOSS + "l + (net.unused - 1).sum().abs().sqrt() * 0"),
         r"loss\(\) must give finite numbers and gradients, .* first in unused",
     ),
-    "loss is random": (loss_is(LOSS + "l * (1 + np.random.rand())"), "same torch.manual_seed"),
+    "loss is random": (
+        loss_is(LOSS + "l * (1 + 1e6 * np.random.rand())"),
+        "same torch.manual_seed",
+    ),
     "loss is constant": (
         loss_is(LOSS.replace("net(", "net.eval()(") + "l.detach()"),
         r"loss\(\) must let a gradient through, without no_grad",

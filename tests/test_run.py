@@ -32,7 +32,7 @@ MODELS = ["base", "collapsed", "global", "blockwise", "searched"]
 
 SEARCHED = (
     *(*SMALL, "--sweep", "-1:1:1", "--search", "cobyqa", "--evaluations", "5", "--export-pt"),
-    *("--final-repeats", "2", "--placebo", "1", "--controls", "none"),
+    *("--final-repeats", "2", "--controls", "none"),
 )
 
 
@@ -65,7 +65,7 @@ def prepared(small_run, tmp_path):
 def test_models_of_a_run(summary):
     (entry,) = summary["snapshots"]
     assert [*entry["final"]] == MODELS
-    assert len(entry["grid"]) == 8 and len(entry["placebo"]) == 1
+    assert len(entry["grid"]) == 8
     assert all(set(entry[name]["w"]) == {"enc", "mid", "dec"} for name in MODELS)
 
 

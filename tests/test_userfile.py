@@ -2,6 +2,7 @@
 
 import json
 import os
+import py_compile
 import subprocess
 import sys
 import threading
@@ -223,8 +224,9 @@ def test_two_files_at_once_in_threads(tmp_path):
 def test_the_process_keeps_its_own_modules_and_path(tmp_path, monkeypatch):
     own = type(sys)("utils")
     monkeypatch.setitem(sys.modules, "utils", own)
-    before = list(sys.path)
     path, _ = two_files(tmp_path, "import utils\ndef answer():\n    return utils.NAME")
+    monkeypatch.syspath_prepend(tmp_path / "b")  # its utils is not what a file beside one means
+    before = list(sys.path)
     assert UserFile(path, "--judge").call("answer") == "a"
     assert sys.modules["utils"] is own and sys.path == before
     assert "more" not in sys.modules and "neon_model_same" not in sys.modules
@@ -285,6 +287,26 @@ def test_what_it_writes_and_what_names_or_saves_is_no_input(tmp_path):
     file.scope.seal()
     file.call("save")
     assert file.identity == before
+
+
+@pytest.mark.parametrize("folder", [".cache", "torchinductor_me"])
+def test_caches_are_no_input(tmp_path, folder):
+    path = project(tmp_path, f"def answer():\n    return (HERE / {folder!r} / 'x').read_text()")
+    (tmp_path / "mine" / folder).mkdir()
+    (tmp_path / "mine" / folder / "x").write_text("kept")
+    file = UserFile(path, "--model")
+    before = file.identity
+    assert file.call("answer") == "kept" and file.identity == before
+
+
+def test_a_module_without_source_is_an_input(tmp_path):
+    found = []
+    for value in (1, 1, 2):
+        path = project(tmp_path, "from bytes_alone import A")
+        (tmp_path / "code.py").write_text(f"A = {value}\n")
+        py_compile.compile(tmp_path / "code.py", tmp_path / "mine" / "bytes_alone.pyc")
+        found.append(answered(path))
+    assert found[0] == found[1] and found[0][1] != found[2][1]
 
 
 def test_networks_that_a_module_holds_are_in_the_identity(tmp_path):

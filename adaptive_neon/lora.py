@@ -1,0 +1,313 @@
+"""LoRA: low-rank steps of a denoiser's weights, trained, merged, read and written as files.
+
+A module's step is its product B A, the scale alpha / r (or alpha / sqrt(r)) folded into B. Only
+products are extrapolated: to extrapolate A and B themselves is another, wrong step.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import nn
+
+from .files import is_safetensors, printable
+from .folders import refuse, write_tensors, wrong
+
+ATTENTION = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+)
+BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks")
+
+# How others name the two factors, and the networks that hold them.
+DOWN = (
+    *(".lora_A.default.weight", ".lora_A.weight", ".lora_down.weight"),
+    *(".lora.down.weight", "_lora.down.weight"),
+)
+UP = (
+    *(".lora_B.default.weight", ".lora_B.weight", ".lora_up.weight"),
+    *(".lora.up.weight", "_lora.up.weight"),
+)
+PREFIXES = ("base_model.model.", "unet.", "transformer.", "lora_unet_", "lora_transformer_")
+TEXT_ENCODERS = ("text_encoder", "lora_te")
+
+# What has other parts than two factors: by a piece of its names.
+OTHERS = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada_w": "LoHa",
+    "lokr_w": "LoKr",
+    "lora_mid": "LoCon with a core",
+    ".diff": "a LoRA with full differences",
+    "lora_B.bias": "a LoRA with biases",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """{module: (A [r, ...], B [out, r, ...])}, float32; the step of its weight is B A."""
+
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+    def step(self, module: str, shape: torch.Size) -> torch.Tensor:
+        """B A in the shape of the module's weight; of convolutions, A is the one with their
+        kernel."""
+        a, b = self.factors[module]
+        return (b.flatten(1) @ a.flatten(1)).reshape(shape)
+
+    @torch.no_grad()
+    def add_to(self, net: nn.Module) -> nn.Module:
+        """The network with these steps taken, in place."""
+        for module in self.factors:
+            weight: Any = net.get_submodule(module).weight
+            weight.add_(self.step(module, weight.shape).to(weight.device))
+        return net
+
+    def weighted(self, weights: dict[str, float]) -> "Lora":
+        """Every module's step times its own number, {module: number}."""
+        factors = {}
+        for module, (a, b) in self.factors.items():
+            factors[module] = (a, weights[module] * b)
+        return Lora(factors)
+
+    def parameters(self) -> set[str]:
+        """Names of the weights that it moves."""
+        return {f"{module}.weight" for module in self.factors}
+
+
+# -------------------- training
+def target_modules(net: nn.Module, which: str) -> list[str]:
+    """Modules that a LoRA is trained for: the projections of attention, or all linear and
+    convolutional ones in the network's blocks."""
+    found = []
+    for name, module in net.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Conv2d)) or not name.startswith(BLOCKS):
+            continue
+        if which == "all" or name.endswith(ATTENTION):
+            found.append(name)
+    return found
+
+
+def with_lora(net: nn.Module, modules: list[str], rank: int, seed: int) -> nn.Module:
+    """The network with a LoRA beside these modules, which alone learns; B is zero at first."""
+    try:
+        import peft
+    except ImportError:
+        raise wrong("--lora-rank needs the package peft: pip install peft") from None
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=modules)
+    adapted: Any = net
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted.add_adapter(config)
+    return net
+
+
+def lora_of(net: nn.Module) -> Lora | None:
+    """What with_lora() has put beside the modules; None if nothing."""
+    tensors = {}
+    for name, tensor in net.named_parameters():
+        if ".lora_" in name:
+            tensors[name] = tensor.detach().cpu().float()
+    return paired_factors(tensors, {}, "the trained network") if tensors else None
+
+
+# -------------------- reading
+def is_lora(path: Path) -> bool:
+    """Whether a file holds the factors of a LoRA (or of what is refused as none)."""
+    path = lora_file(path)
+    if not path.is_file() or not is_safetensors(path):
+        return False
+    with refuse(path), safetensors.safe_open(path, "pt") as file:
+        names = list(file.keys())
+    return any(name.endswith((*DOWN, *UP)) or kind_of(name) for name in names)
+
+
+def lora_file(path: Path) -> Path:
+    """peft writes a folder."""
+    inside = path / "adapter_model.safetensors"
+    return inside if inside.is_file() else path
+
+
+def kind_of(name: str) -> str:
+    return next((kind for piece, kind in OTHERS.items() if piece in name), "")
+
+
+def read_lora(path: Path, net: nn.Module, pipeline: Any) -> Lora:
+    """A LoRA file of anyone's for this network: names of diffusers, peft, kohya and ComfyUI.
+    pipeline: class of diffusers that knows the names of other programs."""
+    path = lora_file(path)
+    tensors: dict[str, torch.Tensor] = {}
+    with refuse(path), safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        for name in file.keys():  # noqa: SIM118
+            tensors[name] = file.get_tensor(name).float()
+    for name in tensors:
+        if kind_of(name):
+            raise wrong(f"{path} is {kind_of(name)} ({name}): only plain LoRA is supported")
+
+    text = [name for name in tensors if name.startswith(TEXT_ENCODERS)]
+    if text:
+        print(f"{path}: what it changes in text encoders ({len(text)} tensors) is left out")
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in text}
+    if any("input_blocks" in name or "output_blocks" in name for name in tensors):
+        tensors = in_names_of_diffusers(tensors, net, pipeline, path)
+
+    scales = scales_of(path, metadata)
+    modules = {name: name for name, _ in net.named_modules()}
+    modules |= {name.replace(".", "_"): name for name in modules}
+    factors = {}
+    for name, pair in paired_factors(tensors, scales, str(path)).factors.items():
+        module = modules.get(name)
+        if not module:
+            raise wrong(f"{path}: {name} is no module of the base: is it a LoRA for another model?")
+        size = net.get_submodule(module).weight.numel()  # type: ignore[union-attr,operator]
+        if pair[0][0].numel() * pair[1].shape[0] != size:
+            raise wrong(f"{path}: {name} has other sizes than the base's module")
+        factors[module] = pair
+    for name, (a, b) in factors.items():
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise wrong(f"{path}: {name} has values that are not finite")
+    return Lora(factors)
+
+
+def in_names_of_diffusers(tensors: dict, net: nn.Module, pipeline: Any, path: Path) -> dict:
+    """Names that count input and output blocks (Stability's), as diffusers translates them."""
+    with refuse(path):
+        found, alphas = pipeline.lora_state_dict(dict(tensors), unet_config=net.config)
+    for name, alpha in (alphas or {}).items():
+        of_module = re.sub(r"[._]lora\.down\.weight(?=\.alpha$)", "", name)
+        found[of_module] = torch.tensor(float(alpha))
+    return found
+
+
+def paired_factors(tensors: dict, scales: dict, path: str) -> Lora:
+    """The factors by module, scales folded into B. Every tensor is used, or refused by name."""
+    downs: dict[str, torch.Tensor] = {}
+    ups: dict[str, torch.Tensor] = {}
+    alphas: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        for endings, place in ((DOWN, downs), (UP, ups), ((".alpha",), alphas)):
+            ending = next((ending for ending in endings if name.endswith(ending)), "")
+            if ending:
+                place[module_name(name.removesuffix(ending))] = tensor
+                break
+        else:
+            raise wrong(f"{path}: {printable(name)} is no part of a LoRA that is known here")
+    if not downs or downs.keys() != ups.keys() or not alphas.keys() <= downs.keys():
+        odd = sorted((downs.keys() ^ ups.keys()) | (alphas.keys() - downs.keys())) or ["nothing"]
+        raise wrong(f"{path}: a LoRA of pairs of factors is needed, {odd[0]} is none")
+
+    factors = {}
+    for module, a in downs.items():
+        b, rank = ups[module], len(a)
+        if b.ndim < 2 or b.shape[1] != rank:
+            raise wrong(f"{path}: the factors of {module} do not fit each other")
+        scale = scale_for(module, rank, scales)
+        if module in alphas:
+            scale = float(alphas[module]) / rank
+        factors[module] = (a, scale * b)
+    return Lora(factors)
+
+
+def module_name(name: str) -> str:
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    # Diffusers' first files name the attention's processor.
+    name = re.sub(r"\.processor\.(to_[qkv])$", r".\1", name)
+    return name.replace(".processor.to_out", ".to_out.0")
+
+
+def scales_of(path: Path, metadata: dict[str, str]) -> dict:
+    """peft's settings, from its file beside the weights or from the metadata of diffusers."""
+    beside = path.parent / "adapter_config.json"
+    settings = {}
+    if path.name == "adapter_model.safetensors" and beside.is_file():
+        with refuse(beside):
+            settings = json.loads(beside.read_text("utf-8"))
+    elif "lora_adapter_metadata" in metadata:
+        with refuse(path):
+            every = json.loads(metadata["lora_adapter_metadata"])
+        for name, value in every.items():
+            part, _, key = name.partition(".")
+            if part in ("unet", "transformer"):
+                settings[key] = value
+    if settings.get("use_dora"):
+        raise wrong(f"{path} is DoRA: only plain LoRA is supported")
+    return settings
+
+
+def scale_for(module: str, rank: int, settings: dict) -> float:
+    """alpha / r; alpha is r where nobody says otherwise, as in diffusers."""
+    alpha = settings.get("lora_alpha", rank)
+    for pattern, value in (settings.get("alpha_pattern") or {}).items():
+        if module == pattern or module.endswith(f".{pattern}"):
+            alpha = value
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+# -------------------- writing
+def write_lora(lora: Lora, path: Path, transformer: bool) -> None:
+    """A file that diffusers, ComfyUI and others load: kohya's names, alpha = r, all scales in the
+    factors. Of transformers, the names of diffusers."""
+    tensors = {}
+    for module, (a, b) in lora.factors.items():
+        rank = len(a)
+        if transformer:
+            tensors[f"transformer.{module}.lora_A.weight"] = a
+            tensors[f"transformer.{module}.lora_B.weight"] = b
+            continue
+        key = f"lora_unet_{module.replace('.', '_')}"
+        tensors[f"{key}.lora_down.weight"] = a
+        tensors[f"{key}.lora_up.weight"] = b
+        tensors[f"{key}.alpha"] = torch.tensor(float(rank))
+    write_tensors({name: t.contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
+
+
+def check_written(path: Path, base: nn.Module, merged: nn.Module, pipeline: Any) -> nn.Module:
+    """The base with a LoRA file, as diffusers loads it: every module's weight must be that of the
+    merged network. UserError for what does not come back: the file is of no use then."""
+    net: Any = base
+    state, *alphas = [pipeline.lora_state_dict(str(path))]
+    if isinstance(state, tuple):
+        state, *alphas = state
+    if hasattr(pipeline, "load_lora_into_unet"):
+        pipeline.load_lora_into_unet(state, alphas[0], net)
+    else:
+        pipeline.load_lora_into_transformer(state, net)
+
+    theirs = dict(merged.named_parameters())
+    loaded = 0
+    for name, module in net.named_modules():
+        if not hasattr(module, "lora_A") or not len(module.lora_A):
+            continue
+        (adapter,) = module.lora_A
+        base_weight = module.base_layer.weight.detach()
+        step = module.get_delta_weight(adapter).detach()
+        wanted = theirs.pop(f"{name}.weight").detach().cpu() - base_weight
+        apart = float((step - wanted).abs().max())
+        if apart > 1e-3 * float(wanted.abs().max()) + 1e-6 * float(base_weight.abs().max()):
+            raise AssertionError(f"{path}: {name} comes back {apart:.2g} away")
+        loaded += 1
+
+    # What no LoRA moves must be as in the base.
+    for name, parameter in net.named_parameters():
+        if ".lora_" not in name and ".base_layer.weight" not in name:
+            other = theirs[name.replace(".base_layer.", ".")].detach().cpu()
+            if not torch.equal(parameter.detach(), other):
+                raise AssertionError(f"{path}: {name} has moved, and the file does not hold it")
+    with safetensors.safe_open(path, "pt") as file:
+        written = sum(name.endswith(UP) for name in file.keys())  # noqa: SIM118
+    if loaded != written:
+        raise AssertionError(f"{path}: {loaded} of {written} modules come back")
+    return net

@@ -1,0 +1,123 @@
+"""EDM's published files under the presets' names: tiny ones of the right kind, served from here."""
+
+import functools
+import http.server
+import json
+import threading
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from edm_helpers import ToyFeatures, blend, edm_model, owners_of, parse
+from edm_pickles import ADM, NCSN, network, snapshot
+
+import adaptive_neon as neon
+import edm_neon as edm
+
+# Preset, --base, and the options of the file's network.
+FILES = [
+    ("ffhq64", "neon-uncond", {"label_dim": 0}),
+    ("imagenet64", "cond", ADM),
+    pytest.param("cifar10", "uncond-ve", NCSN | {"label_dim": 0}, marks=pytest.mark.slow),
+    pytest.param("afhqv2", "uncond", {"label_dim": 0}, marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    """A web server of the folder tmp_path / web; .asked: the paths of the requests."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            server.asked.append(self.path)
+
+    (tmp_path / "web").mkdir()
+    monkeypatch.setenv("NEON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    serve = functools.partial(Handler, directory=tmp_path / "web")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        server.asked, server.folder = [], tmp_path / "web"
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+class Published(ToyFeatures):
+    """Features whose statistics say nothing of whose they are, as EDM's do."""
+
+    kind = "inception"
+
+
+@pytest.mark.parametrize("preset, base, options", FILES)
+def test_one_command_repairs_a_published_network(tmp_path, monkeypatch, web, preset, base, options):
+    """From two addresses to a repaired network of the same kind."""
+    found, net = edm.PRESETS[preset], network(**options)
+    (web.folder / "base.pkl").write_bytes(snapshot(net))
+    with open(web.folder / "statistics.npz", "wb") as file:
+        np.savez(file, mu=np.zeros(6), sigma=np.eye(6))
+    monkeypatch.setitem(found.bases, base, f"{web.url}/base.pkl")
+    monkeypatch.setattr(found, "statistics", f"{web.url}/statistics.npz")
+    monkeypatch.setattr(found, "features", lambda c: Published(3 * 8 * 8))
+
+    argv = ["--preset", preset, "--base", base, "--out", str(tmp_path / "out"), "--yes"]
+    argv += ["--snapshot", "1", "--synthetic", "40", "--batch", "100", "--ramp-kimg", "0"]
+    argv += ["--lr", "0.01", "--ema-kimg", "0.1", "--steps", "3", "--grid", "0.5", "--judge"]
+    argv += ["none", "--controls", "none", "--select-images", "40", "--final-images", "40"]
+    edm.main(argv)
+
+    path = tmp_path / "out/adaptive-neon-000001.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        w = json.loads(file.metadata()["config"])["recipe"]["w"]
+    (aux,) = (edm.load_network(part) for part in (tmp_path / "out").glob("self-*/network-*"))
+    want = blend(net, aux, w, owners_of(edm_model(), net, "paper").__getitem__)
+    repaired = edm.load_network(path)
+    assert repaired.config == net.config and type(repaired) is type(net)
+    for name, tensor in repaired.state_dict().items():
+        torch.testing.assert_close(tensor, want.state_dict()[name])
+    assert len(web.asked) == 2 and "/base.pkl" in "".join(web.asked)
+
+
+RECOMMENDED = {
+    "cifar10": {"steps": 18, "s_churn": 0.0, "dropout": 0.13, "augment": 0.12},
+    "ffhq64": {"steps": 40, "s_churn": 0.0, "dropout": 0.05, "augment": 0.15},
+    "afhqv2": {"steps": 40, "s_churn": 0.0, "dropout": 0.25, "augment": 0.15},
+    "imagenet64": {
+        "steps": 256,
+        **{"s_churn": 40.0, "s_min": 0.05, "s_max": 50.0, "s_noise": 1.003},
+        **{"dropout": 0.1, "augment": 0.0},
+    },
+}
+
+
+@pytest.mark.parametrize("preset", RECOMMENDED)
+def test_presets_have_what_edm_recommends(tmp_path, preset):
+    c = parse(["--preset", preset, "--out", str(tmp_path)])
+    assert {name: getattr(c, name) for name in RECOMMENDED[preset]} == RECOMMENDED[preset]
+    assert c.base == next(iter(edm.PRESETS[preset].bases.values()))
+
+
+@pytest.mark.parametrize(
+    "preset, base", [(p, b) for p in RECOMMENDED for b in edm.PRESETS[p].bases]
+)
+def test_addresses_name_what_they_hold(preset, base):
+    """Data, size, whether there are labels, and the network's design; statistics of the same."""
+    found, data = edm.PRESETS[preset], preset.removesuffix("64")
+    size = found.network["img_resolution"]
+    kind, design = base.removesuffix("-ve"), "ve" if base.endswith("-ve") else "vp"
+    design = "adm" if preset == "imagenet64" else design
+    ending = f"edm/pretrained/edm-{data}-{size}x{size}-{kind}-{design}.pkl"
+    if kind.startswith("neon"):
+        labels = {"neon-cond": "_conditional", "neon-uncond": "_unconditional"}
+        ending = "Neon_EDM_FFHQ.pkl" if data == "ffhq" else f"{labels[base]}_CIFAR10.pkl"
+    assert found.bases[base].endswith(ending)
+    assert found.statistics.endswith(f"edm/fid-refs/{data}-{size}x{size}.npz")
+
+
+def test_stochastic_sampling_of_a_preset_is_not_forced_upon_a_model(tmp_path):
+    """imagenet64 recommends it; a model of one's own has no such thing."""
+    argv = ["--preset", "imagenet64", "--model", "mine.py", "--out", str(tmp_path)]
+    assert parse(argv).s_churn == 0
+    with pytest.raises(neon.files.UserError, match="--s-churn is for EDM's networks"):
+        parse([*argv, "--s-churn", "40"])
