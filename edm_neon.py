@@ -306,8 +306,8 @@ class EdmModel(Model):
         halvings = len(options["channel_mult"]) - 1
         if height != width or width % 2**halvings:
             raise UserError(
-                f"{c.data}: {height} x {width} images; the network needs squares that it can halve, "
-                f"{halvings} times one after the other"
+                f"{c.data}: {height} x {width} images; the network needs squares that it can halve "
+                f"{halvings} times"
             )
         options |= {"dropout": c.dropout, "img_resolution": width, "img_channels": channels}
         if options["label_dim"]:

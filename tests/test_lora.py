@@ -415,13 +415,25 @@ def one_flipped(found):
     return lora.Lora(factors)
 
 
+def one_nowhere(found):
+    """A module whose weight is zero, under a name that nobody loads."""
+    a, b = [*found.factors.values()][0]
+    return lora.Lora({**found.factors, "down_blocks.0.nowhere": (a.clone(), 0 * b)})
+
+
 def one_dropped(found):
     return lora.Lora(dict([*found.factors.items()][1:]))
 
 
 @pytest.mark.parametrize(
     "kind, fault",
-    [("sd", one_flipped), ("sd", one_dropped), ("sd3", flipped), ("sd3", one_dropped)],
+    [
+        ("sd", one_flipped),
+        ("sd", one_dropped),
+        ("sd", one_nowhere),
+        ("sd3", flipped),
+        ("sd3", one_dropped),
+    ],
 )
 def test_a_file_that_is_another_network_is_not_called_written(
     pair, tmp_path, monkeypatch, fault, kind

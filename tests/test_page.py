@@ -93,7 +93,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def summary():
-    return summary_for_a_page(7, 5)
+    found = summary_for_a_page(7, 5)
+    found["snapshots"][0]["final"]["global"]["fd"] = 9.5  # a digit less, in the middle
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -429,7 +431,7 @@ const place = () => {
 told.first = seen();
 press("ArrowRight"); told.right = seen(); const there = place();
 press("ArrowRight"); told.again = seen(); told.in_place = place() === there;
-press("ArrowLeft"); press("ArrowLeft"); told.around = seen();
+press("ArrowLeft"); told.left = seen(); press("ArrowLeft"); told.around = seen();
 panels[3].click(); told.click = seen();
 told.checked = flip.querySelector("input:checked").value;
 flip.querySelector("input").click(); told.back = seen();
@@ -491,7 +493,8 @@ def test_browser_finds_no_fault_and_asks_nobody(opened):
 def test_models_flip_in_place(opened):
     told, _ = opened
     assert told["first"] == told["back"] == "0123"
-    assert (told["right"], told["again"], told["around"]) == ("0", "1", "3")
+    assert (told["right"], told["again"]) == ("0", "1")
+    assert (told["left"], told["around"]) == ("0", "3")
     assert told["in_place"] and told["click"] == "0" and told["checked"] == "0"
     assert told["chosen"] == "2"
 

@@ -267,12 +267,13 @@ def test_prompts_are_lines(tmp_path):
 
 
 def test_every_purpose_asks_for_equal_shares(text_folders, model_of):
-    """10,000 and 50,000 are no multiples of 3: rounds begin with the first seed all the same."""
-    model = model_of(text_folders["sd"], final_images=40, final_repeats=2)
+    """10,000 and 50,000 are no multiples of 7: rounds begin with the first seed all the same."""
+    prompts = [f"a thin {word}" for word in ("zero", "one", "two", "seven", "nine", "a", "bold")]
+    model = model_of(text_folders["sd"], prompts=prompts, final_images=40, final_repeats=2)
     for first in (0, 10_000, 50_000, 50_040, 10_000_000):
-        labels = model.balanced_labels(3, range(first, first + 39), "cpu")
-        assert labels.bincount().tolist() == [13] * 3
-    assert model.classes(None) == 3 and "same prompts" in model.notes[0]
+        labels = model.balanced_labels(7, range(first, first + 35), "cpu")
+        assert labels.bincount().tolist() == [5] * 7, first
+    assert model.classes(None) == 7 and "same prompts" in model.notes[0]
 
 
 def test_final_seeds_ask_for_what_was_held_out(text_folders, model_of):
