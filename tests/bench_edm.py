@@ -4,17 +4,19 @@
 
 PATH is a checkout of github.com/NVlabs/edm (CC BY-NC-SA 4.0, none of it is here): its networks and
 sampler are imported at run time and run as in its generate.py: eager, NCHW, cuDNN's TF32 left on.
-They need `pip install click requests psutil`. Both sides get the same random weights and go from
+They need `pip install click psutil`. Both sides get the same random weights and go from
 seeds to uint8 images. After a warm-up they take turns; seconds are medians, "times EDM" is EDM's
 fp32 time over the row's, the differences are to EDM's fp32 images, in levels of 255.
 """
 
 import argparse
+import contextlib
 import platform
 import statistics
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -39,6 +41,11 @@ def random_network(options, seed):
 def edm_side(path, options, args, precision):
     """A call that samples with EDM's code; ImportError names the package it lacks."""
     sys.path.insert(0, str(path))
+    import setuptools  # noqa: F401  EDM asks for distutils, which left Python with 3.12
+
+    with contextlib.suppress(ImportError):
+        import requests  # noqa: F401
+    sys.modules.setdefault("requests", ModuleType("requests"))  # it is for addresses alone
     import generate
     from training import networks
 
@@ -52,6 +59,7 @@ def edm_side(path, options, args, precision):
         # As generate.py, which leaves cuDNN's TF32 on.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = False
         seeds = range(args.seed, args.seed + args.batch)
         draws = generate.StackedRandomGenerator(args.device, seeds)
         latents = draws.randn(shape, device=args.device)
@@ -65,14 +73,16 @@ def edm_side(path, options, args, precision):
     return sample
 
 
-def our_side(options, args, precision):
-    """A call that samples as the pipeline does; on a GPU compiled."""
+def our_side(options, args, precision, compiled=None):
+    """A call that samples as the pipeline does; on a GPU compiled, unless told otherwise."""
     net = random_network(options, args.seed)
     model = edm.EdmModel(edm.PRESETS[args.preset], neon.config.Config())
     processes = neon.processes.Processes(args.device)
-    sampler = neon.Sampler(model, net, args.steps, args.batch, "random", processes)
+    sampler = neon.Sampler(model, net, args.steps, args.batch, "random", processes, compiled)
 
     def sample():
+        torch.backends.cudnn.benchmark = args.device == "cuda"  # as start_processes()
+        sampler.steps = args.steps
         with neon.sampling.network_calls(sampler.net, precision):
             return sampler.batch_images(range(args.seed, args.seed + args.batch))[0]
 

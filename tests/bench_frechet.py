@@ -142,6 +142,15 @@ def moments(d, device):
     )
 
 
+def by_moments(prepared, fake, folds):
+    """The distance of all features [N, D], and those without one fold each, from moments."""
+    parts = fake.tensor_split(folds)
+    left = [fake]
+    for k in range(folds):
+        left.append(torch.cat([part for j, part in enumerate(parts) if j != k]))
+    return [float(prepared.distance(*neon_ext.feature_moments(f))) for f in left]
+
+
 def fold_scores(d, device):
     """A score of 21 distances at N <= D: the call for it, and moments of every choice of folds."""
     n, folds = 1000 * d // 2048, 20
@@ -149,17 +158,10 @@ def fold_scores(d, device):
     prepared = neon_ext.FrechetReference(*reference.feature_moments(real))
     cuda = device == "cuda"
 
-    def by_moments():
-        parts = fake.tensor_split(folds)
-        left = [fake]
-        for k in range(folds):
-            left.append(torch.cat([part for j, part in enumerate(parts) if j != k]))
-        return [float(prepared.distance(*neon_ext.feature_moments(f))) for f in left]
-
     found = []
     ours = measure(lambda: found.append(prepared.fold_distances(fake, folds)) or 0, 3, cuda)[1]
     begin = time.perf_counter()
-    plain = by_moments()
+    plain = by_moments(prepared, fake, folds)
     seconds = time.perf_counter() - begin
     whole, without = found[-1]
     apart = max(abs(a / b - 1) for a, b in zip([whole, *without], plain))

@@ -1,6 +1,6 @@
 """The toy's 729-configuration grid: ours against a per-configuration loop in plain PyTorch.
 
-    python tests/bench_toy.py [--configurations 729] [--device cuda] [--large] [--out FILE]
+    python tests/bench_toy.py [--configurations 729] [--device cuda] [--out FILE]
 
 Both sides run on the same models in this process, the loop on 10,000 random points. The error of a
 score is its distance to 2^19 Sobol points.
@@ -17,7 +17,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import toy_neon as toy
-from adaptive_neon.extension import neon_ext
 
 
 def plain_loop(scorer, W):
@@ -33,21 +32,6 @@ def plain_loop(scorer, W):
     return np.array(scores)
 
 
-def million_points(scorer, W):
-    """Seconds for all configurations on 1,000,000 points each."""
-    device = scorer.scoring.device
-    theta = scorer.theta(W)
-    z = torch.randn(1_000_000, 2, device=device)
-    abar = toy.cosine_schedule(toy.SAMPLE_STEPS).to(device)
-    neon_ext.mlp_ddim_moments(theta[:2], z, abar)
-    wait(device)
-
-    begin = time.perf_counter()
-    neon_ext.mlp_ddim_moments(theta, z, abar, correction=1)
-    wait(device)
-    return time.perf_counter() - begin
-
-
 def wait(device):
     if device == "cuda":
         torch.cuda.synchronize()
@@ -57,9 +41,6 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--configurations", type=int, default=729, help="of the loop, then scaled")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--large", action="store_true", help="also 729 x 1,000,000 points, on a GPU"
-    )
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     args = parser.parse_args()
 
@@ -100,9 +81,6 @@ def main():
         f"winner of the grid {truth:.6f}; of the loop's {len(chosen)}: it claims {claimed:.6f}, "
         f"truth {real:.6f}",
     ]
-    if args.large:
-        seconds = million_points(scorer, W)
-        lines.append(f"ours, all 729 x 1,000,000 points           {seconds:8.2f} s")
 
     print("\n".join(lines))
     if args.out:
