@@ -113,6 +113,11 @@ def test_a_network_call_of_cifar10_takes_42_4_gflop_an_image():
     assert round(bench_gpu.operations_of_call("cifar10") / 1e9, 1) == 42.4
 
 
+def test_a_row_compares_with_the_fastest_peer(capsys):
+    bench_gpu.row("what", 0.002, {"slow": 0.008, "fast": 0.003}, "notes")
+    assert capsys.readouterr().out == "| what | 2.000 ms | fast: 3.000 ms | 1.50 | notes |\n"
+
+
 # -------------------- a run on the GPU against the same on the CPU
 def toy_summary(**changed):
     row = {"w": [0.0, 0.5], "fd": 0.002}
