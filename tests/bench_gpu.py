@@ -269,9 +269,8 @@ def toy_part(args, size: Size) -> None:
 # -------------------- EDM's sampling
 def operations_of_call(preset: str) -> int:
     """Floating-point operations of one network call on one image."""
-    options = edm.PRESETS[preset].network
     with torch.device("meta"):
-        net = edm.EDMPrecond(**options).eval()
+        net = edm.PRESETS[preset].untrained()
         image = torch.zeros(1, net.img_channels, *[net.img_resolution] * 2)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net(image, torch.ones(1))
@@ -361,7 +360,7 @@ def training_part(args, size: Size) -> None:
 
 def seconds_of_step(model, preset, device: str, batch: int, precision: str) -> float:
     options = preset.network | {"dropout": neon.config.Config.dropout}
-    net = edm.EDMPrecond(**options)
+    net = neon.networks.denoiser(**options)
     images = torch.randint(256, (2 * batch, *model.image_shape(net)), dtype=torch.uint8)
     labels = torch.randint(net.label_dim, (2 * batch,))
     recipe = neon.train.Recipe("bench", batch, 1e-4, 1.0, 1.0, 0, precision=precision)

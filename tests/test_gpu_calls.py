@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_gpu
 import gpu_compare
 import gpu_study
 import pytest
@@ -106,6 +107,15 @@ def test_gpu_sh_names_files_and_options_that_exist(recorded):
 def test_edms_checkout_reaches_the_benchmark_of_sampling(recorded):
     (call,) = [call for call in recorded.calls if "sampling" in call]
     assert call[call.index("--edm") + 1] == "some/edm"
+
+
+def test_a_network_call_of_cifar10_takes_42_4_gflop_an_image():
+    assert round(bench_gpu.operations_of_call("cifar10") / 1e9, 1) == 42.4
+
+
+def test_a_row_compares_with_the_fastest_peer(capsys):
+    bench_gpu.row("what", 0.002, {"slow": 0.008, "fast": 0.003}, "notes")
+    assert capsys.readouterr().out == "| what | 2.000 ms | fast: 3.000 ms | 1.50 | notes |\n"
 
 
 # -------------------- a run on the GPU against the same on the CPU
