@@ -273,7 +273,8 @@ PROMISES = {
     "loss again": "loss() must give the same numbers for the same torch.manual_seed(), random ones "
     "from torch's global generator",
     "learning": "loss() must depend on the network's weights",
-    "gradient": "{function} must let a gradient through, without no_grad(), detach() or .data",
+    "gradient": "{function} must let a gradient through, without no_grad(), detach() or .data (or "
+    "use --search cobyqa)",
     "gradient finite": "loss() must give finite numbers and gradients",
     "derivative": "the gradient through sample() must be its derivative, without detach(), "
     "rounding or .data",

@@ -113,10 +113,6 @@ def sample(net, noise, labels, steps, temperature=0.9, top_k=VOCABULARY):
     return decode(torch.cat(tokens, 1))
 
 
-differentiable = False
-why_not = "a token is chosen, not computed, so no gradient passes: use --search cobyqa"
-
-
 def decode(tokens):
     """Tokens [N, TOKENS] -> images [N, 1, SIZE, SIZE], each of whose values rounds to its pixel."""
     patches = (CODEBOOK.to(tokens.device)[tokens].float() - 127.5) / 127.5

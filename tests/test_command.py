@@ -79,6 +79,19 @@ def test_wrong_options_are_errors_of_the_user(argv):
 # -------------------- signals
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """Python's own handlers, also where the tests run in the background of a shell, whose children
+    ignore SIGINT."""
+    handlers = {number: signal.getsignal(number) for number in command.SIGNALS}
+    for number in handlers:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, default)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_are_answered_at_once_and_end_the_command(capfd, number):
     """One line before the interrupt reaches what runs, and the code that shells report."""

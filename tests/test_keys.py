@@ -86,6 +86,11 @@ INPUTS: dict[str, dict[str, tuple]] = {
         "guidance": (1.0, 2.0),
         "autoencoder": (None, ["A"]),
     },
+    "text_key": {
+        "pipeline": ("a", "b"),
+        "prompts": (["a", "b"], ["b", "a"]),
+        "settings": ([1.0], [2.0]),
+    },
     "judge_key": {"features": ("a", "b"), "reference": ("a", "b"), "memory": ("a", "b")},
     "memory_key": {
         "trained": (torch.ones(2, 1), torch.zeros(2, 1)),
@@ -109,6 +114,7 @@ VERSIONS = {
     "classifier_key": {"TRAINING_VERSION"},
     "reference_key": set(),
     "pipeline_key": set(),
+    "text_key": set(),
     "judge_key": set(),
     "memory_key": set(),
     "part_key": set(),

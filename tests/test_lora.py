@@ -12,7 +12,6 @@ diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 
 import text_pipelines as tiny  # noqa: E402
-from edm_helpers import replace  # noqa: E402
 from test_text import PROMPTS, images_of, model_of, noise_of, text_folders  # noqa: E402, F401
 
 import adaptive_neon as neon  # noqa: E402
@@ -489,7 +488,6 @@ def studies(tmp_path_factory):
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             patch.setattr(edm.Glyphs, "images", dict.fromkeys(edm.Glyphs.images, 200))
             patch.setattr(neon.glyphs.GlyphsClassifier, "fit", lambda *args: None)
-            replace(patch, "plot_report", lambda *args: None)
             edm.main([*map(str, (*small, *options)), "--out", str(out)])
         return json.loads((out / "summary.json").read_text())["snapshots"][0]
 
