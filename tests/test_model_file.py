@@ -294,7 +294,10 @@ def settings_restored():
 
 
 @pytest.mark.parametrize("case", WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_file_is_one_line(case, shared, out, tmp_path, capsys, settings_restored):
+def test_a_wrong_file_is_one_line(
+    case, shared, out, tmp_path, capsys, settings_restored, monkeypatch
+):
+    monkeypatch.setattr(neon.processes, "usable_cores", lambda: 2)  # batches at once, everywhere
     changes, message, *options = case
     base = () if "--train-base" in options else ("--base", shared / "base.pt")
     path = write(tmp_path, changes)
