@@ -169,6 +169,7 @@ def test_run_again_skips_what_is_there(whole, pipelines, study):
     assert not [*out.glob(".adaptive*")], "a part of an export was left"
 
 
+@pytest.mark.slow
 def test_gradient_over_layers_goes_through_the_autoencoder(whole, pipelines, study, tmp_path):
     out, _ = whole
     options = ("--base", pipelines["dit"], "--aux", snapshot_of(out))
@@ -179,6 +180,7 @@ def test_gradient_over_layers_goes_through_the_autoencoder(whole, pipelines, stu
     assert len(set(entry["searched"]["w"].values())) > 1, "the search has not left the start"
 
 
+@pytest.mark.slow
 def test_a_model_without_classes(pipelines, study, tmp_path):
     out = tmp_path / "run"
     entry = study(out, "--base", pipelines["ldm-vq"], "--grid", "0.5")
@@ -217,6 +219,7 @@ def test_every_form_of_the_self_trained_network_scores_the_same(whole, pipelines
         assert found["collapsed"]["fd"] == entry["collapsed"]["fd"], aux
 
 
+@pytest.mark.slow
 def test_guidance_is_another_model(whole, pipelines, study, tmp_path):
     """In the same folder, nothing of the run without guidance is taken for one with it."""
     out, entry = tmp_path / "run", whole[1]

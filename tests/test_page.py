@@ -529,6 +529,7 @@ def test_hostile_names_do_nothing_in_a_browser(tmp_path):
 
 
 @needs_browser
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 400])
 def test_screenshot_of_a_report(text, folder, width):
     picture = folder / f"{width}.png"
