@@ -196,7 +196,7 @@ class Glyphs(EdmPreset):
         "dropout": 0.0,
         "augment": 0.0,
         "select_images": 400,
-        "final_images": 2000,
+        "final_images": 1600,
         "sample_batch": 250,
         "judge": ("classifier-2", "mlp", "random-conv", "pixels"),
     }
