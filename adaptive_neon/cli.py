@@ -67,7 +67,7 @@ def study_one(c, preset, argv, processes, begin) -> dict | None:
     sampler = Sampler(setup.model, net, c.steps, c.sample_batch, c.labels, processes)
     cost = Cost.of(setup, net, sampler)
     remark = check_grid(c, cost.blocks)
-    check_primary(c, cost.blocks)
+    check_primary(c, cost.blocks, setup.model)
     if remark and processes.rank == 0:
         print(remark)
     if c.plan:

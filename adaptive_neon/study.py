@@ -230,7 +230,7 @@ def check_grid(c: Config, blocks: list[str]) -> str:
     return ""
 
 
-def check_primary(c: Config, blocks: list[str]) -> None:
+def check_primary(c: Config, blocks: list[str], model: Model) -> None:
     """Refuse a --primary that this run does not compare."""
     models = ["base", "collapsed", "global"]
     if grid_points(c, blocks):
@@ -241,6 +241,10 @@ def check_primary(c: Config, blocks: list[str]) -> None:
         models.append(TWICE)
     if "guided" in c.controls:
         models.append(GUIDED)
+    if "own" in c.controls:
+        models += [f"base, {name}" for name in model.controls]
+    if "own" in c.controls and GUIDANCE in model.controls:
+        models.append(EQUAL)
     if c.continue_on_data:
         models.append(TRAINED_ON)
     models += [f"random blocks {k}" for k in range(1, c.placebo + 1)]

@@ -506,10 +506,13 @@ def test_grid_of_a_block_that_is_not_there_is_refused(tmp_path):
         ("blockwise against base, twice the steps", {"controls": ("steps",)}),
         ("global against base, trained on", {"continue_on_data": -1.0}),
         ("blockwise against random blocks 2", {"placebo": 2}),
+        ("global against base, best top-k", {"controls": ("own",)}),
     ],
 )
 def test_a_primary_claim_of_this_run(tmp_path, primary, options):
-    neon.study.check_primary(config(tmp_path, primary=primary, **options), BLOCKS)
+    model = ToyModel()
+    model.controls = {"best top-k": [{"top_k": 3}]}
+    neon.study.check_primary(config(tmp_path, primary=primary, **options), BLOCKS, model)
 
 
 @pytest.mark.parametrize(
@@ -520,12 +523,13 @@ def test_a_primary_claim_of_this_run(tmp_path, primary, options):
         ("globl", {}),
         ("global against guided", {"controls": ("steps",)}),
         ("blockwise against random blocks 2", {"placebo": 1}),
+        ("global against base, best top-k", {"controls": ("own",)}),
     ],
 )
 def test_a_primary_claim_of_no_run_is_refused_with_those_there_are(tmp_path, primary, options):
     c = config(tmp_path, primary=primary, **{"controls": ()} | options)
     with pytest.raises(neon.UserError, match=f"'{primary}' is no claim .*blockwise against global"):
-        neon.study.check_primary(c, BLOCKS)
+        neon.study.check_primary(c, BLOCKS, ToyModel())
 
 
 @pytest.mark.parametrize(
