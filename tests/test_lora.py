@@ -494,6 +494,7 @@ def studies(tmp_path_factory):
     return folder, run
 
 
+@pytest.mark.slow
 def test_a_study_from_prompts_to_a_file(studies, tmp_path):
     folder, study = studies
     out = tmp_path / "run"

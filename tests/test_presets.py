@@ -18,7 +18,7 @@ import edm_neon as edm
 # Preset, --base, and the options of the file's network.
 FILES = [
     ("ffhq64", "neon-uncond", {"label_dim": 0}),
-    ("imagenet64", "cond", ADM),
+    pytest.param("imagenet64", "cond", ADM, marks=pytest.mark.slow),
     pytest.param("cifar10", "uncond-ve", NCSN | {"label_dim": 0}, marks=pytest.mark.slow),
     pytest.param("afhqv2", "uncond", {"label_dim": 0}, marks=pytest.mark.slow),
 ]

@@ -281,6 +281,7 @@ def test_bias_decides_nothing():
     assert sum(report.verdict != "no significant difference" for report in reports) <= 1
 
 
+@pytest.mark.slow
 def test_interval_covers_the_truth():
     """A setting of tests/coverage.py that the seeds' noise alone misses in every third run."""
     setting = coverage.SETTINGS[3]
