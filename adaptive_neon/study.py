@@ -36,6 +36,7 @@ from .verdicts import (
     headline,
     pairs_of,
     primary_pair,
+    primary_warnings,
     strongest_control,
     warnings_of,
 )
@@ -356,6 +357,7 @@ class Entry:
                 "final": final_comparison(found),
             }
         claims = claims_of(finals, c.primary)
+        warnings += primary_warnings(claims, c.primary)
         return cls(
             kimg=scorer.snapshot,
             blocks=scorer.merger.table(),

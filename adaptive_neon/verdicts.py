@@ -243,6 +243,13 @@ def claims_of(finals, primary="", level=0.05) -> list[Claim]:
     return claims
 
 
+def primary_warnings(claims: list[Claim], primary: str) -> list[str]:
+    """A control that was to be made can be missing in the end: the guided network, say."""
+    if any(claim.primary for claim in claims):
+        return []
+    return [f"the primary claim{f' {primary}' if primary else ''} could not be asked"]
+
+
 def adjusted(comparisons, primary, level) -> dict:
     """{question: verdict}: of the primary one at `level`, of all others together (Holm)."""
     family = [question for question in comparisons if question != primary]

@@ -234,6 +234,13 @@ def test_plain_data_of_a_claim():
     assert found == ("blockwise", "global", claim.sentence(), True, ["a"])
 
 
+@pytest.mark.parametrize("primary, missing", [("", False), ("global against guided", True)])
+def test_a_primary_claim_that_could_not_be_asked_is_named(primary, missing):
+    claims = neon.verdicts.claims_of(gains({"own": -9}), primary)
+    notes = neon.verdicts.primary_warnings(claims, primary)
+    assert len(notes) == missing and all(primary in note for note in notes)
+
+
 # -------------------- the summing-up
 
 
