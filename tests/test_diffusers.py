@@ -845,6 +845,12 @@ BAD_FOLDERS = {
         "more is unexpected",
     ),
     "nan": (lambda f: spoil_tensors(weights_file(f), set_to(float("nan"))), "conv_in.weight has"),
+    "size": (
+        lambda f: spoil_tensors(
+            weights_file(f), lambda t: t.update({"conv_in.bias": torch.ones(9)})
+        ),
+        "conv_in.bias",
+    ),
     "truncated": (lambda f: truncate(weights_file(f)), f"Unable to load weights .*{WEIGHTS}"),
     "hostile archive": (hostile_archive, "Unable to load weights .*bin"),
     "no weights": (lambda f: weights_file(f).unlink(), "no weights"),
