@@ -9,7 +9,6 @@ import pytest
 import torch
 from edm_helpers import (
     PRESET,
-    ToyFeatures,
     ToyModel,
     ToyNet,
     config,
@@ -454,8 +453,3 @@ def test_measuring_time_changes_no_setting():
     threads = torch.get_num_threads()
     assert sampler.seconds_per_image()[0] > 0
     assert torch.get_num_threads() == threads and (sampler.steps, sampler.batch) == (5, 32)
-
-
-def test_features_of_the_toy_decide(several):
-    """The fixtures' own: no classifier is trained here."""
-    assert several[1]["score"] == ToyFeatures.score

@@ -356,7 +356,7 @@ def test_kernel_interval_is_the_jackknife_of_its_folds():
     folds = rng.standard_normal((2, FOLDS))
     scores = [score_of(1.0, kernel=float(k), kernel_folds=list(row)) for k, row in enumerate(folds)]
     half, _ = neon.stats.jackknife(0.5, folds)
-    found = neon.stats.kernel_interval(scores)
+    found = neon.stats.interval_of(scores, "kernel")
     assert found == {"value": 0.5, "low": 0.5 - half, "high": 0.5 + half} and half > 0
 
 
