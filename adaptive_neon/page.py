@@ -11,7 +11,6 @@ from .plots import (
     plot_judges,
     plot_search,
     plot_seeds,
-    plot_shares,
     plot_snapshots,
     plot_sweep,
     plot_weights,
@@ -209,10 +208,10 @@ def figures_of(entry, score) -> list[Figure]:
         if any(claim["against"] == against for claim in claims_in_order(entry)):
             title = f"Against {against}, in every judge; filled where the verdict holds"
             figures.append(drawn(title, plot_judges, entry, score, against))
-    figures.append(drawn("Score against one weight for all blocks", plot_sweep, entry, score))
-    if any("precision" in row for row in entry["sweep"]):
-        title = "Precision and recall against one weight for all blocks"
-        figures.append(drawn(title, plot_shares, entry))
+    title = "Score, precision and recall against one weight for all blocks"
+    if not any("precision" in row for row in entry["sweep"]):
+        title = "Score against one weight for all blocks"
+    figures.append(drawn(title, plot_sweep, entry, score))
     if entry["grid"] and len(entry["blocks"]) == 3:
         title = "Grid: solid frame, the least; dashed, one weight for all blocks"
         figures.append(drawn(title, plot_grid, entry["grid"], score))

@@ -336,13 +336,6 @@ def test_distances_without_each_fold_of_the_real_images(real):
         assert found[k] == pytest.approx(want, rel=1e-8)
 
 
-def test_statistics_alone_have_no_folds(real):
-    reference = neon.Judge(Flat(), real).final
-    for changes in ({"has_folds": False}, {"real": None}):
-        without = dataclasses.replace(reference, **changes)
-        assert neon.judges.distances_without_real(without, torch.randn(90, 4)) is None
-
-
 def test_kernel_distance_takes_at_most_so_many_images(monkeypatch):
     monkeypatch.setattr(neon.judges, "MOST", 40)
     torch.manual_seed(0)

@@ -182,8 +182,8 @@ def test_every_table_has_heads_and_a_name_for_each_row(read):
 
 def test_figures_are_told_in_words(read):
     figures = read.all("svg")
-    # Of each snapshot weights, two forests, sweep, shares, grid, search; and one over snapshots.
-    assert len(figures) == 2 * 7 + 1
+    # Of each snapshot weights, two forests, sweep, grid, search; and one over snapshots.
+    assert len(figures) == 2 * 6 + 1
     for figure in figures:
         assert figure["role"] == "img" and len(figure["aria-label"]) > 30
 
@@ -193,7 +193,10 @@ def test_figures_are_told_in_words(read):
     [
         ({"grid": []}, "Grid"),
         ({"search": []}, "Search"),
-        ({"sweep": [{"w_global": 0.0, "fd": 3.0, "low": 2.0, "high": 4.0}]}, "Precision"),
+        (
+            {"sweep": [{"w_global": 0.0, "fd": 3.0, "low": 2.0, "high": 4.0}]},
+            "Score, precision and recall",
+        ),
     ],
     ids=["grid", "search", "shares"],
 )

@@ -114,8 +114,9 @@ def test_wrong_aux_shows_at_once(tmp_path, monkeypatch):
 
 
 def test_streams_of_drawn_images_are_among_the_first_seeds(tmp_path):
-    first = toy_setup(tmp_path).first_seeds()
+    first = toy_setup(tmp_path, final_repeats=2).first_seeds()
     assert first["real_streams"] == preset.streams and first["selection"] == 10_000
+    assert first["final"] == [50_000, 50_120]
 
 
 def test_folder_that_is_no_pipeline_is_refused(tmp_path):
@@ -926,12 +927,6 @@ def test_every_placebo_has_blocks_of_its_own(prescribed):
     for mine, placebo in zip(dealt, entry["placebo"], strict=True):
         assert [call.seeds.first for call in mine] == [10_000] * 8 + [50_000, 50_120]
         assert [call.w for call in mine[8:]] == [placebo["w"]] * 2
-
-
-def test_as_many_global_weights_as_grid_points_are_tried(prescribed):
-    entry, _ = prescribed(bowl, grid=(0.0, 1.0), block_grid={"mid": (0.0, 1.0, 5.0)})
-    even = [round(k / 11, 4) for k in range(12)]
-    assert [row["w"]["mid"] for row in entry["sweep"]] == [-1.0, *even]
 
 
 def test_placebos_end_where_there_are_no_more(prescribed):
