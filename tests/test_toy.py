@@ -328,12 +328,32 @@ def test_search_gradient_against_central_differences(scorer, objective):
         assert gradient[i] == pytest.approx(difference, rel=2e-3, abs=1e-3 * scale)
 
 
-def test_search_stays_within_its_bounds_and_evaluations(scorer):
-    """The best of two steps lies at the bound; the third is never taken."""
+def test_search_stays_within_its_bounds_and_evaluations(scorer, monkeypatch):
+    """The best of two steps lies at the bound; at most a line search is for nothing."""
     found = toy.descend(with_scoring(scorer, points=512), toy.Search(bound=0.1), "fd", 0.0)
     assert found.W.abs().max() == 0.1 and found.W.min() == -0.1 and found.W[0].tolist() == [0.0] * 6
+    asked, ddim = [], toy.ddim
+    monkeypatch.setattr(toy, "ddim", lambda *inputs: asked.append(inputs) or ddim(*inputs))
     few = toy.descend(with_scoring(scorer, points=512), toy.Search(evaluations=3), "fd", 0.4)
     assert len(few.fd) == len(few.W) == few.evaluations == 3 and few.points == [128] * 3
+    assert len(asked) < 3 + 20
+
+
+@pytest.mark.parametrize("objective, best", [("fd", 0.3), ("sw2", 1.0)])
+def test_search_keeps_the_best_of_its_objective(scorer, monkeypatch, objective, best):
+    """Not the last, and not the best of the other score, which it also computes."""
+    scores = {0.0: (3.0, 2.0), 0.3: (1.0, 4.0), 1.0: (2.0, 1.0), 0.5: (4.0, 3.0)}
+
+    def minimize(value, x0, **_):
+        for w, (value.fd, value.sw2) in scores.items():
+            monkeypatch.setattr(toy, "frechet_to_target", lambda mean, _: 0 * mean.sum() + value.fd)
+            monkeypatch.setattr(toy, "sliced_w2", lambda x: 0 * x.sum() + value.sw2)
+            value(np.full(6, w))
+
+    monkeypatch.setattr(toy.scipy.optimize, "minimize", minimize)
+    found = toy.descend(with_scoring(scorer, points=2**9), toy.Search(), objective, 0.0)
+    assert found.w == [best] * 6 and found.fd == [3.0, 1.0, 2.0, 4.0]
+    assert found.W.tolist() == [[w] * 6 for w in scores]
 
 
 # ---------------------------------------------------------------- gradient alignment
