@@ -336,6 +336,18 @@ def test_final_seeds_ask_for_what_was_held_out(text_folders, model_of):
     torch.testing.assert_close(ours, images_of(other, folder, 3, labels=(1,)), rtol=0, atol=1e-5)
 
 
+def test_half_of_a_text_encoder_is_one_line(text_folders, model_of, tmp_path):
+    """Transformers would draw the rest at random."""
+    folder = shutil.copytree(text_folders["sd"], tmp_path / "copy")
+    file = folder / "text_encoder/model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.fc1.weight"))
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="layers.1.mlp.fc1.weight is missing in the weights"):
+        model_of(folder)
+
+
 def test_embeddings_are_kept_by_content(text_folders, model_of, tmp_path, monkeypatch):
     folder = text_folders["sdxl"]
     first = model_of(folder)
@@ -528,6 +540,12 @@ SCHEDULER = "scheduler/scheduler_config.json"
         ("sd", UNET, {"in_channels": 9}, "9 channels into 4"),
         ("sd", UNET, {"time_cond_proj_dim": 8}, "time_cond_proj_dim 8"),
         ("sd", UNET, {"sample_size": 6}, "divided by 8"),
+        (
+            "sd",
+            UNET,
+            {"_diffusers_version": "0.6.0"},
+            "takes the sample_size 8 for an error and 64",
+        ),
         (
             "sdxl",
             INDEX,
