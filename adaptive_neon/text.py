@@ -233,7 +233,11 @@ class TextModel(DiffusersModel):
                 )
             encoders[name] = content_hash(self.folder / name)
         prompts = [self.prompts, self.held_out, self.negative]
-        self.embedded = text_key(pipeline=self.kind, prompts=prompts, settings=[VERSION, encoders])
+        settings: list[Any] = [VERSION, encoders]
+        index = json.loads((self.folder / "model_index.json").read_text("utf-8"))
+        if index.get("force_zeros_for_empty_prompt") is False:
+            settings.append("empty prompts are embedded")
+        self.embedded = text_key(pipeline=self.kind, prompts=prompts, settings=settings)
         return text_key(pipeline=super()._key(), prompts=[self.embedded], settings=[self.rescale])
 
     # ---------- prompts

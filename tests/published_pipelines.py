@@ -186,7 +186,7 @@ DENOISER = {
         "time_embedding_dim": None,
         "time_embedding_type": "positional",
         "timestep_post_act": None,
-        "transformer_layers_per_block": [1, 2, 3],
+        "transformer_layers_per_block": [1, 1, 2],
         "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
         "upcast_attention": None,
         "use_linear_projection": True,

@@ -122,6 +122,7 @@ SCHEDULES = {
 def test_stable_diffusion(tmp_path, model_of, schedule, steps, options):
     kind, changes = SCHEDULES[schedule]
     folder = tiny.sd(tmp_path / "p", tiny.scheduler(kind, **changes))
+    edit(folder / SCHEDULER, **changes)  # what the pipeline has corrected as it was made
     model = model_of(folder, **options)
     theirs = {"negative_prompt": None if "negative" not in options else [options["negative"]] * 3}
     if "rescale" in options:
@@ -334,6 +335,16 @@ def test_final_seeds_ask_for_what_was_held_out(text_folders, model_of):
     ours = images_of(model, folder, 3, labels=(4,))
     other = model_of(folder, prompts=held_out)
     torch.testing.assert_close(ours, images_of(other, folder, 3, labels=(1,)), rtol=0, atol=1e-5)
+
+
+def test_embeddings_of_empty_prompts_are_not_those_of_none(text_folders, model_of, tmp_path):
+    """By the index alone, in the same --out."""
+    folder = shutil.copytree(text_folders["sdxl"], tmp_path / "copy")
+    zeros = model_of(folder)
+    edit(folder / INDEX, force_zeros_for_empty_prompt=False)
+    other = model_of(folder)
+    assert zeros.rows[-1].abs().max() == 0 < other.rows[-1].abs().max()
+    assert zeros.identity != other.identity
 
 
 def test_half_of_a_text_encoder_is_one_line(text_folders, model_of, tmp_path):
