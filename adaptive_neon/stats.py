@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import numpy as np
-import scipy.special
+import scipy.stats
 
 FOLDS = 20  # of the seeds of every score: jackknife intervals need no new samples
 
