@@ -272,7 +272,7 @@ class EdmModel(Model):
     encodes = False
 
     def __init__(self, preset, c):
-        self.preset, self.augment_p = preset, c.augment
+        self.preset = preset
         self.churn = {}
         if c.s_churn:
             self.churn = {
@@ -283,7 +283,21 @@ class EdmModel(Model):
             }
             self.identity = f"edm, Heun, {self.churn}, 1"
         self.draws_on = bool(self.churn)
-        self.training_identity = f"edm, augment {c.augment}, dropout {c.dropout}, 1"
+        self.set_training(c.augment, c.dropout)
+
+    def set_training(self, augment, dropout):
+        self.augment_p = augment
+        self.training_identity = f"edm, augment {augment}, dropout {dropout}, 1"
+
+    def start_check(self, base, c, trained):
+        """Augmented images without labels that say so would be images that the network is to make:
+        EDM trains such a network on images as they are."""
+        if c.augment and base.config.get("augment_dim", 0) != AUGMENT_LABELS:
+            self.set_training(0.0, c.dropout)
+            self.notes = [
+                f"the network does not take EDM's {AUGMENT_LABELS} augmentation labels, so that it "
+                f"is trained without --augment {c.augment:g}"
+            ]
 
     def fetch(self, source, what):
         """What an address answers with is read before it is kept."""
@@ -430,6 +444,7 @@ def edm_loss(net, images, labels, augment_p):
 
 
 # ==================== augmentation (EDM, appendix F.2): nine labels
+AUGMENT_LABELS = 9
 SYM6 = [  # low-pass filter of the sym6 wavelet
     0.015404109327027373,
     0.0034907120842174702,

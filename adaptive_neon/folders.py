@@ -21,6 +21,7 @@ from .files import UserError, printable
 
 NETWORKS = (".pkl", ".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # files, not names on a hub
 WEIGHTS = "diffusion_pytorch_model"
+STEMS = (WEIGHTS, "model", "pytorch_model")  # how files of weights begin, also of transformers
 RECIPE = "adaptive-neon.json"
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # that classes of parts come from
 
@@ -60,7 +61,9 @@ def resolve(source: str | Path) -> Path:
         f"connection is, run `hf download {hub_id} --local-dir FOLDER`, and give that FOLDER"
     )
     with refuse(advice):
-        patterns = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model"]
+        # Outside the parts' folders lie checkpoints of other programs.
+        patterns = ["*.json", "*/*.safetensors", "*/*.bin", "*.txt", "*.model"]
+        patterns += [f"{WEIGHTS}*", "pytorch_lora_weights.safetensors", "adapter_model.safetensors"]
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
 
 
@@ -160,14 +163,11 @@ def home(folder: Path, part: str) -> Path:
     return folder / part if (folder / part).is_dir() else folder
 
 
-def variant_of(place: Path, stem: str = WEIGHTS) -> str | None:
+def variant_of(place: Path) -> str | None:
     """None where a folder has weights without a variant's name, else the variant that is read:
     half precision, or the only one there is."""
-    found = set()
-    for path in [*place.glob(f"{stem}*.safetensors*"), *place.glob(f"{stem}*.bin*")]:
-        name = re.sub(r"-?\d+-of-\d+", "", path.name)  # shards
-        name = name.replace(".index", "").removesuffix(".json")
-        found.add(re.sub(r"^[^.]*\.?|\.?(safetensors|bin)\.?", "", name) or None)
+    files = [*place.glob("*.safetensors*"), *place.glob("*.bin*")]
+    found = {variant_in(path) for path in files if path.name.startswith(STEMS)}
     if not found:
         raise wrong(f"{place}: no weights ({WEIGHTS}.safetensors or .bin)")
     for variant in (None, "fp16", "bf16"):
@@ -179,6 +179,13 @@ def variant_of(place: Path, stem: str = WEIGHTS) -> str | None:
             "none without a variant's name: leave the one that is meant"
         )
     return found.pop()
+
+
+def variant_in(path: Path) -> str | None:
+    """In the name of a file of weights, or of the index of its shards."""
+    name = re.sub(r"-?\d+-of-\d+", "", path.name)
+    name = name.replace(".index", "").removesuffix(".json")
+    return re.sub(r"^[^.]*\.?|\.?(safetensors|bin)\.?", "", name) or None
 
 
 def read_config(place: Path) -> dict:
@@ -200,7 +207,9 @@ def read_network(network_class: Any, place: Path) -> nn.Module:
         net, found = network_class.from_pretrained(
             place,
             variant=variant,
-            use_safetensors=any(place.glob("*.safetensors")),
+            use_safetensors=any(
+                variant_in(path) == variant for path in place.glob("*.safetensors")
+            ),
             torch_dtype=torch.float32,
             local_files_only=True,
             low_cpu_mem_usage=False,

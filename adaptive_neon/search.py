@@ -88,7 +88,7 @@ def cobyqa(scorer: Scorer, start: Start, evaluations: int, bounds=BOUNDS) -> lis
             return scores[-1].fd
 
         options = {"initial_tr_radius": 0.5, "final_tr_radius": 0.01, "maxfev": evaluations}
-        x = np.clip(list(scorer.merger.weights(start).values()), *bounds)
+        x = list(scorer.merger.weights(start).values())
         limits = [bounds] * len(blocks)
         scipy.optimize.minimize(distance, x, method="COBYQA", bounds=limits, options=options)
     return scores

@@ -32,11 +32,6 @@ class Comparison:
                 row[f"relative_{key}"] = 0.0
         return row
 
-    @property
-    def plain_verdict(self) -> str:
-        """What the verdict would be without the correction."""
-        return verdict_of(self.plain, self.high - self.difference)
-
 
 def verdict_of(difference: float, half: float) -> str:
     if not abs(difference) > half:
@@ -151,14 +146,11 @@ def fd_interval(scores):
     return {"low": value - half, "high": value + half}
 
 
-def kernel_interval(scores):
-    """Mean kernel distance over the seed sets and its 95% interval, over the seeds' noise alone."""
-    return interval_of(scores, "kernel", "kernel_folds")
-
-
-def interval_of(scores, key, folds):
+def interval_of(scores, key):
+    """Mean kernel distance or adherence (key) over the seed sets and its 95% interval, over the
+    seeds' noise alone."""
     value = float(np.mean([getattr(score, key) for score in scores]))
-    half, _ = jackknife(value, [getattr(score, folds) for score in scores])
+    half, _ = jackknife(value, [getattr(score, f"{key}_folds") for score in scores])
     return {"value": value, "low": value - half, "high": value + half}
 
 

@@ -37,23 +37,17 @@ def test_outputs_step_back_instead_of_weights(w):
 
 
 @pytest.mark.parametrize("scorer", [toy_scorer, edm_scorer], ids=["toy", "edm"])
-def test_without_a_step_the_images_are_the_bases(tmp_path, scorer):
+@pytest.mark.parametrize("w", [0, -1], ids=["base", "self-trained"])
+def test_without_a_step_the_images_are_those_of_a_network(tmp_path, scorer, w):
     scorer = scorer(tmp_path)
-    guide = neon.controls.guided(scorer)
-    torch.testing.assert_close(images_of(guide, 0), images_of(scorer, 0))
-
-
-@pytest.mark.parametrize("scorer", [toy_scorer, edm_scorer], ids=["toy", "edm"])
-def test_at_minus_one_the_images_are_the_self_trained_networks(tmp_path, scorer):
-    scorer = scorer(tmp_path)
-    guide = neon.controls.guided(scorer)
-    torch.testing.assert_close(images_of(guide, -1), images_of(scorer, -1), rtol=1e-4, atol=1e-5)
+    found = images_of(neon.controls.guided(scorer), {"guidance": w})
+    torch.testing.assert_close(found, images_of(scorer, w), rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_gives_other_images_than_merged_weights(tmp_path):
     scorer = edm_scorer(tmp_path)
-    guide = neon.controls.guided(scorer)
-    assert not torch.allclose(images_of(guide, 1), images_of(scorer, 1), atol=1e-3)
+    found = images_of(neon.controls.guided(scorer), {"guidance": 1})
+    assert not torch.allclose(found, images_of(scorer, 1), atol=1e-3)
 
 
 def test_other_attributes_are_the_bases(tmp_path):
@@ -64,13 +58,27 @@ def test_other_attributes_are_the_bases(tmp_path):
         net.nothing_of_the_kind  # noqa: B018
 
 
-@pytest.mark.parametrize("kind", [tuple, list, dict])
+PACKS = {
+    tuple: lambda *parts: parts,
+    list: lambda *parts: [*parts],
+    dict: lambda a, b: dict(a=a, b=b),
+}
+
+
+@pytest.mark.parametrize("kind", PACKS)
 def test_containers_of_outputs(kind):
-    ours, theirs = torch.tensor([3.0]), torch.tensor([1.0])
-    pack = {tuple: lambda x: (x, 7), list: lambda x: [x, 7], dict: lambda x: {"a": x, "b": 7}}[kind]
-    found = neon.controls.extrapolated(pack(ours), pack(theirs), torch.tensor(0.5))
-    values = list(found.values()) if kind is dict else list(found)
-    assert type(found) is kind and values[0].tolist() == [4.0] and values[1] == 7
+    class Packed(nn.Linear):
+        def forward(self, x):
+            return PACKS[kind](super().forward(x), torch.tensor(7))
+
+    base, aux, x = Packed(2, 3), Packed(2, 3), torch.randn(4, 2)
+    net = neon.controls.Guided(base, aux)
+    net.w.fill_(0.5)
+    found = net(x)
+    values = [*found.values()] if kind is dict else found
+    want = 1.5 * nn.Linear.forward(base, x) - 0.5 * nn.Linear.forward(aux, x)
+    torch.testing.assert_close(values[0], want)
+    assert type(found) is kind and values[1] == 7
 
 
 class Parts(ToyModel):
@@ -88,12 +96,9 @@ def test_a_sampler_that_calls_parts_of_the_network_has_no_guided_control(tmp_pat
 
 def test_keys_of_guided_scores_are_their_own(tmp_path):
     scorer = toy_scorer(tmp_path)
-    guide = neon.controls.guided(scorer)
-    keys = {
-        which.key(which.merger.weights(w), which.seeds.selection)
-        for which in (scorer, guide)
-        for w in (0.0, 1.0)
-    }
+    guide, seeds = neon.controls.guided(scorer), scorer.seeds.selection
+    keys = {scorer.key(scorer.merger.weights(w), seeds) for w in (0.0, 1.0)}
+    keys |= {guide.key({"guidance": w}, seeds) for w in (0.0, 1.0)}
     assert len(keys) == 4
 
 
@@ -130,7 +135,7 @@ def test_controls_of_a_study(tmp_path):
 def test_guided_weight_is_chosen_on_the_selection_seeds(tmp_path):
     found, scorer = candidates(tmp_path)
     guide = neon.controls.guided(scorer)
-    distances = {w: guide.score(w).fd for w in (0.5, 1.0)}
+    distances = {w: guide.score({"guidance": w}).fd for w in (0.5, 1.0)}
     best = min(distances, key=distances.get)
     assert found["guided"].w == {"guidance": best} and found["guided"].fd == distances[best]
 

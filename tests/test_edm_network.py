@@ -428,12 +428,24 @@ def test_loss_augments_and_tells_the_network_how(pictures):
     assert seen[0].shape == (4, 9) and seen[0].any()
 
 
-@pytest.mark.parametrize("probability", [0, 0.5])
-def test_model_augments_as_it_is_told(monkeypatch, pictures, probability):
+@pytest.mark.parametrize(
+    "probability, dim, augmented",
+    [(0.5, 9, True), (0.0, 9, False), (0.5, 0, False), (0.5, 4, False)],
+    ids=["asked for", "not asked for", "no labels", "other labels"],
+)
+def test_networks_are_augmented_that_can_be_told_how(
+    monkeypatch, pictures, probability, dim, augmented
+):
+    """Any other would learn to make augmented images; without, it has the key of --augment 0."""
     asked = []
     replace(monkeypatch, "augment", lambda x, p: asked.append(p) or (x, torch.zeros(4, 9)))
-    loss = edm_model(augment=probability).loss(network(), pictures, torch.arange(4))
-    assert loss.shape == pictures.shape and asked == [0.5] * bool(probability)
+    model, net = edm_model(augment=probability), network(augment_dim=dim)
+    model.start_check(net, neon.config.Config(augment=probability), True)
+    assert model.loss(net, pictures, torch.arange(4)).shape == pictures.shape
+    assert asked == [0.5] * augmented
+    plain = edm_model(augment=0.0)
+    assert (model.training_identity == plain.training_identity) == (not augmented)
+    assert len(model.notes) == (dim != 9) and plain.notes == []
 
 
 # -------------------- schedule and sampler

@@ -179,7 +179,7 @@ def test_key_is_of_plain_data_as_json():
 
 
 def of_layers(scorer):
-    return scorer.with_blocks(lambda name: name.rsplit(".", 1)[0])
+    return scorer.of(scorer.merger.with_blocks(lambda name: name.rsplit(".", 1)[0]))
 
 
 def test_equal_networks_under_two_partitions_have_one_key(tmp_path):
