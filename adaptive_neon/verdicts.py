@@ -120,13 +120,13 @@ def primary_pair(models, primary="") -> tuple[str, str]:
     return model, against or ("base" if model == "global" else "global")
 
 
-def claims_of(finals, primary="", level=0.05) -> list[dict]:
+def claims_of(finals, primary="") -> list[dict]:
     """{judge: {model: [Score]}}, the first judge the one that was selected with -> what is claimed,
     plain data: that one model is better than another, in the features it was selected with ("own")
     and in judges that no selection saw. Each of these is a gain: the comparison of distances with
     the verdict that holds, beside it those of kernel distance and adherence, where measured.
 
-    One criterion: the primary claim, in the features of the selection, is one question at `level`;
+    One criterion: the primary claim, in the features of the selection, is one question at 95%;
     all other claims in all judges are one family (Holm's correction). The kernel distance is judged
     the same way, and a verdict holds where it does not say the opposite. So is adherence, for
     itself.
@@ -141,12 +141,12 @@ def claims_of(finals, primary="", level=0.05) -> list[dict]:
     for model, against in pairs:
         for judge, scores in finals.items():
             for found, comparison in kinds:
-                gain = comparison(scores[model], scores[against], level)
+                gain = comparison(scores[model], scores[against])
                 if gain is not None:
                     found[model, against, judge] = gain
-    verdicts = adjusted(distances, (*first, own), level)
-    opposite = adjusted(kernels, (*first, own), level)
-    asked_for = adjusted(adherence, (*first, own), level)
+    verdicts = adjusted(distances, (*first, own))
+    opposite = adjusted(kernels, (*first, own))
+    asked_for = adjusted(adherence, (*first, own))
 
     gains = {}
     for question, verdict in verdicts.items():
@@ -175,10 +175,10 @@ def claims_of(finals, primary="", level=0.05) -> list[dict]:
     return claims
 
 
-def adjusted(comparisons, primary, level) -> dict:
-    """{question: verdict}: of the primary one at `level`, of all others together (Holm)."""
+def adjusted(comparisons, primary) -> dict:
+    """{question: verdict}: of the primary one alone, of all others together (Holm)."""
     family = [question for question in comparisons if question != primary]
-    held = holm([comparisons[question].p for question in family], level)
+    held = holm([comparisons[question].p for question in family])
     holds = dict(zip(family, held, strict=True))
     verdicts = {}
     for question, gain in comparisons.items():
