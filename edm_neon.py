@@ -379,11 +379,15 @@ def one_hot(net, labels):
 
 
 # ==================== sampler and loss
-def sigma_steps(net, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # of the sampler's steps
+
+
+def sigma_steps(net, num_steps=18):
     """EDM's time steps [num_steps + 1] float64, ending in 0 (equation 5)."""
-    low, high = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
+    low, high = max(SIGMA_MIN, net.sigma_min), min(SIGMA_MAX, net.sigma_max)
     ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
-    steps = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    first, last = high ** (1 / RHO), low ** (1 / RHO)
+    steps = (first + ramp * (last - first)) ** RHO
     return F.pad(net.round_sigma(steps), (0, 1))
 
 
@@ -392,9 +396,6 @@ def edm_sampler(
     noise,
     class_labels=None,
     num_steps=18,
-    sigma_min=0.002,
-    sigma_max=80.0,
-    rho=7.0,
     S_churn=0.0,
     S_min=0.0,
     S_max=math.inf,
@@ -404,7 +405,7 @@ def edm_sampler(
     """Heun's second-order method (EDM, algorithm 1; with S_churn algorithm 2, stochastic).
     noise [N, C, H, W], one-hot labels [N, K] (or None), draw(): more noise of every sample, float64
     [N, C, H, W] -> images in [-1, 1] float64."""
-    t = sigma_steps(net, num_steps, sigma_min, sigma_max, rho)
+    t = sigma_steps(net, num_steps)
     churned = (t >= S_min) & (t <= S_max)
     gamma = torch.where(churned, min(S_churn / num_steps, 2**0.5 - 1), 0.0)
     t_hat = net.round_sigma(t + gamma * t)

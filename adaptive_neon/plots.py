@@ -99,10 +99,10 @@ def new_figure(width, height):
     return Canvas((width, height), layout="constrained")
 
 
-def error_bars(rows, key="fd"):
+def error_bars(rows):
     """Values and the lengths of their intervals below and above, as errorbar() takes them; where a
     sampler diverged (None) there is nothing to draw."""
-    table = np.array([[row[key], row["low"], row["high"]] for row in rows], float)
+    table = np.array([[row["fd"], row["low"], row["high"]] for row in rows], float)
     values, low, high = table.reshape(-1, 3).T
     return values, np.stack([values - low, high - values]).clip(0)
 
@@ -377,15 +377,15 @@ def plot_seeds(rows):
 # -------------------- samples
 
 
-def sample_panel(images, most=8, gap=1):
+def sample_panel(images, most=8):
     """uint8 [N, C, H, W] -> uint8 [height, width, 4]: at most `most` x `most` of them, transparent
     gaps."""
     columns = min(most, math.isqrt(len(images)))
     images = images[: columns * columns].expand(-1, 3, -1, -1)
     opaque = torch.full_like(images[:, :1], 255)
-    framed = F.pad(torch.cat([images, opaque], 1), [0, gap, 0, gap])
+    framed = F.pad(torch.cat([images, opaque], 1), [0, 1, 0, 1])
     rows = [torch.cat(list(row), 2) for row in framed.split(columns)]
-    return torch.cat(rows, 1)[:, :-gap, :-gap].permute(1, 2, 0).contiguous().numpy()
+    return torch.cat(rows, 1)[:, :-1, :-1].permute(1, 2, 0).contiguous().numpy()
 
 
 def encoded(panel, format="PNG") -> str:

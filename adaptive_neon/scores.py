@@ -193,12 +193,11 @@ class Scorer:
         w: float | dict[str, float],
         seeds: SeedSet | None = None,
         shares: bool = False,
-        desc: str | None = None,
     ) -> Score:
         """Score of the weights w (one number, or {block: weight}), in the judge that decides; by
         default on the selection's seeds. shares: precision and recall too."""
         w = self.merger.weights(w)
-        return self.scores(w, seeds or self.seeds.selection, [self.judge], shares, desc)[0]
+        return self.scores(w, seeds or self.seeds.selection, [self.judge], shares)[0]
 
     def score_all(self, weights: list, desc: str, shares: bool = False, seeds=None) -> list[Score]:
         """One score after the other, with a progress bar."""

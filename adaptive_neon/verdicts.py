@@ -29,9 +29,9 @@ def number(value, sign="") -> str:
     return f"{value:{sign}.4g}"
 
 
-def percent(share, sign="+") -> str:
+def percent(share) -> str:
     """Three significant digits; n/a of a distance that is zero or infinite."""
-    return "n/a" if share is None or not math.isfinite(share) else f"{100 * share:{sign}.3g}%"
+    return "n/a" if share is None or not math.isfinite(share) else f"{100 * share:+.3g}%"
 
 
 def range_text(gain) -> str:
@@ -126,7 +126,7 @@ def claims_of(finals, primary="") -> list[dict]:
     and in judges that no selection saw. Each of these is a gain: the comparison of distances with
     the verdict that holds, beside it those of kernel distance and adherence, where measured.
 
-    One criterion: the primary claim, in the features of the selection, is one question at 95%;
+    One criterion: the primary claim, in the features of the selection, is one question at 5%;
     all other claims in all judges are one family (Holm's correction). The kernel distance is judged
     the same way, and a verdict holds where it does not say the opposite. So is adherence, for
     itself.
@@ -176,7 +176,7 @@ def claims_of(finals, primary="") -> list[dict]:
 
 
 def adjusted(comparisons, primary) -> dict:
-    """{question: verdict}: of the primary one alone, of all others together (Holm)."""
+    """{question: verdict}: of the primary one at 5%, of all others together (Holm)."""
     family = [question for question in comparisons if question != primary]
     held = holm([comparisons[question].p for question in family])
     holds = dict(zip(family, held, strict=True))

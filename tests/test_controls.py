@@ -98,8 +98,9 @@ def test_keys_of_guided_scores_are_their_own(tmp_path):
     scorer = toy_scorer(tmp_path)
     guide, seeds = neon.controls.guided(scorer), scorer.seeds.selection
     keys = {scorer.key(scorer.merger.weights(w), seeds) for w in (0.0, 1.0)}
-    keys |= {guide.key({"guidance": w}, seeds) for w in (0.0, 1.0)}
-    assert len(keys) == 4
+    own = neon.controls.with_settings(scorer)  # of a model with a setting of this name
+    keys |= {which.key({"guidance": w}, seeds) for which in (guide, own) for w in (0.0, 1.0)}
+    assert len(keys) == 6
 
 
 # -------------------- more steps, more training
@@ -123,7 +124,7 @@ def test_twice_the_steps_is_another_sampler_of_the_same_networks(tmp_path):
 def candidates(tmp_path, **options):
     setup = toy_setup(tmp_path, steps=2, **options)
     scorer = toy_scorer(tmp_path, steps=2, **options)
-    return neon.study.controls_of(setup, scorer, {-1.0, 0.0, 0.5, 1.0}), scorer
+    return neon.study.controls_of(setup, scorer, {-1.0, 0.0, 1 / 3, 1.0}), scorer
 
 
 def test_controls_of_a_study(tmp_path):
@@ -135,7 +136,10 @@ def test_controls_of_a_study(tmp_path):
 def test_guided_weight_is_chosen_on_the_selection_seeds(tmp_path):
     found, scorer = candidates(tmp_path)
     guide = neon.controls.guided(scorer)
-    distances = {w: guide.score({"guidance": w}).fd for w in (0.5, 1.0)}
+    logged = scorer.log.scores.values()
+    tried = [score.w["guidance"] for score in logged if "guidance" in score.w]
+    assert tried == [0.333333, 1.0]  # as a line of the log holds them
+    distances = {w: guide.score({"guidance": w}).fd for w in (0.333333, 1.0)}
     best = min(distances, key=distances.get)
     assert found["guided"].w == {"guidance": best} and found["guided"].fd == distances[best]
 
@@ -269,6 +273,7 @@ def test_the_base_is_trained_on_real_images_for_the_repairs_budget(tmp_path, kim
 
     # At its weight, -1, the network that samples is the trained one.
     net = scorer.merger.set(found["base, trained on"].w)
+    assert net is scorer.sampler.net
     assert all(torch.equal(p, trained[name]) for name, p in net.named_parameters())
 
 

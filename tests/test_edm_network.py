@@ -49,13 +49,6 @@ def test_recorded_outputs(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_noise_the_denoiser_is_the_identity(kind):
-    net, x = network(kind), torch.randn(3, 3, 16, 16)
-    small = net(x, torch.tensor([1e-6]), one_hot(net, torch.arange(3)))
-    torch.testing.assert_close(small, x, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_preconditioning_is_edms_table_1(kind):
     net, x = network(kind), torch.randn(3, 3, 16, 16)
     labels = one_hot(net, torch.arange(3))
@@ -139,15 +132,6 @@ def test_in_place_operations_do_not_change_the_result_with_gradients():
         without = call(net)
     with torch.enable_grad():
         torch.testing.assert_close(call(net), without)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size, multipliers, blocks", [(8, [1, 2], 1), (32, [2, 2, 2], 2)])
-def test_shapes(kind, size, multipliers, blocks):
-    options = {"img_resolution": size, "channel_mult": multipliers, "num_blocks": blocks}
-    net = network(kind, **options)
-    x = torch.randn(2, 3, size, size)
-    assert net(x, torch.ones(2), one_hot(net, torch.arange(2))).shape == x.shape
 
 
 @pytest.mark.parametrize("options", [{"encoder_type": "skip"}, {"decoder_type": "skip"}])
@@ -490,12 +474,6 @@ def test_sampler_is_heuns_method():
         else:
             x = x + (then - now) * (d + (ahead - net(ahead.float(), then)) / then) / 2
     torch.testing.assert_close(edm.edm_sampler(net, latents), x, rtol=0, atol=1e-12)
-
-
-def test_sampler_finds_the_distribution():
-    images = edm.edm_sampler(Gaussian(), torch.randn(500, 1, 2, 2))
-    assert float(images.mean()) == pytest.approx(0.3, abs=0.02)
-    assert float(images.std()) == pytest.approx(0.2, rel=0.1)  # 18 steps leave it 6 % too wide
 
 
 def test_sampler_calls_the_network_twice_a_step_in_float32():
@@ -841,14 +819,6 @@ def test_little_churn_is_spread_over_the_steps():
     net = Gaussian()
     edm.edm_sampler(net, torch.randn(2, 1, 2, 2), num_steps=4, S_churn=0.8, draw=lambda: 0.0)
     assert net.seen[0][1] == pytest.approx(80 * 1.2)
-
-
-def test_stochastic_sampler_finds_the_distribution():
-    torch.manual_seed(0)
-    options = {"num_steps": 60, "S_churn": 40.0, "draw": lambda: torch.randn(500, 1, 2, 2).double()}
-    images = edm.edm_sampler(Gaussian(), torch.randn(500, 1, 2, 2), **options)
-    assert float(images.mean()) == pytest.approx(0.3, abs=0.02)
-    assert float(images.std()) == pytest.approx(0.2, rel=0.05)
 
 
 def churning(**options):

@@ -1,7 +1,6 @@
 """What adaptive_neon/scores.py promises."""
 
 import dataclasses
-import fcntl
 import itertools
 import json
 import math
@@ -570,14 +569,6 @@ def test_rounding_below_zero_is_no_damage(tmp_path):
     assert ScoreLog(tmp_path).find("key", BASE).fd == -1e-4
 
 
-def test_lines_from_before_the_judges_are_read():
-    row = json.loads(score_of(1.0).as_line())
-    later = ("corrected", "real_folds", "kernel_real_folds")
-    for name in ("judge", "kernel", "kernel_folds", *later):
-        del row[name]
-    assert Score.from_line(json.dumps(row)).fd == 1.0
-
-
 @pytest.mark.parametrize("length", [1, 50, None], ids=["a byte", "a part", "all but the line end"])
 def test_tail_that_was_cut_off_is_scored_again(tmp_path, length):
     path = two_lines(tmp_path)
@@ -602,20 +593,6 @@ def test_two_writers_keep_their_lines_apart(tmp_path):
     for thread in threads:
         thread.join()
     assert len(ScoreLog(tmp_path).scores) == 120
-
-
-def test_writer_waits_for_the_one_before(tmp_path):
-    path = two_lines(tmp_path)
-    before = path.read_bytes()
-    log = ScoreLog(tmp_path)
-    thread = threading.Thread(target=log.add, args=(score_of(3.5), SELECTION))
-    with open(path, "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        thread.start()
-        thread.join(0.3)
-        assert thread.is_alive() and path.read_bytes() == before
-    thread.join()
-    assert len(ScoreLog(tmp_path).scores) == 3
 
 
 # -------------------- two ranks
