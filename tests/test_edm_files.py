@@ -116,9 +116,12 @@ def test_half_precision_is_widened(tmp_path):
     assert same(edm.load_network(tmp_path / "net.pkl"), network().half().float())
 
 
-def test_strides_are_kept(tmp_path):
-    (tmp_path / "net.pkl").write_bytes(snapshot(network().to(memory_format=torch.channels_last)))
-    assert same(edm.load_network(tmp_path / "net.pkl"), network())
+def test_strides_are_kept_and_where_a_storage_begins(tmp_path):
+    net = network().to(memory_format=torch.channels_last)
+    storage = torch.randn(200)
+    net.model.map_layer0.bias.data = storage[70:134]
+    (tmp_path / "net.pkl").write_bytes(snapshot(net))
+    assert same(edm.load_network(tmp_path / "net.pkl"), net)
 
 
 def test_shared_storages_become_separate(tmp_path):
