@@ -516,10 +516,6 @@ class Ddim:
         if not torch.equal(other.alphas, self.alphas):
             raise wrong(f"{path}: its noise levels (betas) are not those of {base}")
 
-    def middle(self) -> int:
-        """A time in the middle of the way."""
-        return len(self.alphas) // 2
-
     def times(self, steps: int) -> list[int]:
         """The scheduler's time steps, descending."""
         if not 1 <= steps <= len(self.alphas):

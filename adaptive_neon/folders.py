@@ -5,6 +5,7 @@ with a folder is one line.
 """
 
 import contextlib
+import importlib
 import inspect
 import json
 import os
@@ -68,16 +69,18 @@ def resolve(source: str | Path) -> Path:
 
 
 def import_diffusers():
-    """The package, silent about what is reported here in other words."""
+    return import_quiet("diffusers", "a diffusers pipeline")
+
+
+def import_quiet(package: str, what: str):
+    """A package, silent about what is reported here in other words."""
     try:
-        import diffusers
+        module = importlib.import_module(package)
     except ImportError:
-        raise wrong(
-            "a diffusers pipeline needs the package diffusers: pip install diffusers"
-        ) from None
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    return diffusers
+        raise wrong(f"{what} needs the package {package}: pip install {package}") from None
+    module.utils.logging.set_verbosity_error()
+    module.utils.logging.disable_progress_bar()
+    return module
 
 
 @contextlib.contextmanager

@@ -15,18 +15,13 @@ import safetensors
 import torch
 from torch import nn
 
+from .blocks import copied
 from .files import is_safetensors, printable
 from .folders import refuse, write_tensors, wrong
 
 ATTENTION = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "to_add_out",
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
 )
 BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks")
 
@@ -216,50 +211,39 @@ def read_lora(path: Path, net: nn.Module) -> Lora:
     return Lora(factors, tuple(notes))
 
 
-def known_names(net: Any) -> dict[str, str]:
+def known_names(net: nn.Module) -> dict[str, str]:
     """{name in a file: module}, with dots and with underscores."""
     found = {}
-    theirs = stability_names(net) if hasattr(net, "down_blocks") else {}
     for name, module in net.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            for known in (name, theirs.get(name, name)):
+            for known in (name, stability_name(name, net)):
                 found[known] = found[known.replace(".", "_")] = name
     return found
 
 
-def stability_names(net: Any) -> dict[str, str]:
-    """{module: Stability's name} of a U-Net. There the layers of all blocks are counted through, a
+def stability_name(name: str, net: Any) -> str:
+    """Stability's name of a U-Net's module. There the layers of all blocks are counted through, a
     downsampler as one more, an upsampler as the last part of its layer."""
-    places = {"mid_block.attentions.0": "middle_block.1"}
-    for j in (0, 1):
-        places[f"mid_block.resnets.{j}"] = f"middle_block.{2 * j}"
-    count = 1
-    for i, block in enumerate(net.down_blocks):
-        for j in range(len(block.resnets)):
-            places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{count}.0"
-            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{count}.1"
-            count += 1
-        places[f"down_blocks.{i}.downsamplers.0"] = f"input_blocks.{count}.0"
-        count += 1
-    count = 0
-    for i, block in enumerate(net.up_blocks):
-        for j in range(len(block.resnets)):
-            places[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{count}.0"
-            places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{count}.1"
-            count += 1
-        last = 2 if hasattr(block, "attentions") else 1
-        places[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{count - 1}.{last}"
+    found = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", name)
+    if found is None:
+        return OUTSIDE.get(name, name)
+    way, block, part, index, inner = found.groups()
+    i, j, inner = int(block or 0), int(index), INSIDE.get(inner, inner)
+    place = int(part == "attentions")
+    if way == "mid":
+        return f"middle_block.{2 * j + place}.{inner}"
 
-    names = dict(OUTSIDE)
-    for name, _ in net.named_modules():
-        parts = re.fullmatch(r"((?:down_blocks|up_blocks)\.\d+|mid_block)\.(\w+\.\d+)\.(.+)", name)
-        place = places.get(f"{parts[1]}.{parts[2]}") if parts else None
-        if parts and place:
-            inner = INSIDE.get(parts[3], parts[3])
-            if "downsamplers" in name:
-                inner = "op"
-            names[name] = f"{place}.{inner}"
-    return names
+    blocks = getattr(net, f"{way}_blocks")
+    layers = [len(block.resnets) for block in blocks]
+    layer = sum(layers[:i]) + j
+    if way == "down":
+        layer += 1 + i
+        if part == "downsamplers":
+            layer, inner = layer + layers[i], "op"
+        return f"input_blocks.{layer}.{place}.{inner}"
+    if part == "upsamplers":
+        layer, place = layer + layers[i] - 1, 1 + hasattr(blocks[i], "attentions")
+    return f"output_blocks.{layer}.{place}.{inner}"
 
 
 def paired_factors(tensors: dict, scales: dict, path: object) -> Lora:
@@ -351,10 +335,10 @@ def write_lora(lora: Lora, path: Path, transformer: bool) -> None:
     write_tensors({name: t.contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
 
 
-def check_written(path: Path, base: nn.Module, merged: nn.Module, pipeline: Any) -> nn.Module:
-    """The base with a LoRA file, as diffusers loads it: every module's weight must be that of the
-    merged network. UserError for what does not come back: the file is of no use then."""
-    net: Any = base
+def check_written(path: Path, base: nn.Module, merged: nn.Module, pipeline: Any) -> None:
+    """That a LoRA file, as diffusers loads it beside the base, is the merged network: every module
+    of the file comes back, and every weight is that of the merged network."""
+    net: Any = copied(base).cpu()
     state, *alphas = [pipeline.lora_state_dict(str(path))]
     if isinstance(state, tuple):
         state, *alphas = state
@@ -362,29 +346,19 @@ def check_written(path: Path, base: nn.Module, merged: nn.Module, pipeline: Any)
         pipeline.load_lora_into_unet(state, alphas[0], net)
     else:
         pipeline.load_lora_into_transformer(state, net)
-
-    theirs = dict(merged.named_parameters())
-    loaded = 0
-    for name, module in net.named_modules():
-        if not hasattr(module, "lora_A") or not len(module.lora_A):
-            continue
-        (adapter,) = module.lora_A
-        base_weight = module.base_layer.weight.detach()
-        step = module.get_delta_weight(adapter).detach()
-        wanted = theirs.pop(f"{name}.weight").detach().cpu() - base_weight
-        apart = float((step - wanted).abs().max())
-        if apart > 1e-3 * float(wanted.abs().max()) + 1e-6 * float(base_weight.abs().max()):
-            raise AssertionError(f"{path}: {name} comes back {apart:.2g} away")
-        loaded += 1
-
-    # What no LoRA moves must be as in the base.
-    for name, parameter in net.named_parameters():
-        if ".lora_" not in name and ".base_layer.weight" not in name:
-            other = theirs[name.replace(".base_layer.", ".")].detach().cpu()
-            if not torch.equal(parameter.detach(), other):
-                raise AssertionError(f"{path}: {name} has moved, and the file does not hold it")
+    loaded = sum(name.endswith(".lora_A") for name, _ in net.named_modules())
     with safetensors.safe_open(path, "pt") as file:
         written = sum(name.endswith(UP) for name in file.keys())  # noqa: SIM118
     if loaded != written:
         raise AssertionError(f"{path}: {loaded} of {written} modules come back")
-    return net
+
+    net.fuse_lora()
+    before, wanted = dict(base.named_parameters()), dict(merged.named_parameters())
+    for name, parameter in net.named_parameters():
+        if ".lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        was, goal = before[plain].detach().cpu(), wanted[plain].detach().cpu()
+        apart = float((parameter.detach() - goal).abs().max())
+        if apart > 1e-3 * float((goal - was).abs().max()) + 1e-6 * float(was.abs().max()):
+            raise AssertionError(f"{path}: {plain} comes back {apart:.2g} away")

@@ -36,7 +36,7 @@ def trained(model, base, seed=3, size=0.2):
 def outputs(model, net):
     """What a network says about two noises and prompts."""
     with torch.no_grad():
-        times = torch.full((2,), model.process.middle())
+        times = torch.full((2,), 500.0 if model.flows() else 500)
         return model._predict(net.eval(), noise_of(model, 2), times, torch.tensor([0, 1]))
 
 
@@ -367,7 +367,7 @@ def test_stabilitys_names_count_layers_through(larges, tmp_path, kind, form):
 def test_kohyas_files_of_xl_are_read_as_diffusers_reads_them(larges, tmp_path):
     """All modules inside the blocks in Stability's names."""
     net, found = larges["sdxl"], of_all(larges["sdxl"])
-    names = lora.stability_names(net)
+    names = {name: lora.stability_name(name, net) for name in found.factors}
     inside = {m: f for m, f in found.factors.items() if m.startswith(lora.BLOCKS)}
     renamed = {names[module]: pair for module, pair in inside.items()}
     assert len(renamed) == len(inside) > 200
@@ -520,6 +520,23 @@ def test_text_encoders_alone_are_no_lora_for_a_base(pair, tmp_path):
         model.load_like(base, tmp_path / "theirs.safetensors")
 
 
+def test_a_kernel_of_one_is_a_linear_layer(pair, tmp_path):
+    """Projections of Stable Diffusion 1's transformers are convolutions, of 2's are linear; files
+    of both are around for both."""
+    model, base, path = pair("sd")
+    module = FIRST.removeprefix("lora_unet_")
+    tensors = {n: t for n, t in kohya(model._read_lora(path, base), 3).items() if module in n}
+    for name, tensor in tensors.items():
+        tensors[name] = tensor[..., None, None] if tensor.ndim else tensor
+    safetensors.torch.save_file(tensors, tmp_path / "theirs.safetensors")
+    found = lora.read_lora(tmp_path / "theirs.safetensors", base)
+    whole = model._read_lora(path, base)
+    for name in found.factors:
+        shape = base.get_submodule(name).weight.shape
+        torch.testing.assert_close(found.step(name, shape), whole.step(name, shape))
+    assert len(found.factors) == 1
+
+
 def test_a_checkpoint_is_no_lora(tmp_path):
     """Its names hold ".diffusion", which is no ".diff"."""
     name = "model.diffusion_model.input_blocks.0.0.weight"
@@ -547,6 +564,12 @@ def test_anyones_lora_alone_decides_what_moves(pair, text_folders, model_of, tmp
     merger = neon.Merger(base, other.load_like(base, file), other.layer)
     assert set(merger.owners) == {f"{name}.weight" for name in some.factors}
     assert all(row["drift"] > 0 for row in merger.table().values())
+
+    # Whatever rank is asked for; and where a whole network is given, all weights move.
+    again = model_of(text_folders["sd"], aux=str(file), lora_rank=2)
+    assert again.moving == other.moving and not again.targets
+    whole = model_of(text_folders["sd"], aux=str(text_folders["sd"]), lora_rank=2)
+    assert not whole.moving
 
 
 # -------------------- the file that comes out
