@@ -272,7 +272,7 @@ class EdmModel(Model):
     encodes = False
 
     def __init__(self, preset, c):
-        self.preset, self.augment_p = preset, c.augment
+        self.preset = preset
         self.churn = {}
         if c.s_churn:
             self.churn = {
@@ -283,7 +283,21 @@ class EdmModel(Model):
             }
             self.identity = f"edm, Heun, {self.churn}, 1"
         self.draws_on = bool(self.churn)
-        self.training_identity = f"edm, augment {c.augment}, dropout {c.dropout}, 1"
+        self.set_training(c.augment, c.dropout)
+
+    def set_training(self, augment, dropout):
+        self.augment_p = augment
+        self.training_identity = f"edm, augment {augment}, dropout {dropout}, 1"
+
+    def start_check(self, base, c, trained):
+        """Augmented images without labels that say so would be images that the network is to make:
+        EDM trains such a network on images as they are."""
+        if c.augment and base.config.get("augment_dim", 0) != AUGMENT_LABELS:
+            self.set_training(0.0, c.dropout)
+            self.notes = [
+                f"the network does not take EDM's {AUGMENT_LABELS} augmentation labels, so that it "
+                f"is trained without --augment {c.augment:g}"
+            ]
 
     def fetch(self, source, what):
         """What an address answers with is read before it is kept."""
@@ -365,11 +379,15 @@ def one_hot(net, labels):
 
 
 # ==================== sampler and loss
-def sigma_steps(net, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # of the sampler's steps
+
+
+def sigma_steps(net, num_steps=18):
     """EDM's time steps [num_steps + 1] float64, ending in 0 (equation 5)."""
-    low, high = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
+    low, high = max(SIGMA_MIN, net.sigma_min), min(SIGMA_MAX, net.sigma_max)
     ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
-    steps = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    first, last = high ** (1 / RHO), low ** (1 / RHO)
+    steps = (first + ramp * (last - first)) ** RHO
     return F.pad(net.round_sigma(steps), (0, 1))
 
 
@@ -378,9 +396,6 @@ def edm_sampler(
     noise,
     class_labels=None,
     num_steps=18,
-    sigma_min=0.002,
-    sigma_max=80.0,
-    rho=7.0,
     S_churn=0.0,
     S_min=0.0,
     S_max=math.inf,
@@ -390,7 +405,7 @@ def edm_sampler(
     """Heun's second-order method (EDM, algorithm 1; with S_churn algorithm 2, stochastic).
     noise [N, C, H, W], one-hot labels [N, K] (or None), draw(): more noise of every sample, float64
     [N, C, H, W] -> images in [-1, 1] float64."""
-    t = sigma_steps(net, num_steps, sigma_min, sigma_max, rho)
+    t = sigma_steps(net, num_steps)
     churned = (t >= S_min) & (t <= S_max)
     gamma = torch.where(churned, min(S_churn / num_steps, 2**0.5 - 1), 0.0)
     t_hat = net.round_sigma(t + gamma * t)
@@ -430,6 +445,7 @@ def edm_loss(net, images, labels, augment_p):
 
 
 # ==================== augmentation (EDM, appendix F.2): nine labels
+AUGMENT_LABELS = 9
 SYM6 = [  # low-pass filter of the sym6 wavelet
     0.015404109327027373,
     0.0034907120842174702,

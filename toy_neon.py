@@ -28,11 +28,11 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, leave_quietly)
 
 import argparse
-import contextlib
 import functools
 import itertools
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,7 +204,6 @@ class Run:
     """All results of one seed."""
 
     training: Training
-    data: torch.Tensor  # [N, 2], the real points
     scorer: "Scorer"  # of the main setting
     scores: dict[str, Score]  # of the winners: in each setting, base, global, delta 1.72, ...
     found: dict[str, Found]  # by what each search the winners come from
@@ -268,7 +267,7 @@ def experiment(
     if alignment:
         with threads(1):
             curve = part("alignment", Curve, gradient_alignment, models.theta_r, alignment)
-    return Run(training, models.data, scorer, scores, found, deltas, curve)
+    return Run(training, scorer, scores, found, deltas, curve)
 
 
 # ---------------------------------------------------------------- data and network
@@ -470,8 +469,8 @@ def fresh_score(scorer: Scorer, w) -> Score:
 
 
 # ---------------------------------------------------------------- searches
-def ranking(scorer: Scorer, W, rounds: list[tuple[int, int]]) -> Found:
-    """The best of W [G][6]: each round (points, survivors) scores the survivors of the last."""
+def ranking(scorer: Scorer, W, rounds: Sequence[tuple[int, int]]) -> Found:
+    """The best of W [G][6]: each round scores the survivors of the last, see Scoring.rounds."""
     begin = time.perf_counter()
     W = torch.as_tensor(W, dtype=torch.float64)
     fd = np.full(len(W), np.inf)
@@ -479,7 +478,8 @@ def ranking(scorer: Scorer, W, rounds: list[tuple[int, int]]) -> Found:
     alive = np.arange(len(W))
     evaluations = 0
 
-    for n, survivors in rounds:
+    for divisor, survivors in rounds:
+        n = scorer.scoring.points // divisor
         mean, cov = scorer.moments(W[alive], n, seed=0)
         fd[alive] = frechet_to_target(mean, cov)
         points[alive] = n
@@ -490,30 +490,17 @@ def ranking(scorer: Scorer, W, rounds: list[tuple[int, int]]) -> Found:
     return Found(W[alive[0]].tolist(), W, fd.tolist(), points.tolist(), evaluations, seconds)
 
 
-def refinement(scoring: Scoring) -> list[tuple[int, int]]:
-    """Few points for all, many for the survivors: (points, survivors) of each round."""
-    return [(scoring.points // divisor, survivors) for divisor, survivors in scoring.rounds]
-
-
 def global_sweep(scorer: Scorer, weights) -> Found:
-    """One weight for all layers."""
-    rounds = [(scorer.scoring.points, 1)]
-    if scorer.scoring.exact:
-        rounds = refinement(scorer.scoring)[1:]  # it is drawn as a curve: nothing coarse
+    """One weight for all layers; drawn as a curve, so that no round is coarse."""
+    rounds = scorer.scoring.rounds[1:] if scorer.scoring.exact else [(1, 1)]
     return ranking(scorer, [[w] * 6 for w in weights], rounds)
 
 
 def layer_grid(scorer: Scorer, w_star: float, delta: float) -> Found:
     """{w* - delta, w*, w* + delta}^6 around the best global weight."""
     steps = [round(w_star + k * delta, 12) for k in (-1, 0, 1)]
-    rounds = [(scorer.scoring.points // 100, 1)]  # as the authors
-    if scorer.scoring.exact:
-        rounds = refinement(scorer.scoring)
+    rounds = scorer.scoring.rounds if scorer.scoring.exact else [(100, 1)]  # as the authors
     return ranking(scorer, list(itertools.product(steps, repeat=6)), rounds)
-
-
-class BudgetSpent(Exception):
-    """A search has used its evaluations."""
 
 
 class Objective:
@@ -524,16 +511,11 @@ class Objective:
         self.drift = scorer.theta_s.double() - self.theta_r
         points = min(search.points, scorer.scoring.points // 4)
         self.z = sobol_normal(2 ** (points.bit_length() - 1), 7)  # a power of two of them
-        self.objective, self.evaluations = objective, search.evaluations
-        self.tried: list[list[float]] = []
-        self.fds: list[float] = []
-        self.values: list[float] = []
+        self.objective = objective
+        self.asked: list[tuple[list[float], float, float]] = []  # w, FD, value
 
     def __call__(self, w):
         """w [6] -> value, gradient [6]."""
-        if len(self.tried) == self.evaluations:
-            raise BudgetSpent
-
         # Rounded, in and out, far below what matters: the last bits, which differ between machines,
         # would grow from step to step into another path.
         w = np.round(w, 6)
@@ -545,9 +527,7 @@ class Objective:
         loss = fd if self.objective == "fd" else sliced_w2(x)
         (gradient,) = torch.autograd.grad(loss, weights)
 
-        self.tried.append(w.tolist())
-        self.fds.append(fd.item())
-        self.values.append(loss.item())
+        self.asked.append((w.tolist(), fd.item(), loss.item()))
         return round(loss.item(), 12), gradient.numpy().round(9)
 
 
@@ -555,20 +535,22 @@ def descend(scorer: Scorer, search: Search, objective: str, w_start: float) -> F
     """scipy's L-BFGS-B from w_start in all layers."""
     begin = time.perf_counter()
     value = Objective(scorer, search, objective)
-    with contextlib.suppress(BudgetSpent):
-        scipy.optimize.minimize(
-            value,
-            np.full(6, w_start),
-            jac=True,
-            method="L-BFGS-B",
-            bounds=[(-search.bound, search.bound)] * 6,
-            options={"ftol": search.tolerance, "gtol": search.tolerance},
-        )
+    options = {"ftol": search.tolerance, "gtol": search.tolerance, "maxfun": search.evaluations}
+    scipy.optimize.minimize(
+        value,
+        np.full(6, w_start),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(-search.bound, search.bound)] * 6,
+        options=options,
+    )
 
-    best = value.tried[int(np.nanargmin(value.values))]
-    tried, n = torch.tensor(value.tried, dtype=torch.float64), len(value.tried)
+    # scipy ends its last line search, whatever it takes.
+    W, fd, values = zip(*value.asked[: search.evaluations], strict=True)
+    best = W[int(np.nanargmin(values))]
+    tried, n = torch.tensor(W, dtype=torch.float64), len(W)
     seconds = time.perf_counter() - begin
-    return Found(best, tried, value.fds, [len(value.z)] * n, n, seconds)
+    return Found(best, tried, list(fd), [len(value.z)] * n, n, seconds)
 
 
 # ---------------------------------------------------------------- gradient alignment
@@ -619,15 +601,10 @@ def gradient_alignment(theta_r, alignment: Alignment) -> Curve:
     return Curve(list(alignment.zetas), cosines)
 
 
-# ---------------------------------------------------------------- report
-def shortest(number: float) -> str:
-    """1.0 -> "1", 0.1234567 -> "0.1234567": different numbers, different names."""
-    return repr(float(number)).removesuffix(".0")
-
-
+# ---------------------------------------------------------------- tables
 def row_of(delta: float) -> str:
     """A grid's name in the table."""
-    return f"delta {shortest(delta)}"
+    return f"delta {delta:.12g}"
 
 
 def digits(value: float) -> str:
@@ -635,32 +612,63 @@ def digits(value: float) -> str:
     return f"{value:.5f}" if value >= 1e-3 else f"{value:.1e}"
 
 
+def over_seeds(runs: list[Run], name: str) -> np.ndarray:
+    """FD and SW2 of a winner: [seeds, 2]."""
+    return np.array([[run.scores[name].fd, run.scores[name].sw2] for run in runs])
+
+
 def table(runs: list[Run]) -> list[dict]:
     """FD and SW2 of every winner, mean and standard deviation over the seeds; then at how many of
     them it is better than one weight, or one seed's weights."""
     paper = PAPER_ROWS | dict(zip(map(row_of, DELTAS), PAPER_FD, strict=True))
-    scores = {}  # [seeds, 2]
-    for name in runs[0].scores:
-        scores[name] = np.array([[run.scores[name].fd, run.scores[name].sw2] for run in runs])
-
     rows = []
     for name, score in runs[0].scores.items():
         if name in PAPER_OPTIMA:
             continue  # the main setting's is the global row
+        scores = over_seeds(runs, name)
         row = {f"seeds: {len(runs)}": name}
         # One seed has no spread; FD's numerical error stands in its place.
-        spread = scores[name].std(0, ddof=1) if len(runs) > 1 else [score.fd_error, None]
-        for column, mean, std in zip(("FD", "SW2"), scores[name].mean(0), spread, strict=True):
+        spread = scores.std(0, ddof=1) if len(runs) > 1 else [score.fd_error, None]
+        for column, mean, std in zip(("FD", "SW2"), scores.mean(0), spread, strict=True):
             row[column] = digits(mean) if std is None else f"{digits(mean)} +- {digits(std)}"
         row["paper FD"] = str(paper.get(name, ""))
         if len(runs) > 1:
-            wins = (scores[name] < scores["global"]).sum(0)
+            wins = (scores < over_seeds(runs, "global")).sum(0)
             row["seeds better than global: FD, SW2"] = ", ".join(map(str, wins))
         else:
             weights = ", ".join(f"{w:.2f}" for w in score.w)
             row["weights: input, blocks 0 to 3, output"] = weights
         rows.append(row)
     return rows
+
+
+def least(runs: list[Run]) -> str:
+    """The delta whose winner has the least mean FD."""
+    rows = map(row_of, runs[0].deltas)
+    return min(rows, key=lambda row: over_seeds(runs, row)[:, 0].mean())
+
+
+def headline(runs: list[Run]) -> str:
+    """FD of the base, of one weight and of the best winner, with the paper's."""
+    best = least(runs)
+    words = {"base": "base", "global": "one weight for all layers"}
+    words[best] = f"a weight for every layer, {best},"
+    texts = []
+    for row in table(runs):
+        name = row[f"seeds: {len(runs)}"]
+        if name in words:
+            paper = f" (paper: {row['paper FD']})" if row["paper FD"] else ""
+            texts.append(f"{words[name]} {row['FD']}{paper}")
+    return f"FD: {'; '.join(texts)}."
+
+
+def in_short(runs: list[Run]) -> str:
+    """The table for a terminal."""
+    rows = table(runs)
+    columns = [*rows[0]]
+    for row in rows:
+        row[columns[0]] = row[columns[0]].removeprefix("gradient on ")
+    return terminal_text("FD, lower is better", rows, columns, [headline(runs)], most=16)
 
 
 def summary_of(run: Run) -> dict:
@@ -694,35 +702,29 @@ def grid_csv(grid: Found) -> str:
     columns = [f"w_{layer.replace(' ', '_')}" for layer in LAYERS]
     lines = [",".join([*columns, "fd", "points"])]
     for w, fd, points in zip(grid.W.tolist(), grid.fd, grid.points, strict=True):
-        lines.append(",".join([*map(shortest, w), f"{fd:.7g}", str(points)]))
+        weights = [f"{value:.12g}" for value in w]
+        lines.append(",".join([*weights, f"{fd:.7g}", str(points)]))
     return "\n".join(lines) + "\n"
 
 
-# ---------------------------------------------------------------- figures
-# Each gives a figure of matplotlib and what it shows in words.
-CROSS = {"marker": "x", "linestyle": "", "markersize": 8, "markeredgewidth": 2}
-
-
+# ---------------------------------------------------------------- page
+# Each of these gives a figure of matplotlib and what it shows in words.
 def draw_sweeps(run: Run):
     """FD against the weight of all layers, in the four settings."""
     figure = new_figure(5.6, 4.4)
     axis = figure.subplots()
-    base = run.scores["base"].fd
-    top = 2 * base  # a collapsed network's score would flatten the rest
-    interesting, told = [0.0], []
+    told = []
     for k, setting in enumerate(run.training.settings):
         sweep, best = run.found[setting], run.scores[setting]
-        w, fd = sweep.W[:, 0].numpy(), np.array(sweep.fd)
-        interesting.extend(w[fd < top])
-        axis.plot(w, fd, color=f"C{k}", label=f"{setting}, best w = {best.w[0]:g}")
+        label = f"{setting}, best w = {best.w[0]:g}"
+        axis.plot(sweep.W[:, 0], sweep.fd, color=f"C{k}", label=label)
         axis.plot(best.w[0], best.fd, "o", color=f"C{k}")
-        axis.plot(*PAPER_OPTIMA[setting], color=f"C{k}", **CROSS)
+        axis.plot(*PAPER_OPTIMA[setting], "x", color=f"C{k}", markeredgewidth=2)
         told.append(f"{setting}: {digits(best.fd)} at {best.w[0]:g}")
 
+    base = run.scores["base"].fd
     axis.axhline(base, color=INK, linestyle=":", label="base, w = 0")
-    axis.plot([], [], "o", color="gray", label="our optimum")
-    axis.plot([], [], color="gray", label="paper's optimum", **CROSS)
-    axis.set(xlim=(min(interesting), max(interesting)), ylim=(0, top))
+    axis.set_ylim(0, 2 * base)  # a collapsed network's would flatten the rest
     axis.set(xlabel="w, the same for all layers", ylabel="FD")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure, f"FD against one weight for all layers; least {'; '.join(told)}"
@@ -730,69 +732,54 @@ def draw_sweeps(run: Run):
 
 def draw_weights(run: Run):
     """The winners' weights as bars, a group a layer."""
-    n = len(run.deltas)
     figure = new_figure(5.6, 3.4)
     axis = figure.subplots()
-    colours = shades(n)
+    width = 0.8 / len(run.deltas)
     told = []
     for k, delta in enumerate(run.deltas):
-        left = np.arange(6) - 0.4 + (k + 0.5) * 0.8 / n
         w = run.scores[row_of(delta)].w
-        axis.bar(left, w, 0.8 / n, color=colours[k], label=f"delta {delta:g}")
+        axis.bar(np.arange(6) - 0.4 + (k + 0.5) * width, w, width, label=f"delta {delta:g}")
         told.append(f"delta {delta:g}: {', '.join(f'{value:.2f}' for value in w)}")
+
     w_star = run.scores["global"].w[0]
     axis.axhline(w_star, color=INK, linestyle=":", label=f"global, {w_star:g}")
     axis.axhline(0, color=INK, linewidth=0.8)
     axis.set_xticks(range(6), LAYERS)
     axis.set_ylabel("weight of the winner")
-    figure.legend(fontsize=8, loc="outside lower center", ncols=4)
+    figure.legend(loc="outside lower center", ncols=4)
     return figure, f"Weights by layer, {', '.join(LAYERS)}. {'; '.join(told)}"
 
 
-def shades(n: int):
-    """Dark to light, none as dark or light as a page."""
-    from matplotlib import colormaps
-
-    return colormaps["viridis"](0.3 + 0.6 * np.arange(n) / max(n - 1, 1))
-
-
-def draw_scores(runs: list[Run], score: str):
-    """fd or sw2 of the winners against delta, its mean and standard deviation over seeds."""
-    figure = new_figure(5.2, 3.6)
+def draw_scores(runs: list[Run]):
+    """FD and SW2 of the winners against delta, mean and standard deviation over the seeds."""
+    figure = new_figure(5.6, 4)
     axis = figure.subplots()
     deltas = runs[0].deltas
-    ours = np.array([[getattr(run.scores[row_of(d)], score) for d in deltas] for run in runs])
-    mean, label = ours.mean(0), "ours"
-    if len(runs) > 1:
-        std, label = ours.std(0, ddof=1), f"ours, mean and std of {len(runs)} seeds"
-        axis.fill_between(deltas, mean - std, mean + std, color="C0", alpha=0.2)
-    axis.plot(deltas, mean, "o-", color="C0", label=label)
-
-    best_global = np.mean([getattr(run.scores["global"], score) for run in runs])
-    axis.axhline(best_global, color="C0", linestyle=":", label="ours, one weight")
-    if score == "fd":
-        axis.plot(DELTAS, PAPER_FD, "x--", color="C1", label="paper, one run")
-    axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # room for the legend
-    axis.set(xlabel="delta", ylabel=score.upper())
-    axis.legend(fontsize=8)
-    told = ", ".join(f"{d:g}: {digits(value)}" for d, value in zip(deltas, mean, strict=True))
-    return figure, f"{score.upper()} of the winners against delta. {told}"
+    ours = np.stack([over_seeds(runs, row_of(delta)) for delta in deltas])  # [deltas, seeds, 2]
+    mean, std = ours.mean(1), ours.std(1, ddof=min(len(runs) - 1, 1))  # 0 of one seed
+    told = []
+    for k, score in enumerate(("FD", "SW2")):
+        axis.errorbar(deltas, mean[:, k], std[:, k], marker="o", color=f"C{k}", label=score)
+        axis.axhline(over_seeds(runs, "global")[:, k].mean(), color=f"C{k}", linestyle=":")
+        told.append(f"{score}: {', '.join(map(digits, mean[:, k]))}")
+    axis.plot(DELTAS, PAPER_FD, "x--", color="C2", label="FD of the paper, one run")
+    axis.set(xlabel="delta", ylabel="distance to the target")
+    axis.legend()
+    return figure, f"Winners at delta {', '.join(map(str, deltas))}. {'; '.join(told)}"
 
 
 def draw_cloud(points):
-    """Points [N, 2], with the target's ellipse at one and two standard deviations."""
+    """Samples [N, 2], with the target's ellipse at one and two standard deviations."""
     mean, cov = target()
-    circle = torch.linspace(0, 2 * torch.pi, 200).double()
-    ellipse = torch.linalg.cholesky(cov) @ torch.stack([circle.cos(), circle.sin()])  # [2, 200]
+    angle = torch.linspace(0, 2 * torch.pi, 200).double()
+    ellipse = torch.linalg.cholesky(cov) @ torch.stack([angle.cos(), angle.sin()])  # [2, 200]
     figure = new_figure(2.2, 2.2)
     axis = figure.subplots()
     axis.plot(*points.T, ".", markersize=2)
     for deviations in (1, 2):
         axis.plot(*(mean[:, None] + deviations * ellipse), color="C3")
     axis.set(aspect="equal", xlim=(-5, 5), ylim=(-5, 5))
-    axis.set(xticks=range(-4, 5, 2), yticks=range(-4, 5, 2))
-    found = torch.as_tensor(points).double()
-    spread = ", ".join(f"{value:.2f}" for value in torch.cov(found.T).flatten().tolist())
+    spread = ", ".join(f"{value:.2f}" for value in torch.cov(points.T).flatten().tolist())
     return figure, f"{len(points)} points; their covariance {spread}, the target's 2, 1, 1, 2"
 
 
@@ -804,14 +791,12 @@ def draw_alignment(curve: Curve):
     axis.plot(curve.zeta, curve.cosine, label="ours")
     axis.plot(*PAPER_ALIGNMENT, "x", color="C1", markeredgewidth=2, label="paper")
     axis.set(xlabel="zeta, score scale of the samples", ylabel="cosine with the real gradient")
-    axis.legend(fontsize=8)
-    told = ", ".join(
-        f"{zeta:g}: {cosine:.3f}" for zeta, cosine in zip(curve.zeta, curve.cosine, strict=True)
-    )
+    axis.legend()
+    pairs = zip(curve.zeta, curve.cosine, strict=True)
+    told = ", ".join(f"{zeta:g}: {cosine:.3f}" for zeta, cosine in pairs)
     return figure, f"Cosine of real and synthetic gradient against zeta. {told}"
 
 
-# ---------------------------------------------------------------- page
 TRUST = (
     "FD is an integral over the sampler's starting noise; the number behind +- is its numerical "
     "error (one seed) or the standard deviation over seeds. SW2 is seen by no search but those "
@@ -820,48 +805,22 @@ TRUST = (
 )
 
 
-def least(runs: list[Run]) -> str:
-    """The delta whose winner has the least mean FD."""
-
-    def mean(row):
-        return np.mean([run.scores[row].fd for run in runs])
-
-    return min(map(row_of, runs[0].deltas), key=mean)
-
-
-def headline(runs: list[Run]) -> str:
-    """FD of the base, of one weight and of the best winner, with the paper's."""
-    first = f"seeds: {len(runs)}"
-    rows = {row[first]: row for row in table(runs)}
-    texts = []
-    for name, words in (
-        ("base", "base"),
-        ("global", "one weight for all layers"),
-        (least(runs), f"a weight for every layer, {least(runs)},"),
-    ):
-        paper = rows[name]["paper FD"]
-        texts.append(f"{words} {rows[name]['FD']}" + f" (paper: {paper})" * bool(paper))
-    return f"FD: {'; '.join(texts)}."
-
-
 def page_of(runs: list[Run], summary: dict) -> Page:
     """The table over the seeds; samples and weights of the first."""
     run = runs[0]
-    panels = [Panel("real data", "", figure=drawn("", draw_cloud, run.data))]
+    panels = []
     for row in ("base", "collapsed", "global", least([run])):
-        points = run.scorer.samples(run.scores[row].w, 1024)
-        caption = f"FD {digits(run.scores[row].fd)}"
-        panels.append(Panel(row, caption, figure=drawn("", draw_cloud, points)))
+        figure = drawn("", draw_cloud, run.scorer.samples(run.scores[row].w, 1024))
+        panels.append(Panel(row, f"FD {digits(run.scores[row].fd)}", figure=figure))
 
-    figures = [drawn("FD against one weight for all layers", draw_sweeps, run)]
+    title = "FD against one weight for all layers; dots: least, crosses: the paper's"
+    figures = [drawn(title, draw_sweeps, run)]
     if len(run.deltas) > 1:
-        figures.append(drawn("FD, which the grid ranks by", draw_scores, runs, "fd"))
-        figures.append(drawn("SW2, which no grid has seen", draw_scores, runs, "sw2"))
+        title = "FD, which ranks, and SW2, which no grid sees; dotted: one weight for all layers"
+        figures.append(drawn(title, draw_scores, runs))
     if run.alignment:
         figures.append(drawn("Gradient alignment", draw_alignment, run.alignment))
-    about = summary.get("config", {}) | summary.get("versions", {})
-    facts = [{"what": "machine", "value": str(summary.get("machine", ""))}]
-    facts += [{"what": name, "value": str(value)} for name, value in about.items()]
+
     part = Part(
         title="",
         headline=[headline(runs)],
@@ -870,17 +829,18 @@ def page_of(runs: list[Run], summary: dict) -> Page:
         tables=[Table("Winners", table(runs))],
         figures=figures,
     )
-    seeds = ", ".join(str(one.training.seed) for one in runs)
-    links = {f"seed {one.training.seed}": f"seed_{one.training.seed}/report.html" for one in runs}
+    seeds = [one.training.seed for one in runs]
+    about = {"machine": summary["machine"]} | summary["config"] | summary["versions"]
+    facts = [{"what": name, "value": str(value)} for name, value in about.items()]
     return Page(
         title="the paper's toy",
-        about=f"Fréchet distance (FD), lower is better; seed {seeds}",
+        about=f"Fréchet distance (FD), lower is better; seed {', '.join(map(str, seeds))}",
         parts=[part],
         warnings=[],
         trust={"What the numbers are": [TRUST]},
         trust_tables=[Table("Settings, machine and versions", facts)],
-        command=summary.get("command", ""),
-        links=links if len(runs) > 1 else {},
+        command=summary["command"],
+        links={f"seed {seed}": f"seed_{seed}/report.html" for seed in seeds if len(seeds) > 1},
     )
 
 
@@ -964,24 +924,14 @@ def study(argv: list[str]) -> None:
     print(f"\n{in_short(runs)}\n\n{seconds:.1f} s. Report: {place}", flush=True)
 
 
-def in_short(runs: list[Run]) -> str:
-    """The table for a terminal."""
-    first, *columns = table(runs)[0]
-    rows = []
-    for row in table(runs):
-        rows.append(row | {first: row[first].removeprefix("gradient on ")})
-    return terminal_text("FD, lower is better", rows, [first, *columns], [headline(runs)], most=16)
-
-
 def write_results(out: Path, runs: list[Run], summary: dict):
     """Grids, summary, table, then the page, and one of every seed; what another study has left of
     them in this folder goes."""
     for old in [*out.glob("grid_*.csv"), *out.glob("seed_*/report.html")]:
         old.unlink()
     for delta in runs[0].deltas:
-        write_atomically(
-            out / f"grid_{shortest(delta)}.csv", grid_csv(runs[0].found[row_of(delta)])
-        )
+        path = out / f"grid_{delta:.12g}.csv"
+        write_atomically(path, grid_csv(runs[0].found[row_of(delta)]))
     plain = strict(summary)
     write_texts([markdown(table(runs))], plain, out)
     write_page(page_of(runs, plain), out / "report.html")

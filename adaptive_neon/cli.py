@@ -15,8 +15,8 @@ from torch import nn
 
 from .blocks import Merger
 from .command import Parser, run_command
-from .config import Config, Preset, grid_values, judge_name
-from .controls import GUIDANCE
+from .config import Config, Preset, grid_values
+from .controls import GUIDED, TWICE
 from .extension import neon_ext
 from .files import UserError, reading
 from .folders import is_pipeline
@@ -34,6 +34,7 @@ from .study import (
     experiment,
     global_weights,
     grid_points,
+    models_of,
 )
 from .text import asked_of_text
 from .train import time_training
@@ -67,7 +68,7 @@ def study_one(c, preset, argv, processes, begin) -> dict | None:
     sampler = Sampler(setup.model, net, c.steps, c.sample_batch, c.labels, processes)
     cost = Cost.of(setup, net, sampler)
     remark = check_grid(c, cost.blocks)
-    check_primary(c, cost.blocks, setup.model)
+    check_primary(c, cost.models)
     if remark and processes.rank == 0:
         print(remark)
     if c.plan:
@@ -79,7 +80,7 @@ def study_one(c, preset, argv, processes, begin) -> dict | None:
     if processes.rank > 0:
         return None
     summary = summarise(c, argv, results, setup, cost.seconds_per_image, processes, begin)
-    write_report(summary, {entry.kimg: entry.samples for entry in results.entries}, c.out)
+    write_report(summary, results.samples, c.out)
     return summary
 
 
@@ -109,6 +110,7 @@ class Cost:
     """What one training seed will take; features are not counted."""
 
     blocks: list[str]
+    models: list[str]  # of the final comparison
     seconds_per_image: float
     compilation: float  # seconds
     scores: int  # of one snapshot, on the selection seeds
@@ -128,13 +130,11 @@ class Cost:
         if c.search:
             # A gradient costs about as much as five scores, and its point is scored too.
             scores += c.evaluations * {"cobyqa": 1, "gradient": 6}[c.search]
-        finals = 4 + bool(c.search) + c.placebo + bool(c.continue_on_data) + len(own)
-        finals += 2 * ("steps" in c.controls) + 2 * ("guided" in c.controls)
-        finals += GUIDANCE in setup.model.controls and "own" in c.controls  # of equal adherence
-        finals *= c.final_repeats
+        models = models_of(c, blocks, setup.model)
+        finals = (len(models) + (TWICE in models) + (GUIDED in models)) * c.final_repeats
         images = (scores * c.select_images + finals * c.final_images) * len(c.snapshot)
         hours = (images + c.synthetic) * seconds / 3600 / setup.processes.world
-        return cls(blocks, seconds, compilation, scores, finals, hours + compilation / 3600)
+        return cls(blocks, models, seconds, compilation, scores, finals, hours + compilation / 3600)
 
 
 def refuse_hours(c: Config, cost: Cost) -> None:
@@ -235,15 +235,7 @@ def build_parser(doc: str, presets: Mapping[str, Preset]) -> Parser:
             continue
         kind = partial(in_range, field)
         vars(kind)["__name__"] = getattr(how["kind"], "__name__", "value")  # for messages
-        # Judges and grids of single blocks are named one by one.
-        action = "store"
-        if how["kind"] is judge_name:
-            action = "extend"
-        if how["kind"] is grid_values:
-            action = "append"
-        argument = parser.add_argument(name, type=kind, choices=choices, help=text, action=action)
-        if field.name == "continue_on_data":
-            argument.nargs, argument.const = "?", -1.0  # as long as the self-training
+        parser.add_argument(name, type=kind, choices=choices, help=text, **how["parsing"])
     return parser
 
 

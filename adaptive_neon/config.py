@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from .features import INCEPTION
-from .files import read_json, reason_of
+from .files import reason_of
 from .images import RealData
 from .sampling import Model
 from .search import BOUNDS
@@ -92,10 +93,10 @@ def read_partition(text):
         return text
     message = f"{text} is not paper, structural, layers or a JSON file {{glob: block}}"
     try:
-        table = read_json(text)
+        table = json.loads(Path(text).read_bytes())
     except OSError:
         raise argparse.ArgumentTypeError(message) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{message} ({reason_of(error)})") from None
     if not isinstance(table, dict) or not all(isinstance(block, str) for block in table.values()):
         raise argparse.ArgumentTypeError(f"{message}: its blocks must be strings")
@@ -114,11 +115,6 @@ def controls(text):
     return names
 
 
-def judge_name(text):
-    """One --judge or --select-with; they add up."""
-    return (text,)
-
-
 def grid_values(text):
     """One --grid: weights for every block, or block=weights for one -> {block or "": weights}."""
     block, _, values = text.rpartition("=")
@@ -126,15 +122,16 @@ def grid_values(text):
 
 
 # -------------------- fields: a default, what it is, and the values that are allowed
-def option(default, text, kind=None, choices=None, low=-math.inf, high=math.inf):
+def option(default, text, kind=None, choices=None, low=-math.inf, high=math.inf, **parsing):
     """Of Config. default: a value, or a function that gives it; kind: from the option's text to its
-    value; low, high: allowed range of each number."""
+    value; low, high: allowed range of each number; parsing: more of argparse's options."""
     metadata = {
         "help": text,
         "kind": kind or type(default),
         "choices": choices,
         "low": low,
         "high": high,
+        "parsing": parsing,
     }
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -149,8 +146,8 @@ def amount(default, text, high=1e9):
     return option(default, text, float, low=0, high=high)
 
 
-def weights(default, text, kind=numbers):
-    return option(default, text, kind, low=-1e6, high=1e6)
+def weights(default, text, kind=numbers, **parsing):
+    return option(default, text, kind, low=-1e6, high=1e6, **parsing)
 
 
 # The GPU is asked when a run begins, not when this is imported.
@@ -232,15 +229,22 @@ class Config:
         (),
         "one more feature network of the final comparison, repeatable: random-conv, pixels, "
         "FILE.py with features(images), classifier-2 and mlp of glyphs, or none",
-        judge_name,
+        str,
+        action="append",
     )
     select_with: tuple = option(
-        (), "select in the usual features joined with this one's (see --judge)", judge_name
+        (),
+        "select in the usual features joined with this one's (see --judge)",
+        str,
+        action="append",
     )
 
     # Search over the block weights
     grid: tuple = weights(
-        (0.75, 1.0, 1.25), "of every block; BLOCK=WEIGHTS for one, repeatable", grid_values
+        (0.75, 1.0, 1.25),
+        "of every block; BLOCK=WEIGHTS for one, repeatable",
+        grid_values,
+        action="append",
     )
     block_grid: dict = dataclasses.field(default_factory=dict)  # of --grid BLOCK=WEIGHTS
     sweep: tuple = weights((), "also these global weights, start:stop:step", sweep_values)
@@ -266,6 +270,8 @@ class Config:
         "control: the base trained on real images for so many kimg, default the self-training's",
         low=-1,
         high=1e8,
+        nargs="?",
+        const=-1.0,  # as long as the self-training
     )
 
     # The run

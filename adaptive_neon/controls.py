@@ -8,13 +8,14 @@ where images are sampled with classifier-free guidance, the base with more or le
 
 import contextlib
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from .blocks import Merger, copied
 from .processes import Diverged
-from .sampling import Model, Sampler
+from .sampling import Sampler, mapped
 from .scores import Score, Scorer
 
 TWICE = "base, twice the steps"
@@ -24,62 +25,78 @@ GUIDANCE = "guidance"  # a setting of the model's own, and the name of its contr
 EQUAL = "base, equal adherence"
 
 
-def with_steps(scorer: Scorer, steps: int) -> Scorer:
-    """The same networks, sampled in so many steps."""
-    other = copy.copy(scorer)
-    other.sampler = copy.copy(scorer.sampler)
-    other.sampler.steps = steps
-    return other
-
-
-def with_settings(scorer: Scorer) -> Scorer:
-    """Scores of the base whose sample() has other settings, which stand in the place of weights."""
-    other = copy.copy(scorer)
-    other.sampler = copy.copy(scorer.sampler)
-    other.sampler.model = copy.copy(scorer.sampler.model)
-    other.merger = Settings(scorer.merger, other.sampler.model)
-    return other
-
-
 class Settings(Merger):
-    """The base, and settings of its sampler."""
+    """In the place of a merger: the base under settings {name: value}, which are no block weights.
 
-    def __init__(self, merger: Merger, model: Model):
+    key: a setting's name in keys of scores, from its own; apply(settings) -> the network."""
+
+    def __init__(self, merger: Merger, key: str, apply: Callable[[dict], nn.Module]):
         vars(self).update(vars(merger))
-        self.plain, self.model = merger, model
+        self.key, self.apply = key, apply
+
+    def attach(self, net):
+        self.net = net
 
     def weights(self, w):
         return w
 
     def parameter_weights(self, w):
         """No parameter moves: other keys than those of merged networks."""
-        return {f"sample({name})": value for name, value in w.items()}
+        return {self.key.format(name): value for name, value in w.items()}
 
     def set(self, w):
-        self.model.settings = w
-        return self.plain.set(0.0)
+        return self.apply(w)
+
+
+def with_steps(scorer: Scorer, steps: int) -> Scorer:
+    """The same networks, sampled in so many steps."""
+    sampler = copy.copy(scorer.sampler)
+    sampler.steps = steps
+    return scorer.of(sampler=sampler)
+
+
+def with_settings(scorer: Scorer) -> Scorer:
+    """Scores of the base whose sample() has other settings."""
+    sampler = copy.copy(scorer.sampler)
+    sampler.model = copy.copy(scorer.sampler.model)
+
+    def apply(settings):
+        sampler.model.settings = settings
+        return scorer.merger.set(0.0)
+
+    return scorer.of(Settings(scorer.merger, "sample({})", apply), sampler)
 
 
 def guided(scorer: Scorer) -> Scorer | None:
-    """Scores of the guided network, whose one weight says how far outputs step back; None where the
-    sampler makes no network calls that could be guided."""
-    plain, merger = scorer.sampler, scorer.merger
-    net = Guided(merger.base, merger.aux)
-    if not is_called(plain, net):
+    """Scores of the guided network, whose one setting says how far outputs step back; None where
+    the sampler makes no network calls that could be guided."""
+    plain = scorer.sampler
+    if not calls_network(plain):
         return None
     sampler = Sampler(
-        plain.model, net, plain.steps, plain.batch, plain.labels, plain.processes, plain.compiled
+        plain.model,
+        Guided(scorer.merger.base, scorer.merger.aux),
+        plain.steps,
+        plain.batch,
+        plain.labels,
+        plain.processes,
+        plain.compiled,
     )
-    return Scorer(
-        sampler,
-        Guide(merger.base, merger.aux),
-        scorer.judges,
-        scorer.log,
-        scorer.seeds,
-        scorer.selection_precision,
-        scorer.final_precision,
-        scorer.snapshot,
-    )
+
+    def apply(settings):
+        sampler.net.get_buffer("w").fill_(settings[GUIDANCE])
+        return sampler.net
+
+    return scorer.of(Settings(scorer.merger, "outputs", apply), sampler)
+
+
+def calls_network(sampler: Sampler) -> bool:
+    """Whether the model's sampler calls the network itself, not only parts of it."""
+    calls: list[bool] = []
+    hook = sampler.net.register_forward_pre_hook(lambda *_: calls.append(True))
+    with hook, contextlib.suppress(Diverged):
+        sampler.batch_images([0])
+    return bool(calls)
 
 
 class Guided(nn.Module):
@@ -94,55 +111,18 @@ class Guided(nn.Module):
         self.register_buffer("w", torch.zeros(()))  # no number, which would be compiled in
 
     def forward(self, *args, **kwargs):
-        return extrapolated(self.base(*args, **kwargs), self.aux(*args, **kwargs), self.w)
+        return mapped(self.extrapolated, self.base(*args, **kwargs), self.aux(*args, **kwargs))
+
+    def extrapolated(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        if not ours.is_floating_point():
+            return ours
+        return ours + self.w.to(ours.dtype) * (ours - theirs)
 
     def __getattr__(self, name):
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
-
-
-def extrapolated(ours, theirs, w):
-    """ours + w (ours - theirs), in whatever containers of tensors the networks give."""
-    if isinstance(ours, torch.Tensor):
-        return ours + w.to(ours.dtype) * (ours - theirs) if ours.is_floating_point() else ours
-    if isinstance(ours, dict):
-        return type(ours)((key, extrapolated(ours[key], theirs[key], w)) for key in ours)
-    if isinstance(ours, (tuple, list)):
-        parts = [extrapolated(one, other, w) for one, other in zip(ours, theirs, strict=True)]
-        return type(ours)(*parts) if hasattr(ours, "_fields") else type(ours)(parts)
-    return ours
-
-
-def is_called(sampler: Sampler, net: nn.Module) -> bool:
-    """Whether the model's sampler calls the network itself, not only parts of it."""
-    calls = []
-    model, processes = sampler.model, sampler.processes
-    trial = Sampler(model, net, sampler.steps, 1, sampler.labels, processes, compiled=False)
-    trial.net.register_forward_pre_hook(lambda *_: calls.append(True))
-    with contextlib.suppress(Diverged):
-        trial.batch_images([0])
-    return bool(calls)
-
-
-class Guide(Merger):
-    """Of the guided network: one block, whose weight is that of the outputs."""
-
-    def __init__(self, base: nn.Module, aux: nn.Module):
-        super().__init__(base, aux, lambda name: "guidance")
-
-    def attach(self, net: nn.Module) -> None:
-        self.net = net
-
-    def parameter_weights(self, w: dict[str, float]) -> dict[str, float]:
-        """No parameter moves: other keys than those of merged networks."""
-        return {"outputs": w["guidance"]}
-
-    def set(self, w: float | dict[str, float]) -> nn.Module:
-        assert isinstance(self.net, Guided)
-        self.net.w.fill_(self.weights(w)["guidance"])
-        return self.net
 
 
 # -------------------- the base over guidance

@@ -133,6 +133,10 @@ class DiffusersModel(UserModel):
             self.why_not = "a VQModel quantises its latents, so that images have no gradient"
         self.encodes = self.vae is not None
         self.identity = self.training_identity = self._key()
+        self.ready(c)
+
+    def ready(self, c) -> None:
+        """Everything is checked: what samples needs goes to the device."""
         if self.vae is not None:
             self.vae.to(c.device)
 
@@ -449,7 +453,7 @@ class DiffusersModel(UserModel):
                 continue
             variant = None
             if name not in (".", self.denoiser) and any(place.glob("*.safetensors")):
-                variant = variant_of(place, "")
+                variant = variant_of(place)
             (new / name).mkdir(exist_ok=True)
             for file in sorted(place.iterdir()):
                 weights = file.name.endswith(WEIGHT_SUFFIXES) or ".index." in file.name
@@ -511,10 +515,6 @@ class Ddim:
             raise wrong(f"{path}: its network predicts {other.kind}, that of {base} {self.kind}")
         if not torch.equal(other.alphas, self.alphas):
             raise wrong(f"{path}: its noise levels (betas) are not those of {base}")
-
-    def middle(self) -> int:
-        """A time in the middle of the way."""
-        return len(self.alphas) // 2
 
     def times(self, steps: int) -> list[int]:
         """The scheduler's time steps, descending."""

@@ -60,22 +60,19 @@ class Terminal:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # none after 2>&-
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        encoding = self.stream.encoding or "utf-8"
-        known = text.encode(encoding, "backslashreplace").decode(encoding)
-        with self.surviving():
-            self.stream.write(known)
+        self.attempt(self.stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        with self.surviving():
-            self.stream.flush()
+        self.attempt(self.stream.flush)
 
-    @contextlib.contextmanager
-    def surviving(self):
+    def attempt(self, method, *text) -> None:
         try:
-            yield
+            method(*text)
         except OSError:
             # Whoever read it has left. Python would complain again when it flushes at exit.
             with contextlib.suppress(OSError, ValueError):
@@ -127,27 +124,6 @@ def write_atomically(path, write):
         if part.is_file():
             shutil.copymode(plain, part)
         os.replace(part, path)
-
-
-def parse_json(raw: bytes):
-    """What JSON says, in UTF-8, UTF-16 or UTF-32; Refused: where it is none."""
-    try:
-        text = raw.decode(json.detect_encoding(raw))
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise Refused(
-            f"no JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-        ) from error
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise Refused(f"line {line} is not {error.encoding.upper()}") from error
-    except RecursionError as error:
-        raise Refused("it is nested too deeply") from error
-
-
-def read_json(path: Path | str):
-    """What a JSON file says; use it inside reading(), or catch Refused and OSError."""
-    return parse_json(Path(path).read_bytes())
 
 
 def remove_orphans(folder):

@@ -5,6 +5,7 @@ with a folder is one line.
 """
 
 import contextlib
+import importlib
 import inspect
 import json
 import os
@@ -21,6 +22,7 @@ from .files import UserError, printable
 
 NETWORKS = (".pkl", ".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # files, not names on a hub
 WEIGHTS = "diffusion_pytorch_model"
+STEMS = (WEIGHTS, "model", "pytorch_model")  # how files of weights begin, also of transformers
 RECIPE = "adaptive-neon.json"
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # that classes of parts come from
 
@@ -60,21 +62,25 @@ def resolve(source: str | Path) -> Path:
         f"connection is, run `hf download {hub_id} --local-dir FOLDER`, and give that FOLDER"
     )
     with refuse(advice):
-        patterns = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model"]
+        # Outside the parts' folders lie checkpoints of other programs.
+        patterns = ["*.json", "*/*.safetensors", "*/*.bin", "*.txt", "*.model"]
+        patterns += [f"{WEIGHTS}*", "pytorch_lora_weights.safetensors", "adapter_model.safetensors"]
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
 
 
 def import_diffusers():
-    """The package, silent about what is reported here in other words."""
+    return import_quiet("diffusers", "a diffusers pipeline")
+
+
+def import_quiet(package: str, what: str):
+    """A package, silent about what is reported here in other words."""
     try:
-        import diffusers
+        module = importlib.import_module(package)
     except ImportError:
-        raise wrong(
-            "a diffusers pipeline needs the package diffusers: pip install diffusers"
-        ) from None
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    return diffusers
+        raise wrong(f"{what} needs the package {package}: pip install {package}") from None
+    module.utils.logging.set_verbosity_error()
+    module.utils.logging.disable_progress_bar()
+    return module
 
 
 @contextlib.contextmanager
@@ -160,14 +166,11 @@ def home(folder: Path, part: str) -> Path:
     return folder / part if (folder / part).is_dir() else folder
 
 
-def variant_of(place: Path, stem: str = WEIGHTS) -> str | None:
+def variant_of(place: Path) -> str | None:
     """None where a folder has weights without a variant's name, else the variant that is read:
     half precision, or the only one there is."""
-    found = set()
-    for path in [*place.glob(f"{stem}*.safetensors*"), *place.glob(f"{stem}*.bin*")]:
-        name = re.sub(r"-?\d+-of-\d+", "", path.name)  # shards
-        name = name.replace(".index", "").removesuffix(".json")
-        found.add(re.sub(r"^[^.]*\.?|\.?(safetensors|bin)\.?", "", name) or None)
+    files = [*place.glob("*.safetensors*"), *place.glob("*.bin*")]
+    found = {variant_in(path) for path in files if path.name.startswith(STEMS)}
     if not found:
         raise wrong(f"{place}: no weights ({WEIGHTS}.safetensors or .bin)")
     for variant in (None, "fp16", "bf16"):
@@ -179,6 +182,13 @@ def variant_of(place: Path, stem: str = WEIGHTS) -> str | None:
             "none without a variant's name: leave the one that is meant"
         )
     return found.pop()
+
+
+def variant_in(path: Path) -> str | None:
+    """In the name of a file of weights, or of the index of its shards."""
+    name = re.sub(r"-?\d+-of-\d+", "", path.name)
+    name = name.replace(".index", "").removesuffix(".json")
+    return re.sub(r"^[^.]*\.?|\.?(safetensors|bin)\.?", "", name) or None
 
 
 def read_config(place: Path) -> dict:
@@ -200,7 +210,9 @@ def read_network(network_class: Any, place: Path) -> nn.Module:
         net, found = network_class.from_pretrained(
             place,
             variant=variant,
-            use_safetensors=any(place.glob("*.safetensors")),
+            use_safetensors=any(
+                variant_in(path) == variant for path in place.glob("*.safetensors")
+            ),
             torch_dtype=torch.float32,
             local_files_only=True,
             low_cpu_mem_usage=False,

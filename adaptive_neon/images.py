@@ -17,15 +17,7 @@ import torch
 import torch.distributed
 from tqdm import tqdm
 
-from .files import (
-    Refused,
-    UserError,
-    escaped,
-    parse_json,
-    printable,
-    reading,
-    write_atomically,
-)
+from .files import Refused, UserError, escaped, printable, reading, write_atomically
 from .stats import FOLDS
 
 
@@ -220,7 +212,7 @@ def read_image(raw):
 
 def read_labels(raw):
     """dataset.json -> {image: label} or None: {"labels": [[image, label], ...] or null}."""
-    index = parse_json(raw)
+    index = json.loads(raw)
     rows = index.get("labels", "none") if type(index) is dict else "none"
     if rows is None:
         return None

@@ -15,18 +15,13 @@ import safetensors
 import torch
 from torch import nn
 
+from .blocks import copied
 from .files import is_safetensors, printable
 from .folders import refuse, write_tensors, wrong
 
 ATTENTION = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "to_add_out",
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
 )
 BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks")
 
@@ -39,18 +34,38 @@ UP = (
     *(".lora_B.default.weight", ".lora_B.weight", ".lora_up.weight"),
     *(".lora.up.weight", "_lora.up.weight"),
 )
-PREFIXES = ("base_model.model.", "unet.", "transformer.", "lora_unet_", "lora_transformer_")
+PREFIXES = (
+    *("base_model.model.", "unet.", "transformer.", "diffusion_model."),
+    *("lora_unet_", "lora_transformer_", "lycoris_"),
+)
 TEXT_ENCODERS = ("text_encoder", "lora_te")
+FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # peft's, diffusers'
 
-# What has other parts than two factors: by a piece of its names.
+# What has other parts than two factors: by what its names match.
 OTHERS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_w": "LoHa",
-    "lokr_w": "LoKr",
-    "lora_mid": "LoCon with a core",
-    ".diff": "a LoRA with full differences",
-    "lora_B.bias": "a LoRA with biases",
+    r"\.dora_scale$|\.lora_magnitude_vector": "DoRA",
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.b?oft_": "OFT",
+    r"\.lora_mid\.": "LoCon with a core",
+    r"\.diff(_b)?$": "a LoRA with full differences",
+    r"\.lora_B\.(default\.)?bias$": "a LoRA with biases",
+}
+
+# Stability's names of a U-Net's modules, outside its blocks and in resnets.
+OUTSIDE = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+INSIDE = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
 }
 
 
@@ -59,6 +74,7 @@ class Lora:
     """{module: (A [r, ...], B [out, r, ...])}, float32; the step of its weight is B A."""
 
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    notes: tuple[str, ...] = ()  # what of its file is left out
 
     def step(self, module: str, shape: torch.Size) -> torch.Tensor:
         """B A in the shape of the module's weight; of convolutions, A is the one with their
@@ -93,6 +109,9 @@ def target_modules(net: nn.Module, which: str) -> list[str]:
     found = []
     for name, module in net.named_modules():
         if not isinstance(module, (nn.Linear, nn.Conv2d)) or not name.startswith(BLOCKS):
+            continue
+        # Other programs hold the rows of SD3's last one in another order.
+        if type(net.get_submodule(name.rpartition(".")[0])).__name__ == "AdaLayerNormContinuous":
             continue
         if which == "all" or name.endswith(ATTENTION):
             found.append(name)
@@ -134,18 +153,17 @@ def is_lora(path: Path) -> bool:
 
 
 def lora_file(path: Path) -> Path:
-    """peft writes a folder."""
-    inside = path / "adapter_model.safetensors"
-    return inside if inside.is_file() else path
+    """peft and diffusers write folders."""
+    return next((path / name for name in FILES if (path / name).is_file()), path)
 
 
 def kind_of(name: str) -> str:
-    return next((kind for piece, kind in OTHERS.items() if piece in name), "")
+    return next((kind for pattern, kind in OTHERS.items() if re.search(pattern, name)), "")
 
 
-def read_lora(path: Path, net: nn.Module, pipeline: Any) -> Lora:
-    """A LoRA file of anyone's for this network: names of diffusers, peft, kohya and ComfyUI.
-    pipeline: class of diffusers that knows the names of other programs."""
+def read_lora(path: Path, net: nn.Module) -> Lora:
+    """A LoRA file of anyone's for this network, in the names of diffusers, peft, kohya, ComfyUI or
+    Stability. What changes no module of the network is left out, as everyone's tools do."""
     path = lora_file(path)
     tensors: dict[str, torch.Tensor] = {}
     with refuse(path), safetensors.safe_open(path, "pt") as file:
@@ -157,41 +175,78 @@ def read_lora(path: Path, net: nn.Module, pipeline: Any) -> Lora:
             raise wrong(f"{path} is {kind_of(name)} ({name}): only plain LoRA is supported")
 
     text = [name for name in tensors if name.startswith(TEXT_ENCODERS)]
-    if text:
-        print(f"{path}: what it changes in text encoders ({len(text)} tensors) is left out")
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in text}
-    if any("input_blocks" in name or "output_blocks" in name for name in tensors):
-        tensors = in_names_of_diffusers(tensors, net, pipeline, path)
+    for name in text:
+        del tensors[name]
+    if text and not tensors:
+        raise wrong(f"{path}: it changes text encoders alone, which do not move here")
 
-    scales = scales_of(path, metadata)
-    modules = {name: name for name, _ in net.named_modules()}
-    modules |= {name.replace(".", "_"): name for name in modules}
-    factors = {}
-    for name, pair in paired_factors(tensors, scales, str(path)).factors.items():
+    modules, factors, strange = known_names(net), {}, []
+    for name, (a, b) in paired_factors(tensors, scales_of(path, metadata), path).factors.items():
         module = modules.get(name)
-        if not module:
-            raise wrong(f"{path}: {name} is no module of the base: is it a LoRA for another model?")
-        size = net.get_submodule(module).weight.numel()  # type: ignore[union-attr,operator]
-        if pair[0][0].numel() * pair[1].shape[0] != size:
+        if module is None:
+            strange.append(name)
+            continue
+        weight: Any = net.get_submodule(module).weight
+        if (len(b), a[0].numel()) != (len(weight), weight[0].numel()):
             raise wrong(f"{path}: {name} has other sizes than the base's module")
-        factors[module] = pair
-    for name, (a, b) in factors.items():
         if not (a.isfinite().all() and b.isfinite().all()):
             raise wrong(f"{path}: {name} has values that are not finite")
-    return Lora(factors)
+        if module in factors:
+            raise wrong(f"{path}: {module} stands there under two names")
+        factors[module] = (a, b)
+    if not factors:
+        raise wrong(
+            f"{path}: {strange[0]} is no module of the base, nor is any other: is it a LoRA for "
+            "another model?"
+        )
+
+    notes = []
+    if text:
+        notes.append(f"{path}: what it changes in text encoders ({len(text)} tensors) is left out")
+    if strange:
+        notes.append(
+            f"{path}: {len(strange)} of its {len(strange) + len(factors)} modules are none of the "
+            f"base's and left out, first: {printable(strange[0])}"
+        )
+    return Lora(factors, tuple(notes))
 
 
-def in_names_of_diffusers(tensors: dict, net: nn.Module, pipeline: Any, path: Path) -> dict:
-    """Names that count input and output blocks (Stability's), as diffusers translates them."""
-    with refuse(path):
-        found, alphas = pipeline.lora_state_dict(dict(tensors), unet_config=net.config)
-    for name, alpha in (alphas or {}).items():
-        of_module = re.sub(r"[._]lora\.down\.weight(?=\.alpha$)", "", name)
-        found[of_module] = torch.tensor(float(alpha))
+def known_names(net: nn.Module) -> dict[str, str]:
+    """{name in a file: module}, with dots and with underscores."""
+    found = {}
+    for name, module in net.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            for known in (name, stability_name(name, net)):
+                found[known] = found[known.replace(".", "_")] = name
     return found
 
 
-def paired_factors(tensors: dict, scales: dict, path: str) -> Lora:
+def stability_name(name: str, net: Any) -> str:
+    """Stability's name of a U-Net's module. There the layers of all blocks are counted through, a
+    downsampler as one more, an upsampler as the last part of its layer."""
+    found = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", name)
+    if found is None:
+        return OUTSIDE.get(name, name)
+    way, block, part, index, inner = found.groups()
+    i, j, inner = int(block or 0), int(index), INSIDE.get(inner, inner)
+    place = int(part == "attentions")
+    if way == "mid":
+        return f"middle_block.{2 * j + place}.{inner}"
+
+    blocks = getattr(net, f"{way}_blocks")
+    layers = [len(block.resnets) for block in blocks]
+    layer = sum(layers[:i]) + j
+    if way == "down":
+        layer += 1 + i
+        if part == "downsamplers":
+            layer, inner = layer + layers[i], "op"
+        return f"input_blocks.{layer}.{place}.{inner}"
+    if part == "upsamplers":
+        layer, place = layer + layers[i] - 1, 1 + hasattr(blocks[i], "attentions")
+    return f"output_blocks.{layer}.{place}.{inner}"
+
+
+def paired_factors(tensors: dict, scales: dict, path: object) -> Lora:
     """The factors by module, scales folded into B. Every tensor is used, or refused by name."""
     downs: dict[str, torch.Tensor] = {}
     ups: dict[str, torch.Tensor] = {}
@@ -207,15 +262,18 @@ def paired_factors(tensors: dict, scales: dict, path: str) -> Lora:
     if not downs or downs.keys() != ups.keys() or not alphas.keys() <= downs.keys():
         odd = sorted((downs.keys() ^ ups.keys()) | (alphas.keys() - downs.keys())) or ["nothing"]
         raise wrong(f"{path}: a LoRA of pairs of factors is needed, {odd[0]} is none")
+    if len(downs) + len(ups) + len(alphas) < len(tensors):
+        raise wrong(f"{path}: a module stands there under two names")
 
     factors = {}
     for module, a in downs.items():
-        b, rank = ups[module], len(a)
-        if b.ndim < 2 or b.shape[1] != rank:
+        b, rank = ups[module], len(a) if a.ndim else 0
+        # All of a kernel is in A.
+        if min(a.ndim, b.ndim) < 2 or b.flatten(1).shape[1] != rank:
             raise wrong(f"{path}: the factors of {module} do not fit each other")
         scale = scale_for(module, rank, scales)
         if module in alphas:
-            scale = float(alphas[module]) / rank
+            scale = float(alphas[module].flatten()[0]) / rank
         factors[module] = (a, scale * b)
     return Lora(factors)
 
@@ -251,8 +309,9 @@ def scale_for(module: str, rank: int, settings: dict) -> float:
     """alpha / r; alpha is r where nobody says otherwise, as in diffusers."""
     alpha = settings.get("lora_alpha", rank)
     for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if module == pattern or module.endswith(f".{pattern}"):
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):  # the first that fits, as in peft
             alpha = value
+            break
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
@@ -267,17 +326,19 @@ def write_lora(lora: Lora, path: Path, transformer: bool) -> None:
             tensors[f"transformer.{module}.lora_A.weight"] = a
             tensors[f"transformer.{module}.lora_B.weight"] = b
             continue
-        key = f"lora_unet_{module.replace('.', '_')}"
+        # The one name of which diffusers knows Stability's alone.
+        named = OUTSIDE[module] if module.startswith("add_embedding") else module
+        key = f"lora_unet_{named.replace('.', '_')}"
         tensors[f"{key}.lora_down.weight"] = a
         tensors[f"{key}.lora_up.weight"] = b
         tensors[f"{key}.alpha"] = torch.tensor(float(rank))
     write_tensors({name: t.contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
 
 
-def check_written(path: Path, base: nn.Module, merged: nn.Module, pipeline: Any) -> nn.Module:
-    """The base with a LoRA file, as diffusers loads it: every module's weight must be that of the
-    merged network. UserError for what does not come back: the file is of no use then."""
-    net: Any = base
+def check_written(path: Path, base: nn.Module, merged: nn.Module, pipeline: Any) -> None:
+    """That a LoRA file, as diffusers loads it beside the base, is the merged network: every module
+    of the file comes back, and every weight is that of the merged network."""
+    net: Any = copied(base).cpu()
     state, *alphas = [pipeline.lora_state_dict(str(path))]
     if isinstance(state, tuple):
         state, *alphas = state
@@ -285,29 +346,19 @@ def check_written(path: Path, base: nn.Module, merged: nn.Module, pipeline: Any)
         pipeline.load_lora_into_unet(state, alphas[0], net)
     else:
         pipeline.load_lora_into_transformer(state, net)
-
-    theirs = dict(merged.named_parameters())
-    loaded = 0
-    for name, module in net.named_modules():
-        if not hasattr(module, "lora_A") or not len(module.lora_A):
-            continue
-        (adapter,) = module.lora_A
-        base_weight = module.base_layer.weight.detach()
-        step = module.get_delta_weight(adapter).detach()
-        wanted = theirs.pop(f"{name}.weight").detach().cpu() - base_weight
-        apart = float((step - wanted).abs().max())
-        if apart > 1e-3 * float(wanted.abs().max()) + 1e-6 * float(base_weight.abs().max()):
-            raise AssertionError(f"{path}: {name} comes back {apart:.2g} away")
-        loaded += 1
-
-    # What no LoRA moves must be as in the base.
-    for name, parameter in net.named_parameters():
-        if ".lora_" not in name and ".base_layer.weight" not in name:
-            other = theirs[name.replace(".base_layer.", ".")].detach().cpu()
-            if not torch.equal(parameter.detach(), other):
-                raise AssertionError(f"{path}: {name} has moved, and the file does not hold it")
+    loaded = sum(name.endswith(".lora_A") for name, _ in net.named_modules())
     with safetensors.safe_open(path, "pt") as file:
         written = sum(name.endswith(UP) for name in file.keys())  # noqa: SIM118
     if loaded != written:
         raise AssertionError(f"{path}: {loaded} of {written} modules come back")
-    return net
+
+    net.fuse_lora()
+    before, wanted = dict(base.named_parameters()), dict(merged.named_parameters())
+    for name, parameter in net.named_parameters():
+        if ".lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        was, goal = before[plain].detach().cpu(), wanted[plain].detach().cpu()
+        apart = float((parameter.detach() - goal).abs().max())
+        if apart > 1e-3 * float((goal - was).abs().max()) + 1e-6 * float(was.abs().max()):
+            raise AssertionError(f"{path}: {plain} comes back {apart:.2g} away")

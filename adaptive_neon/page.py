@@ -11,7 +11,6 @@ from .plots import (
     plot_judges,
     plot_search,
     plot_seeds,
-    plot_shares,
     plot_snapshots,
     plot_sweep,
     plot_weights,
@@ -22,7 +21,6 @@ from .report import (
     claim_row,
     claims_in_order,
     final_images,
-    headline,
     judge_tables,
     model_rows,
     reference_notes,
@@ -126,7 +124,7 @@ def write_report(summary, samples, out: Path) -> None:
     samples: {kimg: {model: uint8 [N, C, H, W]}}, from the same noise."""
     text = write_tables(summary, out)
     write_page(page_of(strict(summary), samples), out / "report.html")
-    if summary["config"].get("training_seeds", 1) > 1:
+    if summary["config"]["training_seeds"] > 1:
         text = f"Training seed {summary['config']['seed']}"  # what counts is over the seeds
     finish(text, summary, out)
 
@@ -165,8 +163,8 @@ def page_of(summary, samples) -> Page:
             "What the numbers are": [INTERVALS, *reference_notes(summary)],
             "Every comparison": claims,
         },
-        trust_tables=[table for table in tables if table.rows],
-        command=summary.get("command", ""),
+        trust_tables=tables,
+        command=summary["command"],
     )
 
 
@@ -189,7 +187,7 @@ def part_of(entry, score, samples, budget) -> Part:
         tables.append(Table(f"Best of the grid's {len(entry['grid'])} points", rows))
     return Part(
         title=f"{entry['kimg']:g} kimg",
-        headline=[headline(entry)],
+        headline=[entry["headline"]],
         tiles=[tile_of(claim) for claim in headline_claims(entry)],
         panels=panels,
         beside=drawn("Chosen weights by block", plot_weights, entry),
@@ -206,18 +204,18 @@ def without_snapshot(rows) -> list[dict]:
 def figures_of(entry, score) -> list[Figure]:
     """What was measured, drawn."""
     figures = []
-    for against in dict.fromkeys(("base", "global", entry.get("strongest_control"))):
+    for against in dict.fromkeys(("base", "global", entry["strongest_control"])):
         if any(claim["against"] == against for claim in claims_in_order(entry)):
             title = f"Against {against}, in every judge; filled where the verdict holds"
             figures.append(drawn(title, plot_judges, entry, score, against))
-    figures.append(drawn("Score against one weight for all blocks", plot_sweep, entry, score))
-    if any("precision" in row for row in entry["sweep"]):
-        title = "Precision and recall against one weight for all blocks"
-        figures.append(drawn(title, plot_shares, entry))
+    title = "Score, precision and recall against one weight for all blocks"
+    if not any("precision" in row for row in entry["sweep"]):
+        title = "Score against one weight for all blocks"
+    figures.append(drawn(title, plot_sweep, entry, score))
     if entry["grid"] and len(entry["blocks"]) == 3:
         title = "Grid: solid frame, the least; dashed, one weight for all blocks"
         figures.append(drawn(title, plot_grid, entry["grid"], score))
-    if entry.get("search"):
+    if entry["search"]:
         figures.append(drawn("Search", plot_search, entry, score))
     return figures
 
@@ -227,7 +225,7 @@ def headline_claims(entry) -> list[dict]:
     control."""
     primary = claims_in_order(entry)[0]
     found = []
-    for other in dict.fromkeys(("base", primary["against"], entry.get("strongest_control"))):
+    for other in dict.fromkeys(("base", primary["against"], entry["strongest_control"])):
         for claim in entry["claims"]:
             if (claim["model"], claim["against"]) == (primary["model"], other):
                 found.append(claim)
@@ -265,9 +263,7 @@ INTERVALS = (
 def seeds_table(summary) -> Table:
     """Which noise and which real images every number saw."""
     c, reference, rows = summary["config"], summary["reference"], []
-    firsts = summary.get("first_seeds")
-    if not firsts:
-        return Table("", [])
+    firsts = summary["first_seeds"]
 
     def row(number, first, count, real):
         span = f"{first} to {first + count - 1}"
@@ -289,7 +285,7 @@ def seeds_table(summary) -> Table:
 
 def seconds_table(summary) -> Table:
     rows = []
-    for stage, seconds in summary.get("seconds", {}).items():
+    for stage, seconds in summary["seconds"].items():
         rows.append({"stage": stage, "seconds": f"{seconds:.1f}"})
     note = "Of the last call; what an earlier one had finished took it no time."
     return Table("Time by stage", rows, note)
@@ -299,7 +295,7 @@ def facts_table(summary) -> Table:
     """Machine, precision and versions."""
     c = summary["config"]
     precision = c["precision"]
-    if c.get("confirm_precision"):
+    if c["confirm_precision"]:
         precision += f", final comparison {c['confirm_precision']}"
     facts = {
         "device": f"{c['device']}: {summary['machine']}",

@@ -99,10 +99,10 @@ def new_figure(width, height):
     return Canvas((width, height), layout="constrained")
 
 
-def error_bars(rows, key="fd"):
+def error_bars(rows):
     """Values and the lengths of their intervals below and above, as errorbar() takes them; where a
     sampler diverged (None) there is nothing to draw."""
-    table = np.array([[row[key], row["low"], row["high"]] for row in rows], float)
+    table = np.array([[row["fd"], row["low"], row["high"]] for row in rows], float)
     values, low, high = table.reshape(-1, 3).T
     return values, np.stack([values - low, high - values]).clip(0)
 
@@ -206,37 +206,38 @@ def plot_judges(entry, score, against):
 
 
 def plot_sweep(entry, score):
-    """Distance and its interval against the global weight."""
+    """Distance and its interval against the global weight; below, precision and recall, where there
+    are any."""
     rows = [row for row in entry["sweep"] if row["fd"] is not None]
-    x = [row["w_global"] for row in rows]
-    values, errors = error_bars(rows)
-    figure = new_figure(5.2, 3.4)
-    axis = figure.subplots()
-    axis.axvline(0, color=INK, alpha=0.4, linewidth=0.8, linestyle=":")
+    shared = [row for row in entry["sweep"] if "precision" in row]
     chosen = next(iter(entry["final"]["global"]["w"].values()))
-    axis.axvline(chosen, color=style_of("global")["color"], linestyle="--", label="chosen")
-    axis.errorbar(x, values, errors, color=style_of("global")["color"], marker="o", capsize=3)
-    axis.set(xlabel="w, the same for all blocks", ylabel=label(score))
-    axis.legend()
-    told = ", ".join(f"{w:g}: {number(row['fd'])}" for w, row in zip(x, rows, strict=True))
-    return figure, f"{score} against the global weight, chosen {chosen:g}. {told}"
+    colour = style_of("global")["color"]
+    figure = new_figure(5.2, 5.6 if shared else 3.4)
+    axes = figure.subplots(2 if shared else 1, 1, sharex=True, squeeze=False)[:, 0]
+    for axis in axes:
+        axis.axvline(0, color=INK, alpha=0.4, linewidth=0.8, linestyle=":")
+        axis.axvline(chosen, color=colour, linestyle="--", label="chosen")
 
-
-def plot_shares(entry):
-    """Precision and recall against the global weight."""
-    rows = [row for row in entry["sweep"] if "precision" in row]
+    values, errors = error_bars(rows)
     x = [row["w_global"] for row in rows]
-    figure = new_figure(5.2, 3.4)
-    axis = figure.subplots()
-    axis.axvline(0, color=INK, alpha=0.4, linewidth=0.8, linestyle=":")
-    for key, line, name in (("precision", "-", "global"), ("recall", "--", "blockwise")):
-        style = style_of(name)
-        y = [row[key] for row in rows]
-        axis.plot(x, y, line, color=style["color"], marker=style["marker"], label=key)
-    axis.set(xlabel="w, the same for all blocks", ylabel="share of samples, of real images")
-    axis.legend()
-    told = ", ".join(f"{r['w_global']:g}: {r['precision']:.3f}, {r['recall']:.3f}" for r in rows)
-    return figure, f"Precision and recall against the global weight. {told}"
+    axes[0].errorbar(x, values, errors, color=colour, marker="o", capsize=3)
+    axes[0].set(ylabel=label(score))
+    if shared:
+        x = [row["w_global"] for row in shared]
+        for key, line, name in (("precision", "-", "global"), ("recall", "--", "blockwise")):
+            style = style_of(name)
+            y = [row[key] for row in shared]
+            axes[1].plot(x, y, line, color=style["color"], marker=style["marker"], label=key)
+        axes[1].set(ylabel="share of samples, of real images")
+    axes[-1].set(xlabel="w, the same for all blocks")
+    axes[-1].legend()
+
+    told = []
+    for row in entry["sweep"]:
+        told.append(f"{row['w_global']:g}: {number(row['fd'])}")
+        if "precision" in row:
+            told.append(f"precision {row['precision']:.3f}, recall {row['recall']:.3f}")
+    return figure, f"{score} against the global weight, chosen {chosen:g}. {', '.join(told)}"
 
 
 MOST_CELLS = 200  # of a grid, with a number in each
@@ -376,15 +377,15 @@ def plot_seeds(rows):
 # -------------------- samples
 
 
-def sample_panel(images, most=8, gap=1):
+def sample_panel(images, most=8):
     """uint8 [N, C, H, W] -> uint8 [height, width, 4]: at most `most` x `most` of them, transparent
     gaps."""
     columns = min(most, math.isqrt(len(images)))
     images = images[: columns * columns].expand(-1, 3, -1, -1)
     opaque = torch.full_like(images[:, :1], 255)
-    framed = F.pad(torch.cat([images, opaque], 1), [0, gap, 0, gap])
+    framed = F.pad(torch.cat([images, opaque], 1), [0, 1, 0, 1])
     rows = [torch.cat(list(row), 2) for row in framed.split(columns)]
-    return torch.cat(rows, 1)[:, :-gap, :-gap].permute(1, 2, 0).contiguous().numpy()
+    return torch.cat(rows, 1)[:, :-1, :-1].permute(1, 2, 0).contiguous().numpy()
 
 
 def encoded(panel, format="PNG") -> str:

@@ -16,23 +16,19 @@ import torch
 from .extension import neon_ext
 from .files import escaped, printable, write_atomically
 from .judges import NEIGHBOURS
-from .verdicts import cases_text, mean_and_interval, number, sentence_case, verdict_text
+from .verdicts import cases_text, mean_and_interval, number, verdict_text
 
 # -------------------- cells
 
 
-def interval(gain) -> str:
-    """A paired difference and its 95% interval."""
-    low, high = number(gain["low"], "+"), number(gain["high"], "+")
-    return f"{number(gain['difference'], '+')} [{low}, {high}]"
-
-
 def shares(gain) -> str:
-    """The same in percent of the other's distance, the unit in the table's head; where that is
-    zero or infinite, the difference itself."""
+    """A paired difference and its 95% interval in percent of the other's distance, the unit in the
+    table's head; where that is zero or infinite, the difference itself."""
+    keys = ("difference", "low", "high")
     if gain["relative_difference"] is None:
-        return f"{interval(gain)} (no %)"
-    value, low, high = (100 * gain[f"relative_{key}"] for key in ("difference", "low", "high"))
+        value, low, high = (number(gain[key], "+") for key in keys)
+        return f"{value} [{low}, {high}] (no %)"
+    value, low, high = (100 * gain[f"relative_{key}"] for key in keys)
     return spread(value, low, high, "+")
 
 
@@ -155,7 +151,7 @@ def judge_tables(entry) -> list[tuple[str, list[dict]]]:
     """(title, rows) of the feature networks beside the one that selected."""
     found = []
     for title, judges, claims in (
-        ("Parts of the selection's features", entry.get("parts", {}), []),
+        ("Parts of the selection's features", entry["parts"], []),
         ("Judges that no selection saw", entry["judges"], entry["claims"]),
     ):
         if judges:
@@ -168,11 +164,6 @@ def claims_in_order(entry) -> list[dict]:
     """The primary claim first; how bad the collapsed network is, is none."""
     claims = [claim for claim in entry["claims"] if claim["model"] != "collapsed"]
     return sorted(claims, key=lambda claim: not claim["primary"])
-
-
-def headline(entry) -> str:
-    """What it comes to; of a summary without it, the primary claim."""
-    return entry.get("headline") or sentence_case(claims_in_order(entry)[0]["sentence"]) + "."
 
 
 def entry_notes(entry) -> list[str]:
@@ -247,18 +238,15 @@ def write_tables(summary, out) -> str:
     columns = ["model", "w", final, "against base, % (95%)", "verdict"]
     headlines, warnings = [], 0
     for entry in plain["snapshots"]:
-        headlines.append(f"{entry['kimg']:g} kimg: " * several + headline(entry))
+        headlines.append(f"{entry['kimg']:g} kimg: " * several + entry["headline"])
         warnings += len(entry["warnings"])
     title = f"{plain['score']}, {final_images(plain)}; lower is better"
-    rows = [in_short(row) for row in models]
+    rows = []
+    for row in models:
+        w = "of every block" if len(row["w"]) > 60 else row["w"].replace(",", "")
+        rows.append(row | {"w": w})
     text = terminal_text(title, rows, ["snapshot (kimg)"] * several + columns, headlines)
     return text + f"\n\n{warnings} warnings: see the report." * bool(warnings)
-
-
-def in_short(row) -> dict:
-    """A model's cells in the words of a terminal."""
-    w = "of every block" if len(row["w"]) > 60 else row["w"].replace(",", "")
-    return row | {"w": w}
 
 
 def final_images(summary) -> str:
@@ -308,25 +296,6 @@ def claim_row(claim) -> dict:
     }
 
 
-QUESTIONS = (
-    ("blockwise", "global"),
-    ("blockwise", "random blocks"),
-    ("searched", "global"),
-    ("searched", "blockwise"),
-)
-
-
-def answer(over, kimg, seeds) -> str:
-    """The question of the paper in one sentence: is block-wise better than global, than random
-    blocks, and what was searched (layers, say) better than both?"""
-    parts = []
-    for question in QUESTIONS:
-        for row in over:
-            if row["kimg"] == kimg and (row["model"], row["against"]) == question:
-                parts.append(row["sentence"])
-    return f"Snapshot {kimg:g}, {seeds} training seeds: {'; '.join(parts)}." if parts else ""
-
-
 STUDENT = (
     "Differences are shares of the other's distance: mean over the training seeds and its 95% "
     "interval (Student's t). Judges of one seed see the same networks: they are no independent "
@@ -338,16 +307,14 @@ def write_seeds_tables(summary, out) -> str:
     """The same over the training seeds."""
     plain = strict(summary)
     claims = [claim_row(claim) for claim in plain["over_seeds"]]
-    texts = [markdown(seed_rows(plain)), markdown(claims)]
-    for kimg in plain["kimg"]:
-        texts.append(answer(plain["over_seeds"], kimg, len(plain["seeds"])))
-    write_texts([*texts, STUDENT], plain, out)
+    headlines = seeds_headlines(plain)
+    write_texts([markdown(seed_rows(plain)), markdown(claims), *headlines, STUDENT], plain, out)
 
     columns = ["model", "against", "own features: difference", "unseen judges: difference"]
     if len(plain["kimg"]) > 1:
         columns.insert(0, "snapshot (kimg)")
     title = f"{len(plain['seeds'])} training seeds, differences of {plain['score']}"
-    return terminal_text(title, claims, columns, seeds_headlines(plain))
+    return terminal_text(title, claims, columns, headlines)
 
 
 def seeds_headlines(summary) -> list[str]:
@@ -433,7 +400,7 @@ def summarise(c, argv, results, setup, seconds, processes, begin):
         "score": judge.features.score,
         "judges": [judge.name for judge in judges if not judge.is_part],
         "reference": judge.facts,
-        "snapshots": [entry.as_json() for entry in results.entries],
+        "snapshots": results.entries,
         "floors": [judge.floor(count) for count in counts],
         "seconds_per_image": seconds,
         "first_seeds": setup.first_seeds(),

@@ -314,16 +314,22 @@ def allow_tf32(precision):
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-def as_float32(out):
-    """Half-precision outputs of a network, in whatever containers, as float32."""
-    if isinstance(out, torch.Tensor):
-        return out.float() if out.dtype in (torch.float16, torch.bfloat16) else out
-    if isinstance(out, dict):
-        return type(out)((key, as_float32(part)) for key, part in out.items())
-    if isinstance(out, (tuple, list)):
-        parts = [as_float32(part) for part in out]
-        return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
-    return out
+def mapped(function: Callable, *outs):
+    """function(tensors) of what networks give, in whatever containers of tensors, alike in all."""
+    first = outs[0]
+    if isinstance(first, torch.Tensor):
+        return function(*outs)
+    if isinstance(first, dict):
+        return type(first)((key, mapped(function, *(out[key] for out in outs))) for key in first)
+    if isinstance(first, (tuple, list)):
+        parts = [mapped(function, *side) for side in zip(*outs, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return first
+
+
+def as_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Half precision as float32; all else as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 @contextlib.contextmanager
@@ -338,7 +344,7 @@ def network_calls(net, precision, checkpointed=False):
 
     def in_half_precision(*args, **kwargs):
         with torch.autocast(device, dtype):
-            return as_float32(forward(*args, **kwargs))
+            return mapped(as_float32, forward(*args, **kwargs))
 
     call = forward if dtype is None else in_half_precision
     allow_tf32(precision)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .blocks import Blocks, Merger
+from .blocks import Merger
 from .files import UserError, lock, printable
 from .judges import Judge, distances_without_real, kernel_distance, precision_recall
 from .keys import score_key
@@ -46,21 +46,6 @@ class Score:
     alignment: float | None = None  # mean adherence to what was asked for; higher is better
     alignment_folds: list | None = None
 
-    def lacks_shares(self) -> bool:
-        """Whether precision and recall may still be taken."""
-        return self.precision is None and math.isfinite(self.fd)
-
-    def with_alignment(self, adherence: torch.Tensor | None) -> "Score":
-        """With the mean adherence of its images, [N], and the means without each fold of them."""
-        if adherence is None:
-            return self
-        parts = adherence.double().tensor_split(FOLDS)
-        total, sums = sum(float(part.sum()) for part in parts), []
-        for part in parts:
-            sums.append((total - float(part.sum())) / (len(adherence) - len(part)))
-        mean = total / len(adherence)
-        return dataclasses.replace(self, alignment=mean, alignment_folds=sums)
-
     def as_line(self) -> str:
         """One line of JSON, which knows no infinity."""
         row = dataclasses.asdict(self)
@@ -70,30 +55,28 @@ class Score:
 
     @classmethod
     def from_line(cls, line: str) -> "Score":
-        """The score of a line of our own; ValueError says what is wrong with it."""
+        """The score of a line of our own; whatever a damaged one raises says what is wrong."""
         row = json.loads(line)
-        fields = dataclasses.fields(cls)
-        needed = {field.name for field in fields if field.default is dataclasses.MISSING}
-        if not isinstance(row, dict) or not needed <= set(row) <= {f.name for f in fields}:
-            raise ValueError("it has other entries than a score")
-        if row["fd"] is None:
+        if "fd" in row and row["fd"] is None:
             row |= {"fd": math.inf, "folds": [math.inf] * FOLDS}
-        numbers = [row["fd"], row["seconds"], *row["folds"], *row["w"].values()]
-        if row["precision"] is not None:
-            numbers += [row["precision"], row["recall"]]
-        for key in ("kernel", "corrected", "memorisation", "alignment"):
-            if row.get(key) is not None:
-                numbers.append(row[key])
-        for key in ("kernel_folds", "real_folds", "kernel_real_folds", "alignment_folds"):
-            if row.get(key) is not None:
-                numbers += row[key]
-                if len(row[key]) != FOLDS:
+        score = cls(**row)
+
+        numbers = [score.fd, score.seconds, *score.w.values()]
+        for name in ("precision", "recall", "kernel", "corrected", "memorisation", "alignment"):
+            if row.get(name) is not None:
+                numbers.append(row[name])
+        for name in ("folds", "kernel_folds", "real_folds", "kernel_real_folds", "alignment_folds"):
+            if row.get(name) is not None:
+                numbers += row[name]
+                if len(row[name]) != FOLDS:
                     raise ValueError("its folds are impossible")
         if not all(isinstance(number, (int, float)) and number == number for number in numbers):
             raise ValueError("it has entries that are no numbers")
-        if len(row["folds"]) != FOLDS or row["fd"] < -1e-6 * abs(row["fd"]) - 1e-3:
-            raise ValueError("its distance or folds are impossible")
-        return cls(**row)
+        if score.fd < -1e-6 * abs(score.fd) - 1e-3:
+            raise ValueError("its distance is impossible")
+        if (score.precision is None) != (score.recall is None):
+            raise ValueError("it has precision without recall, or recall without precision")
+        return score
 
 
 class ScoreLog:
@@ -173,13 +156,17 @@ class Scorer:
         self.selection_precision = precision
         self.final_precision = final_precision or precision
         self.snapshot = snapshot
-        if merger.net is not sampler.net:
-            merger.attach(sampler.net)
+        self.attach()
 
-    def with_blocks(self, blocks: Blocks) -> "Scorer":
-        """The same networks cut into other blocks."""
+    def attach(self) -> None:
+        if self.merger.net is not self.sampler.net:
+            self.merger.attach(self.sampler.net)
+
+    def of(self, merger: Merger | None = None, sampler: Sampler | None = None) -> "Scorer":
+        """The same judges, seeds and log, of other networks or blocks, or otherwise sampled."""
         other = copy.copy(self)
-        other.merger = self.merger.with_blocks(blocks)
+        other.merger, other.sampler = merger or self.merger, sampler or self.sampler
+        other.attach()
         return other
 
     def precision(self, seeds: SeedSet) -> str:
@@ -206,12 +193,11 @@ class Scorer:
         w: float | dict[str, float],
         seeds: SeedSet | None = None,
         shares: bool = False,
-        desc: str | None = None,
     ) -> Score:
         """Score of the weights w (one number, or {block: weight}), in the judge that decides; by
         default on the selection's seeds. shares: precision and recall too."""
         w = self.merger.weights(w)
-        return self.scores(w, seeds or self.seeds.selection, [self.judge], shares, desc)[0]
+        return self.scores(w, seeds or self.seeds.selection, [self.judge], shares)[0]
 
     def score_all(self, weights: list, desc: str, shares: bool = False, seeds=None) -> list[Score]:
         """One score after the other, with a progress bar."""
@@ -256,9 +242,10 @@ class Scorer:
             found = []
             for judge, key in zip(judges, keys, strict=True):
                 score = self.log.find(key, w)
-                wanted = shares and judge is self.judge and self.has_shares(judge, seeds)
-                if score is not None and wanted and score.lacks_shares():
-                    score = None
+                wanted = shares and judge is self.judge and judge.reference(seeds).real is not None
+                if score is not None and wanted and score.precision is None:
+                    if math.isfinite(score.fd):
+                        score = None  # precision and recall are still to be taken
                 found.append(score)
             return found
 
@@ -272,18 +259,26 @@ class Scorer:
 
         def assess():
             for place, i in enumerate(missing):
-                features, adherence = (None, None) if found is None else found[place]
-                wanted = shares and judges[i] is self.judge
-                score = self.assess(w, seeds, judges[i], features, keys[i], wanted, begin)
-                scores[i] = score.with_alignment(adherence)
+                judge = judges[i]
+                measured = {"fd": math.inf, "folds": [math.inf] * FOLDS}
+                measured |= {"precision": None, "recall": None}
+                if found is not None:
+                    measured |= measure(judge, seeds, *found[place], shares and judge is self.judge)
+                scores[i] = Score(
+                    snapshot=self.snapshot,
+                    w=w,
+                    images=seeds.count,
+                    first_seed=int(seeds.first),
+                    arithmetic=self.precision(seeds),
+                    seconds=round(time.perf_counter() - begin, 3),
+                    key=keys[i],
+                    judge=judge.name,
+                    **measured,
+                )
                 self.log.add(scores[i], seeds)
             return scores
 
         return processes.decide(assess)
-
-    @staticmethod
-    def has_shares(judge: Judge, seeds: SeedSet) -> bool:
-        return judge.reference(seeds).real is not None
 
     def features(self, w, seeds, judges, desc=None) -> list[tuple] | None:
         """Every judge's features [N, D] and adherence [N] (or None) of the images at these seeds,
@@ -321,41 +316,29 @@ class Scorer:
             own = getattr(self.sampler.model, "alignment", None)
         return own
 
-    def assess(self, w, seeds, judge, features, key, shares, begin) -> Score:
-        """Score of features [N, D], None where the sampler diverged."""
-        fd, folds = math.inf, [math.inf] * FOLDS
-        precision = recall = corrected = real_folds = None
-        kernel = kernel_folds = kernel_real_folds = memorisation = None
-        reference = judge.reference(seeds)
-        if features is not None:
-            fd, folds = reference.prepared.fold_distances(features, FOLDS)
-        if features is not None and reference.real is not None:
-            if shares:
-                precision, recall = precision_recall(reference, features)
-            if seeds.is_final:
-                kernel, kernel_folds, kernel_real_folds = kernel_distance(reference, features)
-        if features is not None and seeds.is_final:
-            real_folds = distances_without_real(reference, features)
-            corrected = without_bias(fd, folds, real_folds)
-            if judge.memory is not None:
-                memorisation = judge.memory.share(features)
-        return Score(
-            snapshot=self.snapshot,
-            w=w,
-            images=seeds.count,
-            first_seed=int(seeds.first),
-            fd=fd,
-            folds=folds,
-            precision=precision,
-            recall=recall,
-            arithmetic=self.precision(seeds),
-            seconds=round(time.perf_counter() - begin, 3),
-            key=key,
-            judge=judge.name,
-            kernel=kernel,
-            kernel_folds=kernel_folds,
-            corrected=corrected,
-            real_folds=real_folds,
-            kernel_real_folds=kernel_real_folds,
-            memorisation=memorisation,
-        )
+
+def measure(judge: Judge, seeds: SeedSet, features, adherence, shares: bool) -> dict:
+    """What one judge says of images: entries of a Score. features [N, D]; adherence [N] or None;
+    shares: precision and recall, too."""
+    reference = judge.reference(seeds)
+    fd, folds = reference.prepared.fold_distances(features, FOLDS)
+    found = {"fd": fd, "folds": folds}
+    if shares and reference.real is not None:
+        found["precision"], found["recall"] = precision_recall(reference, features)
+    if seeds.is_final:
+        if reference.real is not None:
+            kernel, without, without_real = kernel_distance(reference, features)
+            found |= {"kernel": kernel, "kernel_folds": without, "kernel_real_folds": without_real}
+        real_folds = distances_without_real(reference, features)
+        found |= {"real_folds": real_folds, "corrected": without_bias(fd, folds, real_folds)}
+        if judge.memory is not None:
+            found["memorisation"] = judge.memory.share(features)
+
+    # Mean adherence to what was asked for, and the means without each fold.
+    if adherence is not None:
+        parts = adherence.double().tensor_split(FOLDS)
+        total, left = sum(float(part.sum()) for part in parts), []
+        for part in parts:
+            left.append((total - float(part.sum())) / (len(adherence) - len(part)))
+        found |= {"alignment": total / len(adherence), "alignment_folds": left}
+    return found

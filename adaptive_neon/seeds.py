@@ -46,13 +46,6 @@ class Ledger:
     finals: tuple[SeedSet, ...]
     search: SeedSet  # of the gradient search: no score uses them
 
-    def first_seeds(self) -> dict:
-        """For the report."""
-        return {
-            "selection": self.selection.first,
-            "final": [seeds.first for seeds in self.finals],
-        }
-
 
 def seed_ledger(
     select_images: int = 10_000,

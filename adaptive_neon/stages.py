@@ -34,7 +34,10 @@ class Setup:
 
     def first_seeds(self) -> dict:
         """For the report: of the noise, and of real images that are drawn here."""
-        firsts = self.seeds.first_seeds()
+        firsts: dict = {
+            "selection": self.seeds.selection.first,
+            "final": [seeds.first for seeds in self.seeds.finals],
+        }
         if self.preset.streams:
             firsts["real_streams"] = self.preset.streams
         return firsts

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import numpy as np
-import scipy.special
+import scipy.stats
 
 FOLDS = 20  # of the seeds of every score: jackknife intervals need no new samples
 
@@ -31,11 +31,6 @@ class Comparison:
             if row[key] == 0:
                 row[f"relative_{key}"] = 0.0
         return row
-
-    @property
-    def plain_verdict(self) -> str:
-        """What the verdict would be without the correction."""
-        return verdict_of(self.plain, self.high - self.difference)
 
 
 def verdict_of(difference: float, half: float) -> str:
@@ -66,24 +61,24 @@ def compare(scores, others, level=0.05) -> Comparison:
     return dataclasses.replace(gain, plain=ours - theirs)
 
 
-def compare_kernels(scores, others, level=0.05) -> Comparison | None:
+def compare_kernels(scores, others) -> Comparison | None:
     """The same of kernel distances, which have no bias; None where they were not measured."""
     if any(score.kernel is None for score in [*scores, *others]):
         return None
-    return paired(scores, others, "kernel", "kernel_folds", "kernel_real_folds", level)
+    return paired(scores, others, "kernel", "kernel_folds", "kernel_real_folds")
 
 
-def compare_alignment(scores, others, level=0.05) -> Comparison | None:
+def compare_alignment(scores, others) -> Comparison | None:
     """The same of adherence, which is better where it is higher and asks no real images; None where
     it was not measured."""
     if any(score.alignment is None for score in [*scores, *others]):
         return None
-    gain = paired(scores, others, "alignment", "alignment_folds", None, level)
+    gain = paired(scores, others, "alignment", "alignment_folds", None)
     verdict = verdict_of(-gain.difference, gain.high - gain.difference)
     return dataclasses.replace(gain, verdict=verdict, real_noise=True)
 
 
-def paired(scores, others, value, folds, real_folds, level) -> Comparison:
+def paired(scores, others, value, folds, real_folds, level=0.05) -> Comparison:
     """The comparison of one kind of distance, given by the names of a score's entries."""
 
     def differences(key):
@@ -151,14 +146,11 @@ def fd_interval(scores):
     return {"low": value - half, "high": value + half}
 
 
-def kernel_interval(scores):
-    """Mean kernel distance over the seed sets and its 95% interval, over the seeds' noise alone."""
-    return interval_of(scores, "kernel", "kernel_folds")
-
-
-def interval_of(scores, key, folds):
+def interval_of(scores, key):
+    """Mean kernel distance or adherence (key) over the seed sets and its 95% interval, over the
+    seeds' noise alone."""
     value = float(np.mean([getattr(score, key) for score in scores]))
-    half, _ = jackknife(value, [getattr(score, folds) for score in scores])
+    half, _ = jackknife(value, [getattr(score, f"{key}_folds") for score in scores])
     return {"value": value, "low": value - half, "high": value + half}
 
 

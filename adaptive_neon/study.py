@@ -69,7 +69,7 @@ def experiment(setup: Setup, net: nn.Module, sampler: Sampler) -> "Results":
     snapshots = self_trained(setup, base, sampler)
     clock.ends("synthetic set and self-training")
 
-    entries = []
+    entries, samples = [], {}
     for kimg, path in sorted(snapshots.items()):
         merger = Merger(base, model.load_like(base, path), blocks_of(c.partition, model, base))
         scorer = Scorer(
@@ -79,24 +79,30 @@ def experiment(setup: Setup, net: nn.Module, sampler: Sampler) -> "Results":
         # One weight for all blocks: the base is 0; the collapsed network, -1, is no candidate.
         values = global_weights(c, merger.blocks)
         swept = sweep(scorer, values)
-        models = {name: Candidate.at(swept, w, scorer) for name, w in LANDMARKS.items()}
+        scored = {single_weight(score.w): score for score in swept}
+        best = choose(score for w, score in scored.items() if w != -1)
+        models = {
+            "base": Candidate.of(scored[0], scorer),
+            "collapsed": Candidate.of(scored[-1], scorer),
+            "global": Candidate.of(best, scorer),
+        }
         if models["base"].fd == math.inf:
             raise UserError("the base network's images are not finite: are its weights sound?")
-        best = choose(score for score in swept if single_weight(score) != -1)
-        models["global"] = Candidate.at(swept, single_weight(best), scorer)
         clock.ends("global weights")
 
         # One weight a block, from a grid; and from a search, perhaps over other blocks.
         gridded, found = [], []
-        if grid_points(c, scorer.merger.blocks):
+        if grid_points(c, merger.blocks):
             gridded = grid(scorer, c.grid, c.block_grid, c.race)
             models["blockwise"] = Candidate.of(choose(gridded), scorer)
             clock.ends("grid")
         if c.search:
             searcher = scorer
             if c.search_partition:
-                searcher = scorer.with_blocks(blocks_of(c.search_partition, model, base))
-            found = SEARCHES[c.search](searcher, single_weight(best), c.evaluations, c.bounds)
+                blocks = blocks_of(c.search_partition, model, base)
+                searcher = scorer.of(merger.with_blocks(blocks))
+            start = single_weight(best.w)
+            found = SEARCHES[c.search](searcher, start, c.evaluations, c.bounds)
             models["searched"] = Candidate.of(choose(found), searcher)
             clock.ends("search")
 
@@ -104,7 +110,7 @@ def experiment(setup: Setup, net: nn.Module, sampler: Sampler) -> "Results":
         placebos = {}
         for k, owners in enumerate(placebo_partitions(merger, model.layer, c.placebo), 1):
             name = f"random blocks {k}"
-            dealt = scorer.with_blocks(owners.__getitem__)
+            dealt = scorer.of(merger.with_blocks(owners.__getitem__))
             winner = choose(grid(dealt, c.grid, c.block_grid, c.race, name))
             placebos[name] = Candidate.of(winner, dealt)
 
@@ -118,12 +124,15 @@ def experiment(setup: Setup, net: nn.Module, sampler: Sampler) -> "Results":
         for name, candidate in (models | controls | placebos).items():
             for judge, scores in candidate.scorer.finals(candidate.w, name).items():
                 finals[judge][name] = scores
-        tried = {"sweep": swept, "grid": gridded, "search": found}
-        entries.append(Entry.of(c, scorer, tried, models, controls, placebos, finals))
+        tried = {"grid": gridded, "search": found, "sweep": swept}
+        entries.append(entry_of(c, scorer, tried, models, controls, placebos, finals))
         clock.ends("final comparison")
-        show_and_export(setup, entries[-1])
+
+        samples[kimg] = pictures_of(setup, models)
+        if setup.processes.rank == 0:
+            export_best(setup, kimg, models)
         clock.ends("pictures and the repaired network")
-    return Results(judges, entries, clock.seconds)
+    return Results(judges, entries, samples, clock.seconds)
 
 
 class Clock:
@@ -139,15 +148,13 @@ class Clock:
         self.last = now
 
 
-LANDMARKS = {"base": 0.0, "collapsed": -1.0}
-
-
 @dataclasses.dataclass(frozen=True)
 class Results:
     """What a study ends with."""
 
     judges: list[Judge]
-    entries: list["Entry"]  # one a snapshot
+    entries: list[dict]  # one a snapshot: see entry_of()
+    samples: dict  # {kimg: {model: uint8 [N, C, H, W]}}, from the same noise
     seconds: dict[str, float]  # by stage
 
 
@@ -158,24 +165,15 @@ class Candidate:
     w: dict[str, float]
     fd: float | None  # None where nothing was selected
     scorer: Scorer  # of its blocks, its steps, its way of sampling
-    w_global: float | None = None  # the one weight of all blocks, where there is one
 
     @classmethod
     def of(cls, score: Score, scorer: Scorer) -> "Candidate":
         return cls(score.w, score.fd, scorer)
 
-    @classmethod
-    def at(cls, swept: list[Score], w: float, scorer: Scorer) -> "Candidate":
-        """That of one weight in a sweep."""
-        for score in swept:
-            if single_weight(score) == w:
-                return cls(score.w, score.fd, scorer, w)
-        raise KeyError(w)
 
-
-def single_weight(score: Score) -> float:
-    """Of a score in a sweep: the weight of all its blocks."""
-    return next(iter(score.w.values()))
+def single_weight(w: dict[str, float]) -> float:
+    """That of all blocks."""
+    return next(iter(w.values()))
 
 
 # -------------------- blocks and weights that are tried
@@ -231,8 +229,8 @@ def check_grid(c: Config, blocks: list[str]) -> str:
     return ""
 
 
-def check_primary(c: Config, blocks: list[str], model: Model) -> None:
-    """Refuse a --primary that this run does not compare."""
+def models_of(c: Config, blocks: list[str], model: Model) -> list[str]:
+    """Names of all that this run compares in the end."""
     models = ["base", "collapsed", "global"]
     if grid_points(c, blocks):
         models.append("blockwise")
@@ -248,8 +246,11 @@ def check_primary(c: Config, blocks: list[str], model: Model) -> None:
         models.append(EQUAL)
     if c.continue_on_data:
         models.append(TRAINED_ON)
-    models += [f"random blocks {k}" for k in range(1, c.placebo + 1)]
+    return models + [f"random blocks {k}" for k in range(1, c.placebo + 1)]
 
+
+def check_primary(c: Config, models: list[str]) -> None:
+    """Refuse a --primary that this run does not compare."""
     pairs = pairs_of(models)
     if primary_pair(models, c.primary) not in pairs:
         claims = ", ".join(f"'{model} against {other}'" for model, other in pairs)
@@ -261,37 +262,31 @@ def controls_of(setup: Setup, scorer: Scorer, values: set[float]) -> dict[str, C
     """The base with twice the steps, the guided network at its best weight of `values`, the base
     at the best of each of the model's own settings, and on request the base trained on real images
     for as long as the self-training."""
-    c = setup.c
+    c, merger = setup.c, scorer.merger
     found = {}
     if "steps" in c.controls:
         doubled = with_steps(scorer, 2 * c.steps)
-        found[TWICE] = Candidate(scorer.merger.weights(0), None, doubled)
+        found[TWICE] = Candidate(merger.weights(0), None, doubled)
+
+    # {control: its scores, the settings to try, what a progress bar says}
+    tried: dict[str, tuple[Scorer, list[dict], str]] = {}
     if "guided" in c.controls:
         guide = guided(scorer)
         if guide is not None:
-            tried = guide.score_all(sorted(values - {-1.0, 0.0}), "guided")
-            found[GUIDED] = Candidate.of(choose(tried), guide)
+            steps = [{GUIDANCE: round(w, 6)} for w in sorted(values - {-1.0, 0.0})]
+            tried[GUIDED] = guide, steps, "guided"
         elif setup.processes.rank == 0:
             print("no guided control: the sampler calls parts of the network, not the network")
     if "own" in c.controls:
         for name, settings in setup.model.controls.items():
-            other = with_settings(scorer)
-            found[f"base, {name}"] = Candidate.of(choose(other.score_all(settings, name)), other)
+            tried[f"base, {name}"] = with_settings(scorer), settings, name
+    for name, (other, settings, desc) in tried.items():
+        found[name] = Candidate.of(choose(other.score_all(settings, desc)), other)
+
     if c.continue_on_data:
         kimg = scorer.snapshot if c.continue_on_data < 0 else c.continue_on_data
-        further = continued_base(setup, scorer.merger.base, kimg)
-        merger = Merger(scorer.merger.base, further, lambda name: "all")
-        other = Scorer(
-            scorer.sampler,
-            merger,
-            scorer.judges,
-            scorer.log,
-            setup.seeds,
-            c.precision,
-            c.confirm_precision,
-            scorer.snapshot,
-        )
-        found[TRAINED_ON] = Candidate(merger.weights(-1), None, other)
+        further = Merger(merger.base, continued_base(setup, merger.base, kimg), {"*": "all"})
+        found[TRAINED_ON] = Candidate(further.weights(-1), None, scorer.of(further))
     return found
 
 
@@ -305,120 +300,73 @@ def control_of_equal_adherence(setup: Setup, controls, repaired) -> dict[str, Ca
 
 
 # -------------------- what a study ends with
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One snapshot's results."""
+def entry_of(c: Config, scorer: Scorer, tried, models, controls, placebos, finals) -> dict:
+    """One snapshot's results, plain data. tried: {grid, search, sweep: [Score]}; models, controls,
+    placebos: {name: Candidate}; finals: {judge: {model: [Score]}}."""
+    own = finals[scorer.judge.name]
+    final = final_comparison({name: own[name] for name in models | controls})
+    entry: dict = {"kimg": scorer.snapshot, "blocks": scorer.merger.table()}
+    for stage, scores in tried.items():
+        entry[stage] = [selection_row(score, stage) for score in scores]
+    for name, candidate in (models | controls).items():
+        entry[name] = {"w": candidate.w}
+        if candidate.fd is not None:
+            entry[name]["fd"] = candidate.fd
+    entry["global"]["w_global"] = single_weight(models["global"].w)
 
-    kimg: int
-    blocks: dict  # {block: tensors, parameters, drift}
-    sweep: list[Score]  # of global weights
-    grid: list[Score]  # of the block-wise grid; empty if there was none
-    search: list[Score]  # in its order; empty if there was none
-    models: dict[str, Candidate]  # base, collapsed, global, blockwise, searched
-    controls: dict[str, Candidate]
-    final: dict  # {model: final_comparison()}
-    placebo: list  # best of each random partition, against global
-    warnings: list[str]
-    parts: dict  # {part of the selection's joint features: facts, score, final_comparison()}
-    judges: dict  # {judge that no selection saw: the same}
-    claims: list  # [Claim]
-    headline: str  # what it all comes to
-    samples: dict  # {model: uint8 [N, C, H, W]}, from the same noise
+    random_blocks = []
+    for name, candidate in placebos.items():
+        gain = compare(own[name], own["global"]).as_json()
+        random_blocks.append({"w": candidate.w, "fd": candidate.fd, "against_global": gain})
 
-    @classmethod
-    def of(cls, c, scorer, tried, models, controls, placebos, finals) -> "Entry":
-        """tried: {sweep, grid, search: [Score]}; finals: {judge: {model: [Score]}}."""
-        own = finals[scorer.judge.name]
-        random_blocks = []
-        for name, candidate in placebos.items():
-            gain = compare(own[name], own["global"])
-            random_blocks.append(
-                {"w": candidate.w, "fd": candidate.fd, "against_global": gain.as_json()}
-            )
-        final = final_comparison({name: own[name] for name in models | controls})
-        warnings = warnings_of(c, models, final, bool(tried["grid"]), scorer.judge)
-        warnings += scorer.sampler.model.notes
-        if len(placebos) < c.placebo:
-            warnings.append(
-                f"--placebo {c.placebo}: the layers allow only {len(placebos)} other blocks"
-            )
-        if scorer.merger.rule():
-            warnings.append(scorer.merger.rule())
+    # No claim counts a part of what the selection has seen.
+    parts: dict[str, dict] = {}
+    judges: dict[str, dict] = {}
+    for judge in scorer.judges[1:]:
+        where = parts if judge.is_part else judges
+        compared = final_comparison(finals[judge.name])
+        where[judge.name] = judge.facts | {"score": judge.features.score, "final": compared}
+    claims = claims_of({name: finals[name] for name in finals if name not in parts}, c.primary)
 
-        parts: dict[str, dict] = {}
-        judges: dict[str, dict] = {}
-        for judge in scorer.judges[1:]:
-            found = finals[judge.name]
-            if judge.is_part:
-                del finals[judge.name]  # no claim counts what the selection has seen
-            where = parts if judge.is_part else judges
-            where[judge.name] = judge.facts | {
-                "score": judge.features.score,
-                "final": final_comparison(found),
-            }
-        claims = claims_of(finals, c.primary)
-        warnings += primary_warnings(claims, c.primary)
-        return cls(
-            kimg=scorer.snapshot,
-            blocks=scorer.merger.table(),
-            **tried,
-            models=models,
-            controls=controls,
-            final=final,
-            placebo=random_blocks,
-            warnings=warnings,
-            parts=parts,
-            judges=judges,
-            claims=claims,
-            headline=headline(claims, final, best_of(models)),
-            samples={},
-        )
-
-    def as_json(self) -> dict:
-        def short(score):
-            row = {"w": score.w, "fd": score.fd, "seconds": score.seconds}
-            row |= fd_interval([score])
-            if score.precision is not None:
-                row |= {"precision": score.precision, "recall": score.recall}
-            return row
-
-        models: dict[str, dict] = {}
-        for name, candidate in (self.models | self.controls).items():
-            models[name] = {"w": candidate.w}
-            if candidate.fd is not None:
-                models[name]["fd"] = candidate.fd
-            if name == "global":
-                models[name]["w_global"] = candidate.w_global
-        return {
-            "kimg": self.kimg,
-            "blocks": self.blocks,
-            "grid": [short(score) for score in self.grid],
-            "search": [short(score) for score in self.search],
-            "sweep": [short(score) | {"w_global": single_weight(score)} for score in self.sweep],
-            **models,
-            "final": self.final,
-            "placebo": self.placebo,
-            "warnings": self.warnings,
-            "parts": self.parts,
-            "judges": self.judges,
-            "claims": [claim.as_json() for claim in self.claims],
-            "headline": self.headline,
-            "strongest_control": strongest_control(self.final) or None,
-        }
+    warnings = warnings_of(c, models, final, bool(tried["grid"]), scorer.judge)
+    warnings += scorer.sampler.model.notes
+    if len(placebos) < c.placebo:
+        allowed = f"the layers allow only {len(placebos)} other blocks"
+        warnings.append(f"--placebo {c.placebo}: {allowed}")
+    if scorer.merger.rule():
+        warnings.append(scorer.merger.rule())
+    return entry | {
+        "final": final,
+        "placebo": random_blocks,
+        "warnings": warnings + primary_warnings(claims, c.primary),
+        "parts": parts,
+        "judges": judges,
+        "claims": claims,
+        "headline": headline(claims, final, best_of(models)),
+        "strongest_control": strongest_control(final) or None,
+    }
 
 
-def show_and_export(setup: Setup, entry: Entry) -> None:
-    """Pictures of all models from the same noise; and the best one as a file."""
-    c = setup.c
+def selection_row(score: Score, stage: str) -> dict:
+    """One point of a sweep, grid or search."""
+    row = {"w": score.w, "fd": score.fd, "seconds": score.seconds} | fd_interval([score])
+    if score.precision is not None:
+        row |= {"precision": score.precision, "recall": score.recall}
+    if stage == "sweep":
+        row["w_global"] = single_weight(score.w)
+    return row
+
+
+def pictures_of(setup: Setup, models: dict[str, Candidate]) -> dict[str, torch.Tensor]:
+    """{model: uint8 [N, C, H, W]}, all from the same noise; without those that diverge."""
+    c, samples = setup.c, {}
     shown = setup.seeds.finals[0].seeds[: min(SHOWN, c.sample_batch)]
-    for name, candidate in entry.models.items():
+    for name, candidate in models.items():
         sampler = candidate.scorer.sampler
         candidate.scorer.merger.set(candidate.w)
         with contextlib.suppress(Diverged), network_calls(sampler.net, c.precision):
-            images, _ = sampler.batch_images(shown)
-            entry.samples[name] = images.cpu()
-    if setup.processes.rank == 0:
-        export_best(setup, entry)
+            samples[name] = sampler.batch_images(shown)[0].cpu()
+    return samples
 
 
 def best_of(models: dict[str, Candidate]) -> str:
@@ -427,12 +375,12 @@ def best_of(models: dict[str, Candidate]) -> str:
     return next(name for name, candidate in models.items() if candidate is best)
 
 
-def export_best(setup: Setup, entry: Entry) -> None:
+def export_best(setup: Setup, kimg: int, models: dict[str, Candidate]) -> None:
     """The best network on the selection seeds with its recipe, and on request as a plain state
     dict."""
     c = setup.c
-    name = best_of(entry.models)
-    best = entry.models[name]
+    name = best_of(models)
+    best = models[name]
     merger = best.scorer.merger
     named = c.partition
     if name == "searched" and c.search_partition:
@@ -444,9 +392,9 @@ def export_best(setup: Setup, entry: Entry) -> None:
         "base_weights": merger.base_hash,
         "aux_weights": merger.aux_hash,
     }
-    path = c.out / f"adaptive-neon-{entry.kimg:06d}"
-    net = merger.set(best.w)
+    path = c.out / f"adaptive-neon-{kimg:06d}"
     setup.model.export_merged(merger, best.w, path, recipe)
     if c.export_pt:
+        net = merger.set(best.w)
         state = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
         write_atomically(path.with_suffix(".pt"), partial(torch.save, state))

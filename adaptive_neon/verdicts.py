@@ -16,7 +16,7 @@ from .stats import (
     fd_interval,
     holm,
     interval_of,
-    kernel_interval,
+    verdict_of,
 )
 
 
@@ -29,9 +29,9 @@ def number(value, sign="") -> str:
     return f"{value:{sign}.4g}"
 
 
-def percent(share, sign="+") -> str:
+def percent(share) -> str:
     """Three significant digits; n/a of a distance that is zero or infinite."""
-    return "n/a" if share is None or not math.isfinite(share) else f"{100 * share:{sign}.3g}%"
+    return "n/a" if share is None or not math.isfinite(share) else f"{100 * share:+.3g}%"
 
 
 def range_text(gain) -> str:
@@ -50,17 +50,13 @@ def final_comparison(finals) -> dict:
         result = {"w": scores[0].w, "images": scores[0].images, "all": values}
         result["fd"] = float(np.mean(values))
         result |= fd_interval(scores)
-        if all(score.corrected is not None for score in scores):
-            result["corrected"] = float(np.mean([score.corrected for score in scores]))
-        if all(score.precision is not None for score in scores):
-            result["precision"] = float(np.mean([score.precision for score in scores]))
-            result["recall"] = float(np.mean([score.recall for score in scores]))
-        if all(score.memorisation is not None for score in scores):
-            result["memorisation"] = float(np.mean([score.memorisation for score in scores]))
-        if all(score.kernel is not None for score in scores):
-            result["kernel"] = kernel_interval(scores)
-        if all(score.alignment is not None for score in scores):
-            result["alignment"] = interval_of(scores, "alignment", "alignment_folds")
+        for key in ("corrected", "precision", "recall", "memorisation"):
+            measured = [getattr(score, key) for score in scores]
+            if None not in measured:
+                result[key] = float(np.mean(measured))
+        for key in ("kernel", "alignment"):
+            if all(getattr(score, key) is not None for score in scores):
+                result[key] = interval_of(scores, key)
         result["std"] = None
         if len(values) > 1 and math.isfinite(result["fd"]):
             result["std"] = float(np.std(values, ddof=1))
@@ -78,87 +74,11 @@ DISAGREE = "distances disagree"
 UNKNOWN = "noise of the real images unknown"
 
 
-@dataclasses.dataclass(frozen=True)
-class Gain:
-    """What one judge says of two models: both distances, and the verdict that holds after the
-    correction for the number of questions."""
-
-    distance: Comparison
-    kernel: Comparison | None
-    verdict: str  # better, worse, no significant difference, distances disagree
-    alignment: Comparison | None = None  # adherence, with its own verdict
-
-    def as_json(self) -> dict:
-        row = self.distance.as_json() | {"verdict": self.verdict}
-        if self.kernel is not None:
-            row["kernel"] = self.kernel.as_json()
-        if self.alignment is not None:
-            row["alignment"] = self.alignment.as_json()
-        return row
-
-
 def verdict_text(gain) -> str:
-    """The verdict of a gain's plain data, with what it does not know."""
+    """The verdict of a gain (see claims_of()), with what it does not know."""
     if gain["real_noise"] or gain["verdict"] == "no significant difference":
         return gain["verdict"]
     return f"{gain['verdict']} ({UNKNOWN})"
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """That one model of a snapshot is better than another: in the features it was selected with,
-    and in judges that no selection saw."""
-
-    model: str
-    against: str
-    own: Gain
-    judges: dict[str, Gain]
-    primary: bool = False  # the one that was named before the run
-
-    def judges_saying(self, verdict) -> list[str]:
-        return [judge for judge, gain in self.judges.items() if gain.verdict == verdict]
-
-    def sentence(self) -> str:
-        own = self.own.as_json()
-        text = (
-            f"{self.model} against {self.against}: {verdict_text(own)} in its own features, "
-            f"{range_text(own)}"
-        )
-        if self.primary:
-            text = f"primary claim, named before the run: {text}"
-        if self.judges:
-            text += (
-                f"; of {len(self.judges)} judges that no selection saw, better in "
-                f"{len(self.judges_saying('better'))} and worse in "
-                f"{len(self.judges_saying('worse'))} (95%, Holm's correction)"
-            )
-        gains = {"its own features": self.own, **self.judges}
-        disagree = [judge for judge, gain in gains.items() if gain.verdict == DISAGREE]
-        if disagree:
-            text += f"; FD and kernel distance disagree in {', '.join(disagree)}"
-        biased = []
-        for judge, gain in gains.items():
-            if gain.distance.plain_verdict != gain.distance.verdict:
-                biased.append(f"{judge} ({gain.distance.plain_verdict})")
-        if biased:
-            text += f"; without the correction of bias the verdict changes in {', '.join(biased)}"
-        for judge, gain in gains.items():
-            if gain.alignment is not None:
-                asked = gain.alignment
-                text += f"; adherence in {judge} {asked.difference:+.3g}, {asked.verdict}"
-        return text
-
-    def as_json(self) -> dict:
-        return {
-            "model": self.model,
-            "against": self.against,
-            "primary": self.primary,
-            "own": self.own.as_json(),
-            "judges": {judge: gain.as_json() for judge, gain in self.judges.items()},
-            "better": self.judges_saying("better"),
-            "worse": self.judges_saying("worse"),
-            "sentence": self.sentence(),
-        }
 
 
 CLAIMS = (
@@ -200,10 +120,13 @@ def primary_pair(models, primary="") -> tuple[str, str]:
     return model, against or ("base" if model == "global" else "global")
 
 
-def claims_of(finals, primary="", level=0.05) -> list[Claim]:
-    """{judge: {model: [Score]}}, the first judge the one that was selected with -> what is claimed.
+def claims_of(finals, primary="") -> list[dict]:
+    """{judge: {model: [Score]}}, the first judge the one that was selected with -> what is claimed,
+    plain data: that one model is better than another, in the features it was selected with ("own")
+    and in judges that no selection saw. Each of these is a gain: the comparison of distances with
+    the verdict that holds, beside it those of kernel distance and adherence, where measured.
 
-    One criterion: the primary claim, in the features of the selection, is one question at `level`;
+    One criterion: the primary claim, in the features of the selection, is one question at 5%;
     all other claims in all judges are one family (Holm's correction). The kernel distance is judged
     the same way, and a verdict holds where it does not say the opposite. So is adherence, for
     itself.
@@ -211,49 +134,51 @@ def claims_of(finals, primary="", level=0.05) -> list[Claim]:
     own, *unseen = finals
     pairs = pairs_of(finals[own])
     first = primary_pair(finals[own], primary)
-    distances, kernels, adherence = {}, {}, {}
+    distances: dict[tuple, Comparison] = {}
+    kernels: dict[tuple, Comparison] = {}
+    adherence: dict[tuple, Comparison] = {}
+    kinds = (distances, compare), (kernels, compare_kernels), (adherence, compare_alignment)
     for model, against in pairs:
         for judge, scores in finals.items():
-            question = (model, against, judge)
-            distances[question] = compare(scores[model], scores[against], level)
-            kernel = compare_kernels(scores[model], scores[against], level)
-            if kernel is not None:
-                kernels[question] = kernel
-            asked = compare_alignment(scores[model], scores[against], level)
-            if asked is not None:
-                adherence[question] = asked
-    verdicts = adjusted(distances, (*first, own), level)
-    opposite = adjusted(kernels, (*first, own), level)
-    asked_for = adjusted(adherence, (*first, own), level)
+            for found, comparison in kinds:
+                gain = comparison(scores[model], scores[against])
+                if gain is not None:
+                    found[model, against, judge] = gain
+    verdicts = adjusted(distances, (*first, own))
+    opposite = adjusted(kernels, (*first, own))
+    asked_for = adjusted(adherence, (*first, own))
+
+    gains = {}
+    for question, verdict in verdicts.items():
+        if {verdict, opposite.get(question)} == {"better", "worse"}:
+            verdict = DISAGREE
+        gains[question] = distances[question].as_json() | {"verdict": verdict}
+        if question in opposite:
+            gains[question]["kernel"] = kernels[question].as_json()
+        if question in asked_for:
+            asked = adherence[question].as_json() | {"verdict": asked_for[question]}
+            gains[question]["alignment"] = asked
 
     claims = []
     for model, against in pairs:
-        gains = {}
-        for judge in finals:
-            question = (model, against, judge)
-            verdict = verdicts[question]
-            if {verdict, opposite.get(question)} == {"better", "worse"}:
-                verdict = DISAGREE
-            asked = adherence.get(question)
-            if asked is not None:
-                asked = dataclasses.replace(asked, verdict=asked_for[question])
-            gains[judge] = Gain(distances[question], kernels.get(question), verdict, asked)
-        judges = {judge: gains[judge] for judge in unseen}
-        claims.append(Claim(model, against, gains[own], judges, (model, against) == first))
+        judges = {judge: gains[model, against, judge] for judge in unseen}
+        claim = {
+            "model": model,
+            "against": against,
+            "primary": (model, against) == first,  # the one that was named before the run
+            "own": gains[model, against, own],
+            "judges": judges,
+            "better": [judge for judge in unseen if judges[judge]["verdict"] == "better"],
+            "worse": [judge for judge in unseen if judges[judge]["verdict"] == "worse"],
+        }
+        claims.append(claim | {"sentence": sentence_of(claim)})
     return claims
 
 
-def primary_warnings(claims: list[Claim], primary: str) -> list[str]:
-    """A control that was to be made can be missing in the end: the guided network, say."""
-    if any(claim.primary for claim in claims):
-        return []
-    return [f"the primary claim{f' {primary}' if primary else ''} could not be asked"]
-
-
-def adjusted(comparisons, primary, level) -> dict:
-    """{question: verdict}: of the primary one at `level`, of all others together (Holm)."""
+def adjusted(comparisons, primary) -> dict:
+    """{question: verdict}: of the primary one at 5%, of all others together (Holm)."""
     family = [question for question in comparisons if question != primary]
-    held = holm([comparisons[question].p for question in family], level)
+    held = holm([comparisons[question].p for question in family])
     holds = dict(zip(family, held, strict=True))
     verdicts = {}
     for question, gain in comparisons.items():
@@ -261,6 +186,45 @@ def adjusted(comparisons, primary, level) -> dict:
         if not holds.get(question, True):
             verdicts[question] = "no significant difference"
     return verdicts
+
+
+def sentence_of(claim) -> str:
+    own = claim["own"]
+    text = (
+        f"{claim['model']} against {claim['against']}: {verdict_text(own)} in its own features, "
+        f"{range_text(own)}"
+    )
+    if claim["primary"]:
+        text = f"primary claim, named before the run: {text}"
+    if claim["judges"]:
+        text += (
+            f"; of {len(claim['judges'])} judges that no selection saw, better in "
+            f"{len(claim['better'])} and worse in {len(claim['worse'])} (95%, Holm's correction)"
+        )
+
+    disagree, biased, adherence = [], [], ""
+    for judge, gain in {"its own features": own, **claim["judges"]}.items():
+        if gain["verdict"] == DISAGREE:
+            disagree.append(judge)
+        half = gain["high"] - gain["difference"]
+        plain = verdict_of(gain["plain"], half)
+        if plain != verdict_of(gain["difference"], half):
+            biased.append(f"{judge} ({plain})")
+        if "alignment" in gain:
+            asked = gain["alignment"]
+            adherence += f"; adherence in {judge} {asked['difference']:+.3g}, {asked['verdict']}"
+    if disagree:
+        text += f"; FD and kernel distance disagree in {', '.join(disagree)}"
+    if biased:
+        text += f"; without the correction of bias the verdict changes in {', '.join(biased)}"
+    return text + adherence
+
+
+def primary_warnings(claims, primary: str) -> list[str]:
+    """A control that was to be made can be missing in the end: the guided network, say."""
+    if any(claim["primary"] for claim in claims):
+        return []
+    return [f"the primary claim{f' {primary}' if primary else ''} could not be asked"]
 
 
 # -------------------- the summing-up
@@ -275,33 +239,34 @@ def strongest_control(final) -> str:
 
 def headline(claims, final, best) -> str:
     """Two sentences: the primary claim; and what was repaired, against the base and against the
-    strongest control. claims: [Claim]; best: the model with the lowest distance on the selection
-    seeds."""
-    said = {(claim.model, claim.against): claim for claim in claims}
+    strongest control. claims: of claims_of(); best: the model with the lowest distance on the
+    selection seeds."""
+    said = {(claim["model"], claim["against"]): claim for claim in claims}
     sentences = []
     for claim in claims:
-        if claim.primary:
+        if claim["primary"]:
             sentences.append(f"{sentence_case(short_claim(claim))}.")
 
     repaired = best if best not in ("base", "collapsed") else "global"
-    told = []
+    texts = []
     for other in ("base", strongest_control(final)):
-        if (repaired, other) in said and not said[repaired, other].primary:
-            told.append(said[repaired, other])
+        claim = said.get((repaired, other))
+        if claim is not None and not claim["primary"]:
+            texts.append(short_claim(claim))
     if best in ("base", "collapsed"):
         sentences.append("No step back from the base was better on the selection seeds.")
-    if told:
-        texts = [short_claim(claim) for claim in told]
-        if len(texts) > 1:
-            texts[1] += ", the strongest control"
+    if len(texts) > 1:
+        texts[1] += ", the strongest control"
+    if texts:
         sentences.append(f"{sentence_case('; '.join(texts))}.")
     return " ".join(sentences)
 
 
-def short_claim(claim: Claim) -> str:
+def short_claim(claim) -> str:
     """A claim in the features of the selection."""
-    own = claim.own.as_json()
-    return f"{claim.model} against {claim.against}: {verdict_text(own)}, {range_text(own)}"
+    own = claim["own"]
+    sides = f"{claim['model']} against {claim['against']}"
+    return f"{sides}: {verdict_text(own)}, {range_text(own)}"
 
 
 def headline_over_seeds(over, kimg) -> str:
@@ -440,7 +405,7 @@ def over_seeds(kimg, model, against, seeds) -> dict:
         "kimg": kimg,
         "model": model,
         "against": against,
-        "primary": any(claim.get("primary", False) for claim in claims),
+        "primary": any(claim["primary"] for claim in claims),
         "own_verdicts": [claim["own"]["verdict"] for claim in claims],
         "own_relative": own_relative,
         "seeds": len(seeds),
@@ -461,7 +426,7 @@ def over_seeds(kimg, model, against, seeds) -> dict:
             f" and in {row['better']} of {cases_text(row)} of the judges that no selection saw, "
             f"worse in {row['worse']} ({mean_and_interval(relative)})"
         )
-    if not all(claim["own"].get("real_noise", True) for claim in claims):
+    if not all(claim["own"]["real_noise"] for claim in claims):
         text += f" ({UNKNOWN})"
     return row | {"sentence": text}
 

@@ -1,5 +1,6 @@
 """The extension must be built; without a GPU the CUDA twins of tests are left out, and counted."""
 
+import http.server
 import pickle
 import threading
 from pathlib import Path
@@ -97,3 +98,26 @@ def ranks(monkeypatch):
         return found
 
     return run
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server, and an empty cache: answers[path] = a function of the handler; .asked: the
+    paths of the requests."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            web.asked.append(self.path)
+            web.answers[self.path.partition("?")[0]](self)
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("NEON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
+        web.asked, web.answers, web.daemon_threads = [], {}, True
+        web.url = f"http://127.0.0.1:{web.server_port}"
+        threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
+        yield web
+        web.shutdown()

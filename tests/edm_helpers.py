@@ -7,6 +7,7 @@ import inspect
 import json
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -427,3 +428,17 @@ def owners_of(model, net, named):
     """{parameter: block} of --partition."""
     names = list(neon.blocks.movable_parameters(net))
     return neon.blocks.partition(names, neon.study.blocks_of(named, model, net))
+
+
+def sends(body, status=200, length=None, delay=0):
+    """An answer of the fixture `server`."""
+
+    def answer(handler):
+        time.sleep(delay)
+        handler.send_response(status, "Bad\x1b[31m" if status != 200 else None)
+        handler.send_header("Content-Length", str(len(body) if length is None else length))
+        handler.end_headers()
+        with contextlib.suppress(BrokenPipeError):  # who asked has gone
+            handler.wfile.write(body)
+
+    return answer

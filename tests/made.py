@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 
 import adaptive_neon as neon
+from adaptive_neon.verdicts import sentence_case
 
 BLOCKS = ("enc", "mid", "dec")
 SCORE = "FD (own+two, 4-d)"
@@ -106,19 +107,23 @@ def entry_of(kimg=5, shift=0.0, finals=None):
         if name.startswith("random"):
             gain = neon.stats.compare(own[name], own["global"])
             placebo.append({"w": own[name][0].w, "fd": 1.0, "against_global": gain.as_json()})
+    claims = neon.verdicts.claims_of(finals)
     selection = {name: {"w": own[name][0].w, "fd": own[name][0].fd - 2.5} for name in models}
     return {
         "kimg": kimg,
         "blocks": dict.fromkeys(BLOCKS, {}),
         "sweep": sweep,
         "grid": grid,
+        "search": [],
         **selection,
         "final": neon.verdicts.final_comparison({name: own[name] for name in models}),
         "placebo": placebo,
         "warnings": [f"mind the {kimg}"],
         "parts": {},
         "judges": judges,
-        "claims": [claim.as_json() for claim in neon.verdicts.claims_of(finals)],
+        "claims": claims,
+        "headline": sentence_case(next(c["sentence"] for c in claims if c["primary"])) + ".",
+        "strongest_control": None,
     }
 
 

@@ -91,12 +91,13 @@ def test_claims_and_table_say_both():
         told = asked(0.9 - 0.1 * m, seed=m)
         fields = {"alignment": told.alignment, "alignment_folds": told.alignment_folds}
         finals["b"][name] = [dataclasses.replace(one, **fields) for one in scores]
-    claims = {(claim.model, claim.against): claim for claim in claims_of(finals)}
+    claims = {(claim["model"], claim["against"]): claim for claim in claims_of(finals)}
     claim = claims["global", "base"]
-    assert claim.judges["b"].alignment.verdict == "worse" and claim.own.alignment is None
-    assert "adherence in b -0.2, worse" in claim.sentence()
-    assert claim.as_json()["judges"]["b"]["alignment"]["verdict"] == "worse"
-    assert claims["collapsed", "global"].judges["b"].alignment.verdict == "better"
+    assert claim["judges"]["b"]["alignment"]["verdict"] == "worse"
+    assert "alignment" not in claim["own"]
+    assert "adherence in b -0.2, worse" in claim["sentence"]
+    other = claims["collapsed", "global"]
+    assert other["judges"]["b"]["alignment"]["verdict"] == "better"
 
     final = final_comparison(finals["b"])
     assert final["global"]["alignment"]["value"] == pytest.approx(0.7)

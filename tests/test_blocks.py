@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import math
 
 import pytest
 import torch
@@ -325,6 +326,14 @@ def test_table_of_blocks():
             "drift": pytest.approx(drift, rel=1e-5),
         }
         assert rows[block] == want
+
+
+def test_a_block_of_zeros_that_moved_drifts_without_end():
+    base, aux = nn.Linear(2, 2), nn.Linear(2, 2)
+    for parameter in (*base.parameters(), aux.bias):
+        nn.init.zeros_(parameter)
+    rows = neon.blocks.Merger(base, aux, lambda name: name).table()
+    assert (rows["weight"]["drift"], rows["bias"]["drift"]) == (math.inf, 0)
 
 
 def test_same_networks_in_other_blocks():

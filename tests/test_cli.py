@@ -9,11 +9,9 @@ import pytest
 import torch
 from edm_helpers import (
     PRESET,
-    ToyFeatures,
     ToyModel,
     ToyNet,
     config,
-    lines,
     parse,
     preset,
     replace,
@@ -263,22 +261,6 @@ def test_other_ranks_remark_nothing(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
-def test_base_and_aux_of_files(tmp_path):
-    """--aux is exchanged between two runs in one folder: no score of the first serves the
-    second, but the base's."""
-    base, *auxes = toy_network_files(tmp_path)
-    out, firsts = tmp_path / "out", []
-    for aux in auxes:
-        (tmp_path / "aux.safetensors").write_bytes(aux.read_bytes())
-        with pytest.MonkeyPatch.context() as patch:
-            replace(patch, "drawn", lambda *args: None)
-            run(out, *GIVEN, base, "--aux", tmp_path / "aux.safetensors")
-        (entry,) = json.loads((out / "summary.json").read_text())["snapshots"]
-        firsts.append([entry[name]["fd"] for name in ("base", "collapsed", "blockwise")])
-    assert firsts[0][0] == firsts[1][0]
-    assert firsts[0][1:] != firsts[1][1:] and len(lines(out / "grid.jsonl")) > 8 + 8
-
-
 # -------------------- the plan
 
 
@@ -349,56 +331,6 @@ def test_networks_of_a_training_seed_are_those_of_a_run_with_it(several, k):
     assert sorted(out.glob("self-*/network-*")) == sorted(paths.values())
 
 
-def test_final_comparisons_are_those_of_the_seeds(several):
-    _, summary, own = several
-    assert summary["kimg"] == [1, 2]
-    for finals, one in zip(summary["final"], own, strict=True):
-        assert finals == [entry["final"] for entry in one["snapshots"]]
-    distances = [final["global"]["fd"] for finals in summary["final"] for final in finals]
-    assert len(set(distances)) > 3
-
-
-def test_claims_over_the_seeds_count_those_of_the_seeds(several):
-    _, summary, own = several
-    for row in summary["over_seeds"]:
-        claims = []
-        for one in own:
-            (entry,) = [entry for entry in one["snapshots"] if entry["kimg"] == row["kimg"]]
-            for claim in entry["claims"]:
-                sides = [claim[side].removesuffix(" 1") for side in ("model", "against")]
-                if sides == [row["model"], row["against"]]:
-                    claims.append(claim)
-        assert row["own_verdicts"] == [claim["own"]["verdict"] for claim in claims]
-        assert len(claims) == 3
-
-
-@pytest.mark.parametrize("kimg", [1, 2])
-@pytest.mark.parametrize(
-    "model, against",
-    [("blockwise", "global"), ("searched", "blockwise"), ("random blocks", "global")],
-)
-def test_questions_over_the_seeds(several, kimg, model, against):
-    rows = [(row["kimg"], row["model"], row["against"]) for row in several[1]["over_seeds"]]
-    assert rows.count((kimg, model, against)) == 1
-
-
-def test_table_over_the_seeds_has_every_model_of_every_seed(several):
-    out, summary, _ = several
-    head, _, *rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in (out / "table.md").read_text().split("\n\n")[0].splitlines()
-    ]
-    found = [dict(zip(head, row, strict=True)) for row in rows]
-    wanted = []
-    for seed, finals in zip((7, 9, 11), summary["final"], strict=True):
-        for kimg, final in zip(("1", "2"), finals, strict=True):
-            for name, result in final.items():
-                number = neon.verdicts.number(result["fd"])
-                wanted.append((str(seed), kimg, name, number))
-    keys = ("training seed", "snapshot (kimg)", "model", f"final {summary['score']}")
-    assert [tuple(row[key] for key in keys) for row in found] == wanted
-
-
 def test_search_over_layers_beside_a_grid_over_blocks(several):
     for one in several[2]:
         for entry in one["snapshots"]:
@@ -454,8 +386,3 @@ def test_measuring_time_changes_no_setting():
     threads = torch.get_num_threads()
     assert sampler.seconds_per_image()[0] > 0
     assert torch.get_num_threads() == threads and (sampler.steps, sampler.batch) == (5, 32)
-
-
-def test_features_of_the_toy_decide(several):
-    """The fixtures' own: no classifier is trained here."""
-    assert several[1]["score"] == ToyFeatures.score

@@ -37,23 +37,17 @@ def test_outputs_step_back_instead_of_weights(w):
 
 
 @pytest.mark.parametrize("scorer", [toy_scorer, edm_scorer], ids=["toy", "edm"])
-def test_without_a_step_the_images_are_the_bases(tmp_path, scorer):
+@pytest.mark.parametrize("w", [0, -1], ids=["base", "self-trained"])
+def test_without_a_step_the_images_are_those_of_a_network(tmp_path, scorer, w):
     scorer = scorer(tmp_path)
-    guide = neon.controls.guided(scorer)
-    torch.testing.assert_close(images_of(guide, 0), images_of(scorer, 0))
-
-
-@pytest.mark.parametrize("scorer", [toy_scorer, edm_scorer], ids=["toy", "edm"])
-def test_at_minus_one_the_images_are_the_self_trained_networks(tmp_path, scorer):
-    scorer = scorer(tmp_path)
-    guide = neon.controls.guided(scorer)
-    torch.testing.assert_close(images_of(guide, -1), images_of(scorer, -1), rtol=1e-4, atol=1e-5)
+    found = images_of(neon.controls.guided(scorer), {"guidance": w})
+    torch.testing.assert_close(found, images_of(scorer, w), rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_gives_other_images_than_merged_weights(tmp_path):
     scorer = edm_scorer(tmp_path)
-    guide = neon.controls.guided(scorer)
-    assert not torch.allclose(images_of(guide, 1), images_of(scorer, 1), atol=1e-3)
+    found = images_of(neon.controls.guided(scorer), {"guidance": 1})
+    assert not torch.allclose(found, images_of(scorer, 1), atol=1e-3)
 
 
 def test_other_attributes_are_the_bases(tmp_path):
@@ -64,13 +58,27 @@ def test_other_attributes_are_the_bases(tmp_path):
         net.nothing_of_the_kind  # noqa: B018
 
 
-@pytest.mark.parametrize("kind", [tuple, list, dict])
+PACKS = {
+    tuple: lambda *parts: parts,
+    list: lambda *parts: [*parts],
+    dict: lambda a, b: dict(a=a, b=b),
+}
+
+
+@pytest.mark.parametrize("kind", PACKS)
 def test_containers_of_outputs(kind):
-    ours, theirs = torch.tensor([3.0]), torch.tensor([1.0])
-    pack = {tuple: lambda x: (x, 7), list: lambda x: [x, 7], dict: lambda x: {"a": x, "b": 7}}[kind]
-    found = neon.controls.extrapolated(pack(ours), pack(theirs), torch.tensor(0.5))
-    values = list(found.values()) if kind is dict else list(found)
-    assert type(found) is kind and values[0].tolist() == [4.0] and values[1] == 7
+    class Packed(nn.Linear):
+        def forward(self, x):
+            return PACKS[kind](super().forward(x), torch.tensor(7))
+
+    base, aux, x = Packed(2, 3), Packed(2, 3), torch.randn(4, 2)
+    net = neon.controls.Guided(base, aux)
+    net.w.fill_(0.5)
+    found = net(x)
+    values = [*found.values()] if kind is dict else found
+    want = 1.5 * nn.Linear.forward(base, x) - 0.5 * nn.Linear.forward(aux, x)
+    torch.testing.assert_close(values[0], want)
+    assert type(found) is kind and values[1] == 7
 
 
 class Parts(ToyModel):
@@ -88,13 +96,11 @@ def test_a_sampler_that_calls_parts_of_the_network_has_no_guided_control(tmp_pat
 
 def test_keys_of_guided_scores_are_their_own(tmp_path):
     scorer = toy_scorer(tmp_path)
-    guide = neon.controls.guided(scorer)
-    keys = {
-        which.key(which.merger.weights(w), which.seeds.selection)
-        for which in (scorer, guide)
-        for w in (0.0, 1.0)
-    }
-    assert len(keys) == 4
+    guide, seeds = neon.controls.guided(scorer), scorer.seeds.selection
+    keys = {scorer.key(scorer.merger.weights(w), seeds) for w in (0.0, 1.0)}
+    own = neon.controls.with_settings(scorer)  # of a model with a setting of this name
+    keys |= {which.key({"guidance": w}, seeds) for which in (guide, own) for w in (0.0, 1.0)}
+    assert len(keys) == 6
 
 
 # -------------------- more steps, more training
@@ -118,7 +124,7 @@ def test_twice_the_steps_is_another_sampler_of_the_same_networks(tmp_path):
 def candidates(tmp_path, **options):
     setup = toy_setup(tmp_path, steps=2, **options)
     scorer = toy_scorer(tmp_path, steps=2, **options)
-    return neon.study.controls_of(setup, scorer, {-1.0, 0.0, 0.5, 1.0}), scorer
+    return neon.study.controls_of(setup, scorer, {-1.0, 0.0, 1 / 3, 1.0}), scorer
 
 
 def test_controls_of_a_study(tmp_path):
@@ -130,7 +136,10 @@ def test_controls_of_a_study(tmp_path):
 def test_guided_weight_is_chosen_on_the_selection_seeds(tmp_path):
     found, scorer = candidates(tmp_path)
     guide = neon.controls.guided(scorer)
-    distances = {w: guide.score(w).fd for w in (0.5, 1.0)}
+    logged = scorer.log.scores.values()
+    tried = [score.w["guidance"] for score in logged if "guidance" in score.w]
+    assert tried == [0.333333, 1.0]  # as a line of the log holds them
+    distances = {w: guide.score({"guidance": w}).fd for w in (0.333333, 1.0)}
     best = min(distances, key=distances.get)
     assert found["guided"].w == {"guidance": best} and found["guided"].fd == distances[best]
 
@@ -198,10 +207,6 @@ def test_models_own_controls_have_keys_of_their_own(tmp_path):
     assert len(keys) == 4
 
 
-def test_models_own_controls_can_be_left_out(tmp_path):
-    assert not tuned(tmp_path, controls=())[0]
-
-
 FILE = """
 import torch
 SHAPE, CLASSES = (1, 8, 8), 0
@@ -264,6 +269,7 @@ def test_the_base_is_trained_on_real_images_for_the_repairs_budget(tmp_path, kim
 
     # At its weight, -1, the network that samples is the trained one.
     net = scorer.merger.set(found["base, trained on"].w)
+    assert net is scorer.sampler.net
     assert all(torch.equal(p, trained[name]) for name, p in net.named_parameters())
 
 
@@ -276,19 +282,6 @@ def test_training_on_uses_the_training_part(tmp_path):
     setup = dataclasses.replace(setup, model=Counting(), real=real)
     neon.study.controls_of(setup, toy_scorer(tmp_path), {0.0})
     assert set(setup.model.means) == {-1.0}
-
-
-def test_training_on_needs_real_images(tmp_path):
-    class NoImages(neon.config.Preset):
-        def model(self, c):
-            return ToyModel()
-
-        def real_images(self, c):
-            return None
-
-    c = dataclasses.replace(toy_setup(tmp_path).c, continue_on_data=-1.0)
-    with pytest.raises(neon.files.UserError, match="--continue-on-data .* give --data"):
-        neon.stages.prepare(c, NoImages(), neon.processes.Processes("cpu"))
 
 
 def test_a_network_with_parts_of_its_own_name_is_guided():
@@ -329,8 +322,3 @@ def test_as_many_global_weights_as_anything_else_tries(tmp_path, options, blocks
     inside = sorted(value for value in values if min(c.grid) <= value <= max(c.grid))
     assert {-1.0, 0.0} <= values and len(inside) >= count
     assert inside[0] == min(c.grid) and inside[-1] == max(c.grid)
-
-
-def test_the_sweep_is_among_the_global_weights(tmp_path):
-    c = dataclasses.replace(toy_setup(tmp_path).c, grid=(0.5, 1.0), sweep=(-0.5, 3.0))
-    assert {-0.5, 3.0} <= neon.study.global_weights(c, ["enc", "mid", "dec"])

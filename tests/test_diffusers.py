@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -423,27 +422,6 @@ def test_an_offset_beyond_the_last_time_is_one_line(tmp_path):
 # --------------------- threads, precision, memory
 
 
-def test_two_threads_sample_at_once(folders):
-    model = DiffusersPipeline(folders["dit"], guidance=2.0)
-    net = model.load(folders["dit"])
-    counts = [3, 11]
-    alone = [images_of(model, net, steps=steps) for steps in counts]
-    together = [[], []]
-
-    def work(i):
-        for _ in range(6):
-            together[i].append(images_of(model, net, steps=counts[i]))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(2):
-        assert len(together[i]) == 6
-        assert all(torch.equal(images, alone[i]) for images in together[i])
-
-
 @pytest.mark.parametrize("kind", ["ldm-vq", "dit"])
 def test_calls_leave_no_trace_on_the_object(folders, kind):
     """Threads would meet in whatever a call writes."""
@@ -801,9 +779,8 @@ def test_two_variants_and_no_plain_weights_are_one_line(tmp_path):
         DiffusersPipeline(folder)
 
 
-@pytest.mark.parametrize("variant", [None, "fp16"])
-def test_exported_files_are_as_readable_as_others(folders, tmp_path, variant):
-    folder = make(tmp_path / "p", "ldm-kl", variant=variant)
+def test_exported_files_are_as_readable_as_others(tmp_path):
+    folder = make(tmp_path / "p", "ldm-kl")
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o600)
     model = DiffusersPipeline(folder)
@@ -852,13 +829,6 @@ def hostile_archive(folder):
     torch.save(state, folder / "unet/diffusion_pytorch_model.bin")
 
 
-def lose_a_shard(folder):
-    net = diffusers.UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
-    shutil.rmtree(folder / "unet")
-    net.save_pretrained(folder / "unet", max_shard_size="10KB")
-    sorted((folder / "unet").glob("*.safetensors"))[1].unlink()
-
-
 def weights_file(folder):
     return folder / "unet" / WEIGHTS
 
@@ -883,12 +853,7 @@ BAD_FOLDERS = {
     ),
     "truncated": (lambda f: truncate(weights_file(f)), f"Unable to load weights .*{WEIGHTS}"),
     "hostile archive": (hostile_archive, "Unable to load weights .*bin"),
-    "lost shard": (lose_a_shard, "does not appear to have a file named"),
     "no weights": (lambda f: weights_file(f).unlink(), "no weights"),
-    "unknown block": (
-        lambda f: edit(f / UNET_CONFIG, down_block_types=["NoBlock", "DownBlock2D"]),
-        "NoBlock",
-    ),
     "quantised": (
         lambda f: edit(f / UNET_CONFIG, quantization_config={"quant_method": "bitsandbytes"}),
         "quantis|quantiz|bitsandbytes",
@@ -1056,11 +1021,9 @@ def test_a_network_of_another_kind_is_one_line(folders):
     "change, message",
     [
         (lambda t: t.pop("conv_in.bias"), "Missing .*conv_in.bias"),
-        (lambda t: t.update(more=torch.ones(1)), "Unexpected .*more"),
-        (lambda t: t.update({"conv_in.bias": torch.ones(9)}), "size mismatch for conv_in.bias"),
         (set_to(float("nan")), "conv_in.weight has values"),
     ],
-    ids=["missing", "extra", "size", "nan"],
+    ids=["missing", "nan"],
 )
 def test_a_bad_file_of_tensors_is_one_line(folders, tmp_path, change, message):
     file = tmp_path / "net.safetensors"
@@ -1268,18 +1231,27 @@ def test_paths_are_taken_as_they_are(tmp_path, monkeypatch):
             adapter.resolve(source)
 
 
+HUB = [
+    *("model_index.json", "diffusion_pytorch_model.bin", "pytorch_lora_weights.safetensors"),
+    *("unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/pytorch_model.bin"),
+    *("tokenizer/merges.txt", "tokenizer_3/spiece.model"),
+    # Not these: whole models for other programs.
+    *("v1-5-pruned.safetensors", "v1-5-pruned.ckpt", "text_encoder/flax_model.msgpack", "x.onnx"),
+]
+
+
 def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
     asked = []
 
     def download(name, allow_patterns):
-        asked.append((name, allow_patterns))
+        asked.extend([name, *filter_repo_objects(HUB, allow_patterns=allow_patterns)])
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert adapter.resolve("google/ddpm-cifar10-32") == tmp_path
-    assert asked == [
-        ("google/ddpm-cifar10-32", ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model"])
-    ]
+    assert asked == ["google/ddpm-cifar10-32", *HUB[:-4]]
 
 
 @pytest.mark.slow

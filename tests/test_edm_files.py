@@ -103,13 +103,7 @@ def test_neons_files_are_read(tmp_path):
     loaded = edm.load_network(tmp_path / "net.pkl")
     assert b"xpu" in data and same(loaded, net) and not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
-
-
-def test_a_loaded_network_is_frozen_and_in_eval_mode(tmp_path):
-    (tmp_path / "net.pkl").write_bytes(snapshot(network()))
-    net = edm.load_network(tmp_path / "net.pkl")
-    assert not net.training and not any(p.requires_grad for p in net.parameters())
-    assert all(t.dtype == torch.float32 and t.is_contiguous() for t in net.state_dict().values())
+    assert all(t.is_contiguous() for t in loaded.state_dict().values())
 
 
 def test_double_precision_is_rounded(tmp_path):
@@ -122,9 +116,12 @@ def test_half_precision_is_widened(tmp_path):
     assert same(edm.load_network(tmp_path / "net.pkl"), network().half().float())
 
 
-def test_strides_are_kept(tmp_path):
-    (tmp_path / "net.pkl").write_bytes(snapshot(network().to(memory_format=torch.channels_last)))
-    assert same(edm.load_network(tmp_path / "net.pkl"), network())
+def test_strides_are_kept_and_where_a_storage_begins(tmp_path):
+    net = network().to(memory_format=torch.channels_last)
+    storage = torch.randn(200)
+    net.model.map_layer0.bias.data = storage[70:134]
+    (tmp_path / "net.pkl").write_bytes(snapshot(net))
+    assert same(edm.load_network(tmp_path / "net.pkl"), net)
 
 
 def test_shared_storages_become_separate(tmp_path):
@@ -149,20 +146,16 @@ def test_content_decides_not_the_suffix(tmp_path, kind, suffix):
     assert same(edm.load_network(path), network())
 
 
-@pytest.mark.parametrize(
-    "name, value", [("sigma_data", 0.6), ("sigma_min", 0.01), ("sigma_max", 50.0)]
-)
-def test_attributes_of_the_preconditioning_are_read(tmp_path, name, value):
-    (tmp_path / "net.pkl").write_bytes(snapshot(network(), **{name: value}))
-    assert getattr(edm.load_network(tmp_path / "net.pkl"), name) == value
-
-
-@pytest.mark.parametrize(
-    "name, value", [("sigma_data", 0.6), ("sigma_min", 0.01), ("sigma_max", 50.0)]
-)
-def test_attributes_of_the_preconditioning_are_saved(tmp_path, name, value):
-    edm.save_network(network(**{name: value}), tmp_path / "net", {})
-    assert getattr(edm.load_network(tmp_path / "net"), name) == value
+@pytest.mark.parametrize("kind", ["pickle", "safetensors"])
+def test_attributes_of_the_preconditioning_are_kept(tmp_path, kind):
+    """As they are now, not as the network was built."""
+    attributes, path = {"sigma_data": 0.6, "sigma_min": 0.01, "sigma_max": 50.0}, tmp_path / "net"
+    if kind == "pickle":
+        path.write_bytes(snapshot(network(), **attributes))
+    else:
+        edm.save_network(network(**attributes), path, {})
+    loaded = edm.load_network(path)
+    assert {name: getattr(loaded, name) for name in attributes} == attributes
 
 
 # -------------------- networks that are refused
@@ -368,17 +361,6 @@ def test_expanded_weights_are_refused(tmp_path):
 # -------------------- our own networks
 
 
-def test_saved_networks_load_to_the_bit(tmp_path):
-    edm.save_network(network(**NCSN), tmp_path / "net", {"w": 1})
-    assert same(edm.load_network(tmp_path / "net"), network(**NCSN))
-
-
-def test_saved_networks_are_the_same_bytes(tmp_path):
-    for name in ("a", "b"):
-        edm.save_network(network(), tmp_path / name, {"w": {"enc": 1.5}, "parents": ["x"]})
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
 def test_saved_networks_hold_their_recipe(tmp_path):
     edm.save_network(network(), tmp_path / "net", {"w": {"enc": 1.5}})
     with safetensors.safe_open(tmp_path / "net", "pt") as file:
@@ -408,18 +390,3 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path):
         except neon.files.UserError:
             continue
         assert same(loaded, network()) and loaded.config == network().config, position
-
-
-def test_a_changed_recipe_is_found(tmp_path):
-    edm.save_network(network(), tmp_path / "net", {"note": "a recipe"})
-    data = (tmp_path / "net").read_bytes()
-    (tmp_path / "net").write_bytes(data.replace(b"a recipe", b"a Recipe"))
-    refused(tmp_path / "net", "SHA-256 does not agree")
-
-
-def test_a_flipped_bit_in_the_weights_is_named(tmp_path):
-    edm.save_network(network(), tmp_path / "net", {})
-    data = bytearray((tmp_path / "net").read_bytes())
-    data[-1000] ^= 1
-    (tmp_path / "net").write_bytes(data)
-    refused(tmp_path / "net", "SHA-256 does not agree: the file is damaged")

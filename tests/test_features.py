@@ -236,11 +236,6 @@ def test_inception_in_channels_last_gives_the_same_features(inception):
     torch.testing.assert_close(other(images), inception(images), rtol=1e-4, atol=1e-5)
 
 
-def test_resize_of_the_same_size_changes_nothing():
-    x = torch.rand(1, 1, 299, 299)
-    torch.testing.assert_close(neon.features.InceptionFeatures.resize(x), x)
-
-
 def test_resize_is_tensorflows():
     images = random_images(2, 5, channels=2, height=5, width=7)
     found = neon.features.InceptionFeatures.resize(images.float())

@@ -336,13 +336,6 @@ def test_distances_without_each_fold_of_the_real_images(real):
         assert found[k] == pytest.approx(want, rel=1e-8)
 
 
-def test_statistics_alone_have_no_folds(real):
-    reference = neon.Judge(Flat(), real).final
-    for changes in ({"has_folds": False}, {"real": None}):
-        without = dataclasses.replace(reference, **changes)
-        assert neon.judges.distances_without_real(without, torch.randn(90, 4)) is None
-
-
 def test_kernel_distance_takes_at_most_so_many_images(monkeypatch):
     monkeypatch.setattr(neon.judges, "MOST", 40)
     torch.manual_seed(0)
@@ -356,7 +349,7 @@ def test_kernel_interval_is_the_jackknife_of_its_folds():
     folds = rng.standard_normal((2, FOLDS))
     scores = [score_of(1.0, kernel=float(k), kernel_folds=list(row)) for k, row in enumerate(folds)]
     half, _ = neon.stats.jackknife(0.5, folds)
-    found = neon.stats.kernel_interval(scores)
+    found = neon.stats.interval_of(scores, "kernel")
     assert found == {"value": 0.5, "low": 0.5 - half, "high": 0.5 + half} and half > 0
 
 

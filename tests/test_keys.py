@@ -6,7 +6,6 @@ import inspect
 
 import pytest
 import torch
-from edm_helpers import toy_scorer, weights
 from torch import nn
 
 from adaptive_neon import keys
@@ -173,30 +172,6 @@ def test_key_is_of_plain_data_as_json():
     text = b'["a", {"b": 2.5, "c": 1}, null]'
     want = hashlib.sha256(text).hexdigest()[:16]
     assert keys.key_of("a", {"c": 1, "b": 2.5}, None) == want
-
-
-# -------------------- networks under two partitions
-
-
-def of_layers(scorer):
-    return scorer.with_blocks(lambda name: name.rsplit(".", 1)[0])
-
-
-def test_equal_networks_under_two_partitions_have_one_key(tmp_path):
-    blocks = toy_scorer(tmp_path)
-    layers = of_layers(blocks)
-    w = weights(0.5, -1, 2)
-    cut = {block: w[block[:3]] for block in layers.merger.blocks}
-    selection = blocks.seeds.selection
-    assert len(cut) > 3 and layers.key(cut, selection) == blocks.key(w, selection)
-
-
-def test_unequal_networks_under_two_partitions_have_two_keys(tmp_path):
-    blocks = toy_scorer(tmp_path)
-    layers = of_layers(blocks)
-    cut = dict.fromkeys(layers.merger.blocks, 0.5) | {"enc.1": 0.75}
-    selection = blocks.seeds.selection
-    assert layers.key(cut, selection) != blocks.key(weights(0.5, 0.5, 0.5), selection)
 
 
 # -------------------- what is hashed

@@ -36,7 +36,7 @@ def trained(model, base, seed=3, size=0.2):
 def outputs(model, net):
     """What a network says about two noises and prompts."""
     with torch.no_grad():
-        times = torch.full((2,), model.process.middle())
+        times = torch.full((2,), 500.0 if model.flows() else 500)
         return model._predict(net.eval(), noise_of(model, 2), times, torch.tensor([0, 1]))
 
 
@@ -72,6 +72,14 @@ def test_targets(text_folders, model_of, kind, targets, count):  # noqa: F811
     assert len(attention) == 32 and any("to_out.0" in name for name in attention)
     convolutions = [name for name in model.targets if name.endswith("conv1")]
     assert bool(convolutions) == (targets == "all")
+
+
+def test_the_last_norm_of_sd3_is_no_target(text_folders, model_of):  # noqa: F811
+    """Scale and shift, which others keep as shift and scale: ComfyUI would add one to the other."""
+    targets = model_of(text_folders["sd3"], lora_rank=2, lora_targets="all").targets
+    norms = [name for name in targets if "norm1_context" in name]
+    assert norms == [f"transformer_blocks.{i}.norm1_context.linear" for i in (0, 1)]
+    assert "transformer_blocks.2.norm1.linear" in targets
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -196,9 +204,20 @@ def test_files_of_diffusers(pair, tmp_path, kind):
     model, base, _ = pair(kind)
     net = trained(model, base)
     file = written_by_diffusers(model, base, tmp_path / "theirs", net)
-    assert lora.is_lora(file)
-    aux = model.load_like(base, file)
+    assert lora.is_lora(file) and lora.is_lora(file.parent)
+    aux = model.load_like(base, file.parent)
     torch.testing.assert_close(outputs(model, aux), outputs(model, net), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "pattern, alpha", [("conv1", 10), ("down_blocks.*conv1", 10), ("onv1", 6), ("conv1|x", 10)]
+)
+def test_alpha_of_single_modules_is_found_as_in_peft(pattern, alpha):
+    settings = {"lora_alpha": 6, "alpha_pattern": {pattern: 10, ".*": 6}}
+    module = "down_blocks.1.resnets.0.conv1"
+    assert lora.scale_for(module, 4, settings) == alpha / 4
+    key = peft.utils.other.get_pattern_key(settings["alpha_pattern"], module)
+    assert settings["alpha_pattern"][key] == alpha
 
 
 @pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
@@ -215,7 +234,7 @@ def test_folders_of_peft_with_another_alpha(pair, tmp_path, rslora):
     net = peft.get_peft_model(copy.deepcopy(base), config)
     net.save_pretrained(tmp_path / "theirs")
     assert lora.is_lora(tmp_path / "theirs")
-    found = lora.read_lora(tmp_path / "theirs", base, model.pipeline)
+    found = lora.read_lora(tmp_path / "theirs", base)
     aux = found.add_to(copy.deepcopy(base).requires_grad_(False))
     expected = outputs(model, net.merge_and_unload())
     torch.testing.assert_close(outputs(model, aux), expected, rtol=0, atol=2e-5)
@@ -244,35 +263,188 @@ def test_files_of_kohya(pair, tmp_path, kind, alpha):
     torch.testing.assert_close(outputs(model, aux), expected, rtol=0, atol=2e-5)
 
 
-def test_names_of_stability_are_translated(pair, tmp_path):
-    """SDXL's LoRA are mostly trained on Stability's own names, which count input blocks."""
-    model, base, path = pair("sdxl")
-    found = model._read_lora(path, base)
+# Stability's names, as ComfyUI lists them. Two layers a block: SDXL has three blocks, the first
+# without attention, Stable Diffusion 1.5 four.
+STABILITY = {
+    "sdxl": {
+        "input_blocks.0.0": "conv_in",
+        "input_blocks.1.0.in_layers.2": "down_blocks.0.resnets.0.conv1",
+        "input_blocks.3.0.op": "down_blocks.0.downsamplers.0.conv",
+        "input_blocks.7.0.skip_connection": "down_blocks.2.resnets.0.conv_shortcut",
+        "input_blocks.4.1.transformer_blocks.0.attn1.to_q": (
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+        ),
+        "input_blocks.8.1.proj_out": "down_blocks.2.attentions.1.proj_out",
+        "middle_block.0.emb_layers.1": "mid_block.resnets.0.time_emb_proj",
+        "middle_block.1.transformer_blocks.2.ff.net.0.proj": (
+            "mid_block.attentions.0.transformer_blocks.2.ff.net.0.proj"
+        ),
+        "middle_block.2.out_layers.3": "mid_block.resnets.1.conv2",
+        "output_blocks.2.1.transformer_blocks.1.attn2.to_out.0": (
+            "up_blocks.0.attentions.2.transformer_blocks.1.attn2.to_out.0"
+        ),
+        "output_blocks.2.2.conv": "up_blocks.0.upsamplers.0.conv",
+        "output_blocks.8.0.in_layers.2": "up_blocks.2.resnets.2.conv1",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
+        "time_embed.2": "time_embedding.linear_2",
+        "out.2": "conv_out",
+    },
+    "sd": {
+        "input_blocks.1.1.proj_in": "down_blocks.0.attentions.0.proj_in",
+        "input_blocks.10.0.in_layers.2": "down_blocks.3.resnets.0.conv1",
+        "input_blocks.11.0.out_layers.3": "down_blocks.3.resnets.1.conv2",
+        "output_blocks.2.1.conv": "up_blocks.0.upsamplers.0.conv",
+        "output_blocks.5.2.conv": "up_blocks.1.upsamplers.0.conv",
+        "output_blocks.11.1.transformer_blocks.0.attn2.to_v": (
+            "up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_v"
+        ),
+    },
+}
+ACROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"
+LARGE = {
+    "sdxl": dict(
+        block_out_channels=(8, 8, 16),
+        kinds=(PLAIN, ACROSS, ACROSS),
+        transformer_layers_per_block=(1, 2, 3),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=40,
+    ),
+    "sd": dict(block_out_channels=(8, 8, 8, 8), kinds=(ACROSS, ACROSS, ACROSS, PLAIN)),
+}
+
+
+def large(kind):
+    """A U-Net with the blocks of the published one."""
+    options = dict(LARGE[kind])
+    kinds = options.pop("kinds")
+    options["down_block_types"] = tuple(name.format("Down") for name in kinds)
+    options["up_block_types"] = tuple(name.format("Up") for name in kinds[::-1])
+    return tiny.unet(layers_per_block=2, sample_size=16, **options)
+
+
+def of_all(net, rank=2):
+    """A LoRA of every linear and convolutional module."""
+    torch.manual_seed(3)
+    factors = {}
+    for name, module in net.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            out, *rest = module.weight.shape
+            ones = [1] * (len(rest) - 1)
+            factors[name] = torch.randn(rank, *rest), torch.randn(out, rank, *ones)
+    return lora.Lora(factors)
+
+
+@pytest.fixture(scope="module")
+def larges():
+    return {kind: large(kind).requires_grad_(False) for kind in LARGE}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.parametrize("form", ["kohya", "comfy"])
+def test_stabilitys_names_count_layers_through(larges, tmp_path, kind, form):
+    """On which kohya trains SDXL, and in which ComfyUI saves what it extracts."""
+    net, found = larges[kind], of_all(larges[kind])
     tensors = {}
-    for name, tensor in kohya(found, 5).items():
-        if "down_blocks_0_attentions_0_" in name:
-            tensors[name.replace("down_blocks_0_attentions_0_", "input_blocks_1_1_")] = tensor
-    assert len(tensors) >= 3
-    file = tmp_path / "theirs.safetensors"
-    safetensors.torch.save_file(tensors, file)
-    aux = lora.read_lora(file, base, model.pipeline)
-    assert aux.factors.keys() == {n for n in found.factors if n.startswith("down_blocks.0")}
-    for module, (a, b) in aux.factors.items():
-        torch.testing.assert_close(b, found.factors[module][1] * 5 / 3)
+    for theirs, module in STABILITY[kind].items():
+        a, b = found.factors[module]
+        key = f"diffusion_model.{theirs}"
+        if form == "kohya":
+            key = f"lora_unet_{theirs.replace('.', '_')}"
+            tensors[f"{key}.alpha"] = torch.tensor(5.0)
+        tensors |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b}
+    safetensors.torch.save_file(tensors, tmp_path / "theirs.safetensors")
+    read = lora.read_lora(tmp_path / "theirs.safetensors", net)
+    assert set(read.factors) == set(STABILITY[kind].values()) and not read.notes
+    scale = 2.5 if form == "kohya" else 1
+    for module, (a, b) in read.factors.items():
+        torch.testing.assert_close(b, found.factors[module][1] * scale)
         assert torch.equal(a, found.factors[module][0])
 
 
-def test_text_encoders_in_a_file_are_said(pair, tmp_path, capsys):
+@pytest.mark.slow
+def test_kohyas_files_of_xl_are_read_as_diffusers_reads_them(larges, tmp_path):
+    """All modules inside the blocks in Stability's names."""
+    net, found = larges["sdxl"], of_all(larges["sdxl"])
+    names = {name: lora.stability_name(name, net) for name in found.factors}
+    inside = {m: f for m, f in found.factors.items() if m.startswith(lora.BLOCKS)}
+    renamed = {names[module]: pair for module, pair in inside.items()}
+    assert len(renamed) == len(inside) > 200
+    file = tmp_path / "theirs.safetensors"
+    safetensors.torch.save_file(kohya(lora.Lora(renamed), 3), file)
+    ours = lora.read_lora(file, net).add_to(copy.deepcopy(net))
+    theirs = copy.deepcopy(net)
+    pipeline = diffusers.StableDiffusionXLPipeline
+    state, alphas = pipeline.lora_state_dict(str(file), unet_config=net.config)
+    pipeline.load_lora_into_unet(state, alphas, theirs)
+    theirs.fuse_lora()
+    fused = {n.replace(".base_layer", ""): p for n, p in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter, fused[name], rtol=1e-5, atol=1e-5)
+
+
+# How files of others name the same module of each denoiser, and the ends of its factors.
+Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+OUT = "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out.0"
+JOINT = "transformer_blocks.1.attn.add_k_proj"
+OTHERS = [
+    ("sd", Q, "unet.{}.lora_A.weight", "unet.{}.lora_B.weight"),
+    ("sd", OUT, "unet.{}.lora.down.weight", "unet.{}.lora.up.weight"),
+    ("sd", Q, "base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"),
+    ("sd", Q, "{}.lora_A.default.weight", "{}.lora_B.default.weight"),
+    ("sd", Q, "lycoris_{_}.lora_down.weight", "lycoris_{_}.lora_up.weight"),
+    ("sd3", JOINT, "transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight"),
+    ("sd3", JOINT, "base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"),
+    ("sd3", JOINT, "lora_transformer_{_}.lora_down.weight", "lora_transformer_{_}.lora_up.weight"),
+]
+# Of diffusers' first files, which name the processor of an attention.
+FIRST_FILES = [
+    (Q, Q.replace("to_q", "processor.to_q_lora")),
+    (OUT, OUT.replace("to_out.0", "processor.to_out_lora")),
+]
+for module, named in FIRST_FILES:
+    for prefix in ("", "unet."):
+        whole = f"{prefix}{named}"
+        OTHERS.append(("sd", module, f"{whole}.down.weight", f"{whole}.up.weight"))
+
+
+@pytest.mark.parametrize("kind, module, down, up", OTHERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_names_and_types_of_others(pair, tmp_path, kind, module, down, up, dtype):
+    model, base, path = pair(kind)
+    a, b = model._read_lora(path, base).factors[module]
+    ends = [end.replace("{_}", module.replace(".", "_")).format(module) for end in (down, up)]
+    tensors = dict(zip(ends, (a.to(dtype), b.to(dtype)), strict=True))
+    safetensors.torch.save_file(tensors, tmp_path / "theirs.safetensors")
+    read = lora.read_lora(tmp_path / "theirs.safetensors", base)
+    assert [*read.factors] == [module]
+    for ours, theirs in zip(read.factors[module], (a, b), strict=True):
+        assert torch.equal(ours, theirs.to(dtype).float())
+
+
+@pytest.mark.parametrize("prefix", ["lora_te", "lora_te1", "lora_te2", "text_encoder", "te"])
+def test_what_is_left_out_is_said_once(pair, text_folders, model_of, tmp_path, capsys, prefix):  # noqa: F811
+    """Text encoders' parts, or modules of another network: the rest is used, as other tools do."""
     model, base, path = pair("sd")
     tensors = kohya(model._read_lora(path, base), 3)
-    tensors["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = torch.ones(3, 16)
-    tensors["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"] = torch.ones(32, 3)
+    module = f"{prefix}_text_model_encoder_layers_0_mlp_fc1"
+    tensors[f"{module}.lora_down.weight"] = torch.ones(3, 16)
+    tensors[f"{module}.lora_up.weight"] = torch.ones(32, 3)
     file = tmp_path / "theirs.safetensors"
     safetensors.torch.save_file(tensors, file)
-    assert model.load_like(base, file)
-    assert "text encoders (2 tensors) is left out" in capsys.readouterr().out
+    other = model_of(text_folders["sd"], aux=str(file))
+    net = other.load_like(base, file)
+    torch.testing.assert_close(outputs(model, net), outputs(model, model.load_like(base, path)))
+    what = "changes in text encoders (2 tensors) is left out"
+    if prefix == "te":
+        what = f"1 of its 33 modules are none of the base's and left out, first: {module}"
+    assert capsys.readouterr().out.count("left out") == 1
+    assert what in other.notes[-1] and str(file) in other.notes[-1]
 
 
+KEYS = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"  # [8, 16]
+INPUT = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"  # FIRST, once more
 FIRST = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
@@ -286,7 +458,25 @@ FIRST = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
         ({f"{FIRST}.diff_b": torch.ones(8)}, "full differences"),
         ({f"{FIRST}.lora_up.weight": None}, "pairs of factors"),
         ({f"{FIRST}.lora_up.weight": torch.ones(8, 5)}, "do not fit each other"),
+        ({f"{FIRST}.oft_blocks": torch.ones(8)}, "is OFT"),
+        ({"base_model.model.x.oft_R.default.weight": torch.ones(8)}, "is OFT"),
+        ({f"{FIRST}.lora_up.weight": torch.ones(8, 3, 2, 2)}, "do not fit each other"),
+        ({f"{FIRST}.lora_up.weight": torch.tensor(1.0)}, "do not fit each other"),
         ({f"{FIRST}.lora_up.weight": torch.ones(9, 3)}, "has other sizes"),
+        (
+            {
+                f"{KEYS}.lora_down.weight": torch.ones(3, 8),
+                f"{KEYS}.lora_up.weight": torch.ones(16, 3),
+            },
+            "has other sizes",
+        ),
+        (
+            {
+                f"{INPUT}.lora_down.weight": torch.ones(3, 8),
+                f"{INPUT}.lora_up.weight": torch.ones(8, 3),
+            },
+            "stands there under two names",
+        ),
         ({f"{FIRST}.lora_up.weight": torch.full((8, 3), float("nan"))}, "not finite"),
         ({"lora_unet_more.lora_up.weight": torch.ones(8, 3)}, "more"),
         ({"something": torch.ones(8)}, "something is no part of a LoRA"),
@@ -310,10 +500,48 @@ def test_a_lora_for_another_model(pair, tmp_path):
     model, base, path = pair("sd")
     tensors = kohya(model._read_lora(path, base), 3)
     file = tmp_path / "theirs.safetensors"
-    other = {name.replace("down_blocks_0", "down_blocks_7"): t for name, t in tensors.items()}
+    other = {name.replace("attentions", "others"): t for name, t in tensors.items()}
     safetensors.torch.save_file(other, file)
-    with pytest.raises(UserError, match="no module of the base: is it a LoRA for another model"):
+    with pytest.raises(UserError, match="no module of the base, nor is any other: is it a LoRA"):
         model.load_like(base, file)
+
+    # Nor does a snapshot of ours fit another network.
+    other, net, _ = pair("sd3")
+    with pytest.raises(UserError, match="no module of the base, nor is any other"):
+        other.load_like(net, path)
+
+
+def test_text_encoders_alone_are_no_lora_for_a_base(pair, tmp_path):
+    model, base, path = pair("sd")
+    named = {"lora_te_x": [*model._read_lora(path, base).factors.values()][0]}
+    tensors = {n.removeprefix("lora_unet_"): t for n, t in kohya(lora.Lora(named), 3).items()}
+    safetensors.torch.save_file(tensors, tmp_path / "theirs.safetensors")
+    with pytest.raises(UserError, match="text encoders alone, which do not move here"):
+        model.load_like(base, tmp_path / "theirs.safetensors")
+
+
+def test_a_kernel_of_one_is_a_linear_layer(pair, tmp_path):
+    """Projections of Stable Diffusion 1's transformers are convolutions, of 2's are linear; files
+    of both are around for both."""
+    model, base, path = pair("sd")
+    module = FIRST.removeprefix("lora_unet_")
+    tensors = {n: t for n, t in kohya(model._read_lora(path, base), 3).items() if module in n}
+    for name, tensor in tensors.items():
+        tensors[name] = tensor[..., None, None] if tensor.ndim else tensor
+    safetensors.torch.save_file(tensors, tmp_path / "theirs.safetensors")
+    found = lora.read_lora(tmp_path / "theirs.safetensors", base)
+    whole = model._read_lora(path, base)
+    for name in found.factors:
+        shape = base.get_submodule(name).weight.shape
+        torch.testing.assert_close(found.step(name, shape), whole.step(name, shape))
+    assert len(found.factors) == 1
+
+
+def test_a_checkpoint_is_no_lora(tmp_path):
+    """Its names hold ".diffusion", which is no ".diff"."""
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    safetensors.torch.save_file({name: torch.ones(2)}, tmp_path / "v1-5.safetensors")
+    assert not lora.is_lora(tmp_path / "v1-5.safetensors")
 
 
 def test_dora_of_peft_is_refused(pair, tmp_path):
@@ -336,6 +564,12 @@ def test_anyones_lora_alone_decides_what_moves(pair, text_folders, model_of, tmp
     merger = neon.Merger(base, other.load_like(base, file), other.layer)
     assert set(merger.owners) == {f"{name}.weight" for name in some.factors}
     assert all(row["drift"] > 0 for row in merger.table().values())
+
+    # Whatever rank is asked for; and where a whole network is given, all weights move.
+    again = model_of(text_folders["sd"], aux=str(file), lora_rank=2)
+    assert again.moving == other.moving and not again.targets
+    whole = model_of(text_folders["sd"], aux=str(text_folders["sd"]), lora_rank=2)
+    assert not whole.moving
 
 
 # -------------------- the file that comes out
@@ -370,6 +604,32 @@ def test_the_file_is_the_merged_network(text_folders, pair, tmp_path, kind, targ
     torch.testing.assert_close(outputs(model, net), half, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_all_modules_comes_out_as_it_went_in(text_folders, model_of, tmp_path, kind):  # noqa: F811
+    """Also of those outside the blocks, whose names are exceptions."""
+    folder = text_folders[kind]
+    part = "transformer" if kind == "sd3" else "unet"
+    found = of_all(model_of(folder).load(folder))
+    some = [name for name in found.factors if not name.startswith(lora.BLOCKS)]
+    some += [*found.factors][::7]
+    assert len(some) > 10
+    tensors = {}
+    for module in some:
+        a, b = found.factors[module]
+        tensors[f"{part}.{module}.lora_A.weight"] = 0.1 * a
+        tensors[f"{part}.{module}.lora_B.weight"] = b
+    file = tmp_path / "theirs.safetensors"
+    safetensors.torch.save_file(tensors, file)
+    model = model_of(folder, aux=str(file))
+    base = model.load(folder)
+    merger, out = export_of(model, base, file, W, tmp_path / "out")
+    net = loaded_by_diffusers(model, base, out / "repair.safetensors")
+    merged = outputs(model, merger.set(W))
+    torch.testing.assert_close(outputs(model, net), merged, rtol=0, atol=1e-4)
+    loaded = [name for name, module in net.named_modules() if hasattr(module, "lora_A")]
+    assert set(loaded) == set(some)
+
+
 def test_names_sizes_and_recipe_of_the_file(pair, tmp_path):
     model, base, path = pair("sd", rank=3)
     _, out = export_of(model, base, path, W, tmp_path / "out")
@@ -384,12 +644,8 @@ def test_names_sizes_and_recipe_of_the_file(pair, tmp_path):
     assert json.loads((out / "adaptive-neon.json").read_text())["w"] == W
 
     # And read back by ourselves it is the network that was meant.
-    own = outputs(
-        model,
-        lora.read_lora(out / "repair.safetensors", base, model.pipeline).add_to(
-            copy.deepcopy(base).requires_grad_(False)
-        ),
-    )
+    back = lora.read_lora(out / "repair.safetensors", base)
+    own = outputs(model, back.add_to(copy.deepcopy(base).requires_grad_(False)))
     aux = model.load_like(base, path)
     merger = neon.Merger(base, aux, lambda name: model.block(name, base, "paper"))
     torch.testing.assert_close(own, outputs(model, merger.set(W)), rtol=0, atol=2e-5)

@@ -175,24 +175,28 @@ def test_final_comparison_over_snapshots():
 
 def test_sweep_with_its_intervals():
     entry = entry_of()
-    (axis,) = axes_of(neon.plots.plot_sweep, entry, SCORE)
-    assert axis.get_xlabel() == "w, the same for all blocks" and axis.get_ylabel() == SCORE
+    axis, shares = axes_of(neon.plots.plot_sweep, entry, SCORE)
+    assert shares.get_xlabel() == "w, the same for all blocks" and axis.get_ylabel() == SCORE
     (container,) = axis.containers
     for row, point in zip(entry["sweep"], points_of(container), strict=True):
         assert point == pytest.approx([row["w_global"], row["low"], row["high"]])
     assert [*container.lines[0].get_ydata()] == [row["fd"] for row in entry["sweep"]]
-    (chosen,) = [line for line in axis.lines if line.get_label() == "chosen"]
-    assert [*chosen.get_xdata()] == [1.0, 1.0]  # what won, not the least of the sweep here
-
-
-def test_precision_and_recall_of_the_sweep():
-    entry = entry_of()
-    (axis,) = axes_of(neon.plots.plot_shares, entry)
-    lines = {line.get_label(): line for line in axis.lines}
+    for each in (axis, shares):
+        (chosen,) = [line for line in each.lines if line.get_label() == "chosen"]
+        assert [*chosen.get_xdata()] == [1.0, 1.0]  # what won, not the least of the sweep here
+    lines = {line.get_label(): line for line in shares.lines}
     for key in ("precision", "recall"):
         x, y = lines[key].get_data()
         assert list(x) == [row["w_global"] for row in entry["sweep"]]
         assert list(y) == [row[key] for row in entry["sweep"]]
+
+
+def test_sweep_without_precision():
+    entry = entry_of()
+    for row in entry["sweep"]:
+        del row["precision"], row["recall"]
+    (axis,) = axes_of(neon.plots.plot_sweep, entry, SCORE)
+    assert axis.get_xlabel() == "w, the same for all blocks" and len(axis.containers) == 1
 
 
 def test_search_in_its_order_and_the_least_so_far():
@@ -305,7 +309,6 @@ PLOTS = {
     "weights": lambda entry: (neon.plots.plot_weights, entry),
     "judges": lambda entry: (neon.plots.plot_judges, entry, SCORE, "base"),
     "sweep": lambda entry: (neon.plots.plot_sweep, entry, SCORE),
-    "shares": lambda entry: (neon.plots.plot_shares, entry),
     "grid": lambda entry: (neon.plots.plot_grid, entry["grid"], SCORE),
     "snapshots": lambda entry: (neon.plots.plot_snapshots, [entry], SCORE),
 }

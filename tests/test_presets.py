@@ -1,15 +1,12 @@
 """EDM's published files under the presets' names: tiny ones of the right kind, served from here."""
 
-import functools
-import http.server
 import json
-import threading
 
 import numpy as np
 import pytest
 import safetensors
 import torch
-from edm_helpers import ToyFeatures, blend, edm_model, owners_of, parse
+from edm_helpers import ToyFeatures, blend, edm_model, owners_of, parse, sends
 from edm_pickles import ADM, NCSN, network, snapshot
 
 import adaptive_neon as neon
@@ -24,26 +21,6 @@ FILES = [
 ]
 
 
-@pytest.fixture
-def web(tmp_path, monkeypatch):
-    """A web server of the folder tmp_path / web; .asked: the paths of the requests."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            server.asked.append(self.path)
-
-    (tmp_path / "web").mkdir()
-    monkeypatch.setenv("NEON_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("no_proxy", "*")
-    serve = functools.partial(Handler, directory=tmp_path / "web")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
-        server.asked, server.folder = [], tmp_path / "web"
-        server.url = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.shutdown()
-
-
 class Published(ToyFeatures):
     """Features whose statistics say nothing of whose they are, as EDM's do."""
 
@@ -51,14 +28,18 @@ class Published(ToyFeatures):
 
 
 @pytest.mark.parametrize("preset, base, options", FILES)
-def test_one_command_repairs_a_published_network(tmp_path, monkeypatch, web, preset, base, options):
+def test_one_command_repairs_a_published_network(
+    tmp_path, monkeypatch, server, preset, base, options
+):
     """From two addresses to a repaired network of the same kind."""
     found, net = edm.PRESETS[preset], network(**options)
-    (web.folder / "base.pkl").write_bytes(snapshot(net))
-    with open(web.folder / "statistics.npz", "wb") as file:
-        np.savez(file, mu=np.zeros(6), sigma=np.eye(6))
-    monkeypatch.setitem(found.bases, base, f"{web.url}/base.pkl")
-    monkeypatch.setattr(found, "statistics", f"{web.url}/statistics.npz")
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(6), sigma=np.eye(6))
+    server.answers = {
+        "/base.pkl": sends(snapshot(net)),
+        "/statistics.npz": sends((tmp_path / "statistics.npz").read_bytes()),
+    }
+    monkeypatch.setitem(found.bases, base, f"{server.url}/base.pkl")
+    monkeypatch.setattr(found, "statistics", f"{server.url}/statistics.npz")
     monkeypatch.setattr(found, "features", lambda c: Published(3 * 8 * 8))
 
     argv = ["--preset", preset, "--base", base, "--out", str(tmp_path / "out"), "--yes"]
@@ -76,7 +57,7 @@ def test_one_command_repairs_a_published_network(tmp_path, monkeypatch, web, pre
     assert repaired.config == net.config and type(repaired) is type(net)
     for name, tensor in repaired.state_dict().items():
         torch.testing.assert_close(tensor, want.state_dict()[name])
-    assert len(web.asked) == 2 and "/base.pkl" in "".join(web.asked)
+    assert len(server.asked) == 2 and "/base.pkl" in "".join(server.asked)
 
 
 RECOMMENDED = {

@@ -414,5 +414,5 @@ def test_half_precision_outputs_are_made_float32(out, dtypes):
             return type(part)(map(types, part))
         return part
 
-    found = types(neon.sampling.as_float32(out))
+    found = types(neon.sampling.mapped(neon.sampling.as_float32, out))
     assert found == dtypes and type(found) is type(dtypes)

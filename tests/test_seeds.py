@@ -61,13 +61,6 @@ def test_start_of_a_set_keeps_its_purpose():
     assert start == neon.seeds.SeedSet("final 2", 7, 4)
 
 
-def test_report_names_the_first_seeds():
-    assert ledger(final_repeats=2).first_seeds() == {
-        "selection": 10_000,
-        "final": [50_000, 50_500],
-    }
-
-
 @pytest.mark.parametrize(
     "options",
     [

@@ -93,12 +93,6 @@ def test_tables_of_judges_have_the_models_and_no_random_blocks(joint):
     assert len(heads) == 2 and all(row.startswith(f"| judge | {models}") for row in heads)
 
 
-def test_parts_of_joint_features_are_reported(joint, toy_run):
-    text = (joint / "table.md").read_text()
-    assert "Parts of the selection's features, snapshot 1:" in text
-    assert "Parts of" not in (toy_run / "table.md").read_text()
-
-
 def test_part_of_joint_features_is_measured_as_if_alone(joint, toy_run):
     """Base and collapsed network, which no selection chooses, are as far as in the other run."""
     found, alone = (json.loads((out / "summary.json").read_text()) for out in (joint, toy_run))
@@ -120,16 +114,6 @@ def test_every_snapshot_has_its_own_networks(toy_entries):
         assert first["blocks"][block]["drift"] < second["blocks"][block]["drift"]
 
 
-def test_scores_of_a_snapshot_are_its_own(toy_run):
-    rows = lines(toy_run / "grid.jsonl")
-    for kimg in (1, 2):
-        collapsed = [
-            row for row in rows if row["snapshot"] == kimg and set(row["w"].values()) == {-1}
-        ]
-        assert len(collapsed) == 1
-    assert {row["snapshot"] for row in lines(toy_run / "final.jsonl")} == {1, 2}
-
-
 @pytest.mark.parametrize("kimg", [1, 2])
 def test_repaired_network_of_a_snapshot(toy_run, toy_entries, kimg):
     """The best on the selection seeds, from the base and this snapshot."""
@@ -142,22 +126,6 @@ def test_repaired_network_of_a_snapshot(toy_run, toy_entries, kimg):
     found = ToyModel().load(toy_run / f"adaptive-neon-{kimg:06d}.safetensors").state_dict()
     for name, tensor in want.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
-
-
-def test_base_of_a_run_is_its_sweeps_zero(toy_run, toy_entries):
-    """Whatever the snapshot before has left in the network."""
-    for entry in toy_entries:
-        (zero,) = [row["fd"] for row in entry["sweep"] if row["w_global"] == 0]
-        assert entry["base"]["fd"] == zero == toy_entries[0]["base"]["fd"]
-
-
-def test_synthetic_set_is_trained_on_not_the_real_one(toy_run):
-    (path,) = toy_run.glob("synthetic-*.zip")
-    (base,) = toy_run.glob("base-*.safetensors")
-    images, labels = neon.images.read_dataset(path)
-    net = ToyModel().load(base)
-    want, want_labels = neon.Sampler(ToyModel(), net, 1, 100).batch_images(range(100))
-    assert (images.int() - want.int()).abs().max() <= 1 and torch.equal(labels, want_labels)
 
 
 def test_pictures_of_every_snapshot(toy_run):

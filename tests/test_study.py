@@ -3,6 +3,7 @@ ends with."""
 
 import dataclasses
 import itertools
+import json
 import math
 from types import SimpleNamespace
 
@@ -78,9 +79,9 @@ def sampler_of(setup, net):
 # -------------------- what a study begins with
 
 
-def prepared(out, monkeypatch, **options):
+def prepared(out, monkeypatch, real=True, **options):
     replace(monkeypatch, "open_model", lambda *args: ToyModel())
-    own = SimpleNamespace(real_images=lambda c: real_toys())
+    own = SimpleNamespace(real_images=lambda c: real_toys() if real else None)
     return neon.stages.prepare(config(out, **options), own, CPU)
 
 
@@ -112,9 +113,15 @@ def test_wrong_aux_shows_at_once(tmp_path, monkeypatch):
         prepared(tmp_path, monkeypatch, aux=str(tmp_path / "nowhere.safetensors"))
 
 
+def test_training_on_needs_real_images(tmp_path, monkeypatch):
+    with pytest.raises(neon.files.UserError, match="--continue-on-data .* give --data"):
+        prepared(tmp_path, monkeypatch, real=False, continue_on_data=-1.0)
+
+
 def test_streams_of_drawn_images_are_among_the_first_seeds(tmp_path):
-    first = toy_setup(tmp_path).first_seeds()
+    first = toy_setup(tmp_path, final_repeats=2).first_seeds()
     assert first["real_streams"] == preset.streams and first["selection"] == 10_000
+    assert first["final"] == [50_000, 50_120]
 
 
 def test_folder_that_is_no_pipeline_is_refused(tmp_path):
@@ -512,7 +519,8 @@ def test_grid_of_a_block_that_is_not_there_is_refused(tmp_path):
 def test_a_primary_claim_of_this_run(tmp_path, primary, options):
     model = ToyModel()
     model.controls = {"best top-k": [{"top_k": 3}]}
-    neon.study.check_primary(config(tmp_path, primary=primary, **options), BLOCKS, model)
+    c = config(tmp_path, primary=primary, **options)
+    neon.study.check_primary(c, neon.study.models_of(c, BLOCKS, model))
 
 
 @pytest.mark.parametrize(
@@ -529,7 +537,7 @@ def test_a_primary_claim_of_this_run(tmp_path, primary, options):
 def test_a_primary_claim_of_no_run_is_refused_with_those_there_are(tmp_path, primary, options):
     c = config(tmp_path, primary=primary, **{"controls": ()} | options)
     with pytest.raises(neon.UserError, match=f"'{primary}' is no claim .*blockwise against global"):
-        neon.study.check_primary(c, BLOCKS, ToyModel())
+        neon.study.check_primary(c, neon.study.models_of(c, BLOCKS, ToyModel()))
 
 
 @pytest.mark.parametrize(
@@ -596,7 +604,7 @@ def experiment(out, networks, **options):
 def studied(networks, tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     results = experiment(out, networks, **STUDY)
-    return {entry.kimg: entry for entry in results.entries}, results.judges[0], out
+    return {entry["kimg"]: entry for entry in results.entries}, results.judges[0], out, results
 
 
 def merged(networks, kimg, w, owner_of):
@@ -623,50 +631,50 @@ both = pytest.mark.parametrize("kimg", [1, 3])
 
 @both
 def test_sweep_holds_grid_base_and_collapsed(studied, kimg):
-    sweep = studied[0][kimg].sweep
-    assert [score.w for score in sweep] == [weights(w, w, w) for w in SWEEP]
+    sweep = studied[0][kimg]["sweep"]
+    assert [row["w"] for row in sweep] == [weights(w, w, w) for w in SWEEP]
 
 
 @both
 def test_grid_holds_every_product(studied, kimg):
-    assert [score.w for score in studied[0][kimg].grid] == GRID
+    assert [row["w"] for row in studied[0][kimg]["grid"]] == GRID
 
 
 @both
 @pytest.mark.parametrize("name", MODELS)
 def test_distances_of_the_models(studied, networks, name, kimg):
-    entries, judge, _ = studied
-    candidate = entries[kimg].models[name]
-    net = merged(networks, kimg, candidate.w, owner_in(name))
+    entries, judge, *_ = studied
+    candidate = entries[kimg][name]
+    net = merged(networks, kimg, candidate["w"], owner_in(name))
     want = network_distance(net, range(10_000, 10_100), judge.selection)
-    assert candidate.fd == pytest.approx(want, rel=1e-3)
+    assert candidate["fd"] == pytest.approx(want, rel=1e-3)
 
 
 @both
 @pytest.mark.parametrize("name", MODELS)
 def test_final_distances_are_on_every_final_set(studied, networks, name, kimg):
-    entries, judge, _ = studied
+    entries, judge, *_ = studied
     entry = entries[kimg]
-    net = merged(networks, kimg, entry.models[name].w, owner_in(name))
+    net = merged(networks, kimg, entry[name]["w"], owner_in(name))
     firsts = (50_000, 50_120)
     want = [network_distance(net, range(first, first + 120), judge.final) for first in firsts]
-    final = entry.final[name]
+    final = entry["final"][name]
     # A batch may round a pixel to another grey level than an image alone.
     assert final["all"] == pytest.approx(want, rel=1e-3) and final["images"] == 120
-    assert final["w"] == entry.models[name].w
+    assert final["w"] == entry[name]["w"]
 
 
 @both
 def test_search_moves_the_blocks_of_its_own_partition(studied, kimg):
-    w = studied[0][kimg].models["searched"].w
+    w = studied[0][kimg]["searched"]["w"]
     assert set(w) == set(neon.study.block_names("layers", ToyModel(), ToyNet()))
     assert len(set(w.values())) > 1
 
 
 @both
 def test_placebo_is_the_best_of_its_random_blocks(studied, networks, kimg):
-    entries, judge, _ = studied
-    for owners, placebo in zip(placebos_of(networks, kimg), entries[kimg].placebo, strict=True):
+    entries, judge, *_ = studied
+    for owners, placebo in zip(placebos_of(networks, kimg), entries[kimg]["placebo"], strict=True):
         distances = []
         for w in GRID:
             net = merged(networks, kimg, w, owners.__getitem__)
@@ -677,13 +685,13 @@ def test_placebo_is_the_best_of_its_random_blocks(studied, networks, kimg):
 
 @both
 def test_placebo_is_compared_with_global_on_the_final_seeds(studied, networks, kimg):
-    entries, judge, _ = studied
+    entries, judge, *_ = studied
     entry = entries[kimg]
-    for owners, placebo in zip(placebos_of(networks, kimg), entry.placebo, strict=True):
+    for owners, placebo in zip(placebos_of(networks, kimg), entry["placebo"], strict=True):
         net = merged(networks, kimg, placebo["w"], owners.__getitem__)
         firsts = (50_000, 50_120)
         ours = [network_distance(net, range(first, first + 120), judge.final) for first in firsts]
-        want = sum(ours) / 2 - entry.final["global"]["fd"]
+        want = sum(ours) / 2 - entry["final"]["global"]["fd"]
         found = placebo["against_global"]["plain"]
         assert found == pytest.approx(want, abs=1e-3 * sum(ours))
 
@@ -691,17 +699,17 @@ def test_placebo_is_compared_with_global_on_the_final_seeds(studied, networks, k
 @both
 def test_judges_that_no_selection_saw(studied, kimg):
     entry = studied[0][kimg]
-    for judge in entry.judges.values():
+    for judge in entry["judges"].values():
         assert [*judge["final"]] == [*MODELS, *CONTROLS, "random blocks 1", "random blocks 2"]
-    distances = [judge["final"]["base"]["fd"] for judge in entry.judges.values()]
-    assert len({*distances, entry.final["base"]["fd"]}) == 3
+    distances = [judge["final"]["base"]["fd"] for judge in entry["judges"].values()]
+    assert len({*distances, entry["final"]["base"]["fd"]}) == 3
 
 
 @both
 def test_controls_are_in_the_final_comparison(studied, networks, kimg):
     """The toy's sampler has no steps: twice as many change nothing but the key."""
-    entries, judge, _ = studied
-    final = entries[kimg].final
+    entries, judge, *_ = studied
+    final = entries[kimg]["final"]
     assert [*final] == [*MODELS, *CONTROLS]
     assert final["base, twice the steps"]["all"] == final["base"]["all"]
     base, auxes, _ = networks
@@ -715,12 +723,12 @@ def test_controls_are_in_the_final_comparison(studied, networks, kimg):
 @both
 @pytest.mark.parametrize("name", MODELS)
 def test_pictures_are_of_the_first_final_seeds(studied, networks, name, kimg):
-    entry = studied[0][kimg]
-    assert [*entry.samples] == MODELS
-    net = merged(networks, kimg, entry.models[name].w, owner_in(name))
+    entry, samples = studied[0][kimg], studied[3].samples[kimg]
+    assert [*samples] == MODELS
+    net = merged(networks, kimg, entry[name]["w"], owner_in(name))
     sampler = neon.sampling.Sampler(ToyModel(), net, 1, 100)
     want, _ = sampler.batch_images(range(50_000, 50_032))
-    assert (entry.samples[name].int() - want.int()).abs().max() <= 1
+    assert (samples[name].int() - want.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -749,35 +757,26 @@ def test_only_the_sweep_has_precision_on_the_selection_seeds(studied):
 
 
 def test_only_the_judge_that_decides_has_precision_on_the_final_seeds(studied):
-    _, judge, out = studied
+    _, judge, out, _ = studied
     for row in lines(out / "final.jsonl"):
         assert (row["precision"] is not None) == (row["judge"] == judge.name)
         assert row["kernel"] is not None
 
 
-def test_entry_as_plain_data_keeps_scores_and_models(studied):
+def test_an_entry_is_plain_data(studied):
     for kimg, entry in studied[0].items():
-        plain = entry.as_json()
-        assert plain["kimg"] == kimg
-        assert [row["w_global"] for row in plain["sweep"]] == SWEEP
-        assert [row["fd"] for row in plain["grid"]] == [score.fd for score in entry.grid]
-        for name in CONTROLS:
-            assert plain[name]["w"] == entry.controls[name].w
-        for name in MODELS:
-            assert plain[name]["w"] == entry.models[name].w
-            assert plain[name]["fd"] == entry.models[name].fd
-        assert plain["global"]["w_global"] == entry.models["global"].w_global
-        primary = next(claim for claim in plain["claims"] if claim["primary"])
-        assert plain["headline"].startswith(f"{primary['model'].capitalize()} against global: ")
-        assert plain["strongest_control"] == neon.verdicts.strongest_control(entry.final)
+        assert entry["kimg"] == kimg and json.dumps(entry)
+        assert [row["w_global"] for row in entry["sweep"]] == SWEEP
+        assert "fd" in entry["guided"] and "fd" not in entry["base, twice the steps"]
+        primary = next(claim for claim in entry["claims"] if claim["primary"])
+        assert entry["headline"].startswith(f"{primary['model'].capitalize()} against global: ")
+        assert entry["strongest_control"] == neon.verdicts.strongest_control(entry["final"])
 
 
 def test_again_nothing_is_scored(studied, networks, monkeypatch):
     monkeypatch.setattr(neon.scores.Scorer, "features", pytest.fail)
     again = experiment(studied[2], networks, **STUDY).entries
-    assert [entry.as_json() for entry in again] == [
-        entry.as_json() for entry in studied[0].values()
-    ]
+    assert again == [*studied[0].values()]
 
 
 def test_exchanged_aux_is_scored_anew(networks, tmp_path):
@@ -788,8 +787,8 @@ def test_exchanged_aux_is_scored_anew(networks, tmp_path):
         ToyModel().save(net, path, {})
         (entry,) = experiment(tmp_path, networks, aux=str(path), snapshot=(2,)).entries
         judge = network_distance(net, range(10_000, 10_100), toy_scorer(tmp_path).judge.selection)
-        assert entry.models["collapsed"].fd == pytest.approx(judge, rel=1e-3)
-        found.append([*(score.fd for score in entry.grid), entry.controls["guided"].fd])
+        assert entry["collapsed"]["fd"] == pytest.approx(judge, rel=1e-3)
+        found.append([*(row["fd"] for row in entry["grid"]), entry["guided"]["fd"]])
     same = [ours == theirs for ours, theirs in zip(*found, strict=True)]
     assert same == [True] + [False] * 8  # the grid's first point is the base
 
@@ -833,18 +832,17 @@ def test_collapsed_network_is_no_candidate(prescribed):
         return 0.0 if w["enc"] == -1 else 1.0 + abs(w["enc"])
 
     entry, _ = prescribed(fd, grid=(-1.0, 0.0, 1.0), sweep=(-1.0, 0.5, 2.0))
-    assert entry.models["global"].w_global == 0 and entry.models["collapsed"].fd == 0
+    assert entry["global"]["w_global"] == 0 and entry["collapsed"]["fd"] == 0
 
 
 def test_weights_between_base_and_collapsed_are_candidates(prescribed):
     entry, _ = prescribed(lambda w, *_: 2.0 + w["enc"], grid=(0.0, 1.0), sweep=(-0.5, 0.5))
-    assert entry.models["global"].w_global == -0.5
+    assert entry["global"]["w_global"] == -0.5
 
 
 def test_sweep_may_hold_the_best_global_weight(prescribed):
     entry, _ = prescribed(lambda w, *_: 1 + abs(w["enc"] - 3), grid=(0.5, 1.0), sweep=(2.0, 3.0))
-    found = entry.models["global"]
-    assert (found.w, found.fd, found.w_global) == (weights(3, 3, 3), 1.0, 3.0)
+    assert entry["global"] == {"w": weights(3, 3, 3), "fd": 1.0, "w_global": 3.0}
 
 
 def test_winners_are_chosen_on_the_selection_seeds(prescribed):
@@ -854,17 +852,17 @@ def test_winners_are_chosen_on_the_selection_seeds(prescribed):
         return 100 - bowl(w) if seeds.is_final else bowl(w)
 
     entry, _ = prescribed(fd, grid=(0.5, 1.0, 1.5))
-    assert entry.models["blockwise"].w == BEST
-    assert entry.models["global"].w_global == 1.0
-    assert entry.final["blockwise"]["fd"] == 99
+    assert entry["blockwise"]["w"] == BEST
+    assert entry["global"]["w_global"] == 1.0
+    assert entry["final"]["blockwise"]["fd"] == 99
 
 
 def test_every_model_is_scored_on_every_final_set(prescribed):
     entry, calls = prescribed(bowl, grid=(0.5, 1.0), final_repeats=3)
     firsts = [(call.w, call.seeds.first) for call in calls if call.seeds.is_final]
     want = []
-    for candidate in entry.models.values():
-        want += [(candidate.w, 50_000 + 120 * repeat) for repeat in range(3)]
+    for name in MODELS[:4]:
+        want += [(entry[name]["w"], 50_000 + 120 * repeat) for repeat in range(3)]
     assert firsts == want
 
 
@@ -872,9 +870,8 @@ def test_searched_is_the_best_the_search_evaluated(prescribed):
     """Even if the grid knows a better one."""
     rows = [score_of(8.0, w=weights(5, 5, 5)), score_of(7.0, w=weights(6, 6, 6))]
     entry, _ = prescribed(bowl, lambda *args: rows, search="cobyqa", grid=(0.5, 1.0))
-    found = entry.models["searched"]
-    assert (found.w, found.fd) == (weights(6, 6, 6), 7.0)
-    assert entry.models["blockwise"].fd < 7
+    assert entry["searched"] == {"w": weights(6, 6, 6), "fd": 7.0}
+    assert entry["blockwise"]["fd"] < 7
 
 
 @pytest.mark.parametrize("name", ["cobyqa", "gradient"])
@@ -912,8 +909,8 @@ def test_what_a_search_finds_is_never_called_blockwise(prescribed):
     grid = (0.0, 0.5, 1.0, 1.5, 2.0)
     found = [score_of(0.5, w=BEST)]
     entry, _ = prescribed(bowl, lambda *args: found, search="gradient", grid=grid)
-    assert [*entry.models] == ["base", "collapsed", "global", "searched"] and entry.grid == []
-    assert [*entry.final] == [*entry.models]
+    assert [*entry["final"]] == ["base", "collapsed", "global", "searched"]
+    assert entry["grid"] == [] and "blockwise" not in entry
 
 
 def test_every_placebo_has_blocks_of_its_own(prescribed):
@@ -931,16 +928,10 @@ def test_every_placebo_has_blocks_of_its_own(prescribed):
     for call in calls:
         by_owners.setdefault(tuple(call.owners.values()), []).append(call)
     own, *dealt = by_owners.values()
-    assert len(dealt) == len(entry.placebo) == 3
-    for mine, placebo in zip(dealt, entry.placebo, strict=True):
+    assert len(dealt) == len(entry["placebo"]) == 3
+    for mine, placebo in zip(dealt, entry["placebo"], strict=True):
         assert [call.seeds.first for call in mine] == [10_000] * 8 + [50_000, 50_120]
         assert [call.w for call in mine[8:]] == [placebo["w"]] * 2
-
-
-def test_as_many_global_weights_as_grid_points_are_tried(prescribed):
-    entry, _ = prescribed(bowl, grid=(0.0, 1.0), block_grid={"mid": (0.0, 1.0, 5.0)})
-    even = [round(k / 11, 4) for k in range(12)]
-    assert [score.w["mid"] for score in entry.sweep] == [-1.0, *even]
 
 
 def test_placebos_end_where_there_are_no_more(prescribed):
@@ -948,8 +939,8 @@ def test_placebos_end_where_there_are_no_more(prescribed):
     partition = {"enc.0.*": "one", "*": "rest"}
     entry, calls = prescribed(lambda w, *_: 1.0, partition=partition, placebo=9)
     assert len({tuple(call.owners.values()) for call in calls}) == 1 + 7
-    assert len(entry.placebo) == 7
-    assert any("allow only 7 other blocks" in note for note in entry.warnings)
+    assert len(entry["placebo"]) == 7
+    assert any("allow only 7 other blocks" in note for note in entry["warnings"])
 
 
 def test_base_that_diverges_ends_the_run(prescribed):
@@ -962,7 +953,7 @@ def test_weights_that_diverge_win_nothing(prescribed):
         return math.inf if w["enc"] > 0.75 else bowl(w)
 
     entry, _ = prescribed(fd, grid=(0.5, 1.0, 1.5))
-    assert entry.models["global"].w_global <= 0.75 and entry.models["blockwise"].w["enc"] == 0.5
+    assert entry["global"]["w_global"] <= 0.75 and entry["blockwise"]["w"]["enc"] == 0.5
 
 
 def test_judges_come_before_any_training(tmp_path, monkeypatch):
@@ -980,23 +971,23 @@ def test_judges_come_before_any_training(tmp_path, monkeypatch):
 # -------------------- the repaired network
 
 
-def entry_of(scorer, best, **others):
-    """A study's end in which `best` has the least distance; others: scorers of single models."""
+def models_of(scorer, best, **others):
+    """Models of which `best` has the least distance; others: scorers of single models."""
     models = {}
     for i, name in enumerate(("base", "global", "blockwise", "searched")):
         own = others.get(name, scorer)
         w = {block: i + 0.25 * k for k, block in enumerate(own.merger.blocks)}
         models[name] = neon.study.Candidate(w, 1.0 if name == best else 2.0 + i, own)
-    return SimpleNamespace(kimg=7, models=models)
+    return models
 
 
 @pytest.mark.parametrize("best", ["base", "global", "blockwise", "searched"])
 def test_network_that_is_saved_is_the_best_on_the_selection_seeds(tmp_path, best):
     scorer, setup = toy_scorer(tmp_path), setup_of(tmp_path, ToyModel(), export_pt=True)
-    entry = entry_of(scorer, best)
-    neon.study.export_best(setup, entry)
+    models = models_of(scorer, best)
+    neon.study.export_best(setup, 7, models)
 
-    w = entry.models[best].w
+    w = models[best].w
     want = blend(*toy_pair(), w, lambda name: name[:3]).state_dict()
     saved = safetensors.torch.load_file(tmp_path / "adaptive-neon-000007.safetensors")
     exported = torch.load(tmp_path / "adaptive-neon-000007.pt", weights_only=True)
@@ -1017,11 +1008,12 @@ def test_network_that_is_saved_is_the_best_on_the_selection_seeds(tmp_path, best
 def test_network_of_the_searchs_own_partition(tmp_path, best):
     scorer = toy_scorer(tmp_path)
     setup = setup_of(tmp_path, ToyModel(), search="cobyqa", search_partition="layers")
-    entry = entry_of(scorer, best, searched=scorer.with_blocks(ToyModel().layer))
-    neon.study.export_best(setup, entry)
+    layers = scorer.of(scorer.merger.with_blocks(ToyModel().layer))
+    models = models_of(scorer, best, searched=layers)
+    neon.study.export_best(setup, 7, models)
 
     owner_of = owner_in(best)
-    want = blend(*toy_pair(), entry.models[best].w, owner_of).state_dict()
+    want = blend(*toy_pair(), models[best].w, owner_of).state_dict()
     saved = safetensors.torch.load_file(tmp_path / "adaptive-neon-000007.safetensors")
     for name, tensor in want.items():
         torch.testing.assert_close(saved[name], tensor, rtol=0, atol=1e-6)
@@ -1030,7 +1022,9 @@ def test_network_of_the_searchs_own_partition(tmp_path, best):
 
 
 def test_plain_weights_are_written_on_request_alone(tmp_path):
-    neon.study.export_best(setup_of(tmp_path, ToyModel()), entry_of(toy_scorer(tmp_path), "global"))
+    neon.study.export_best(
+        setup_of(tmp_path, ToyModel()), 7, models_of(toy_scorer(tmp_path), "global")
+    )
     assert not [*tmp_path.glob("*.pt")]
     assert [path.name for path in tmp_path.glob("*.safetensors")] == [
         "adaptive-neon-000007.safetensors"

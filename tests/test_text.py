@@ -1,12 +1,15 @@
 """Pipelines with prompts against their own calls, on tiny ones from nothing."""
 
+import gc
 import json
 import shutil
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -51,14 +54,18 @@ def noise_of(model, count=3):
     return torch.randn(count, *model.shape, generator=torch.Generator().manual_seed(5))
 
 
-def own_call(folder, model, steps, prompts=PROMPTS, guidance=None, **options):
-    """What the folder's pipeline makes of the same noise, [N, 3, H, W] in [-1, 1]."""
-    parts = {}
-    if model.kind == "StableDiffusion3Pipeline":
-        parts = dict(text_encoder_3=None, tokenizer_3=None)
+def own_call(
+    folder, model, steps, prompts=PROMPTS, guidance=None, parts=None, lora=None, **options
+):
+    """What the folder's pipeline makes of the same noise, [N, 3, H, W] in [-1, 1]. parts: how it is
+    loaded; lora: a folder with a repair."""
+    if parts is None:
+        parts = dict(text_encoder_3=None, tokenizer_3=None) if model.flows() else {}
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **parts)
     pipeline.set_progress_bar_config(disable=True)
-    if not parts:
+    if lora:
+        pipeline.load_lora_weights(lora, weight_name="repair.safetensors")
+    if not model.flows():
         ddim = diffusers.DDIMScheduler
         pipeline.scheduler = ddim.from_config(pipeline.scheduler.config, clip_sample=False)
     if guidance is not None:
@@ -79,6 +86,8 @@ SCHEDULES = {
     "pndm": ("PNDMScheduler", {}),
     "ddim": ("DDIMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "outdated": ("DDIMScheduler", {"steps_offset": 0, "clip_sample": True}),
     "v": ("DDIMScheduler", {"prediction_type": "v_prediction"}),
     "zero snr": (
         "DDIMScheduler",
@@ -98,9 +107,15 @@ SCHEDULES = {
         ("pndm", 7, {}),
         ("pndm", 9, {"guidance": 1.0}),
         ("ddim", 7, {"negative": "a thin one"}),
-        ("euler", 7, {"guidance": 2.0}),
+        ("ddim", 30, {}),
+        ("euler", 7, {"guidance": 1.0, "negative": "a thin one"}),
+        ("euler", 9, {"negative": ""}),
+        ("dpm++", 7, {}),
+        ("dpm++", 30, {"guidance": 1.0}),
+        ("outdated", 7, {}),
         ("ddim", 7, {"rescale": 0.7}),
         ("v", 7, {}),
+        ("v", 9, {"negative": "a thin one"}),
         ("zero snr", 5, {"rescale": 0.7}),
     ],
 )
@@ -142,20 +157,47 @@ def test_sd3(tmp_path, model_of, guidance, shift):
     torch.testing.assert_close(images_of(model, folder, 6), own, rtol=0, atol=1e-5)
 
 
-def test_linspace_is_said(tmp_path, model_of):
-    schedule = tiny.scheduler("EulerDiscreteScheduler", timestep_spacing="linspace")
-    model = model_of(tiny.sd(tmp_path / "p", schedule))
-    assert any("linspace" in note for note in model.notes)
+@pytest.mark.parametrize(
+    "spacing, steps, said",
+    [("linspace", 10, True), ("trailing", 7, True), ("trailing", 8, False), ("leading", 7, False)],
+)
+def test_steps_of_unequal_length_are_said(text_folders, model_of, tmp_path, spacing, steps, said):
+    folder = shutil.copytree(text_folders["sd"], tmp_path / "copy")
+    edit(folder / SCHEDULER, timestep_spacing=spacing)
+    notes = model_of(folder, steps=steps).notes
+    assert any("not equally long" in note and spacing in note for note in notes) == said
 
 
-def test_half_precision_text_encoders(tmp_path, model_of):
-    """The variant is found, and its images are those of the whole pipeline in half precision."""
-    whole = tiny.sd(tmp_path / "whole")
-    half = tiny.sd(tmp_path / "half", variant="fp16")
-    for file in half.rglob("*.safetensors"):
-        assert "fp16" in file.name
-    ours = images_of(model_of(half), half, 5)
-    torch.testing.assert_close(ours, images_of(model_of(whole), whole, 5), rtol=0, atol=1e-5)
+def test_half_precision_text_encoders(text_folders, model_of, tmp_path):
+    """Files of half precision are computed in float32, as the pipeline does that is loaded so; and
+    lie near those of float32."""
+    half = shutil.copytree(text_folders["sd"], tmp_path / "half")
+    for file in half.glob("text_encoder*/model.safetensors"):
+        tensors = {name: t.half() for name, t in load_file(file).items()}
+        save_file(tensors, file.with_name("model.fp16.safetensors"), metadata={"format": "pt"})
+        file.unlink()
+    ours = images_of(model_of(half), half, 7)
+    own = own_call(half, model_of(half), 7, parts={"variant": "fp16", "dtype": torch.float32})
+    torch.testing.assert_close(ours, own, rtol=0, atol=1e-5)
+    whole = text_folders["sd"]
+    torch.testing.assert_close(ours, images_of(model_of(whole), whole, 7), rtol=0, atol=5e-3)
+    assert model_of(half).rows.dtype == torch.float32
+
+
+def test_half_precision_beside_whole_weights(text_folders, model_of, tmp_path):
+    """A part with both is read whole, also where whole weights are no .safetensors; a part with
+    one alone, in that."""
+    folder = shutil.copytree(text_folders["sdxl"], tmp_path / "copy")
+    file = folder / "text_encoder_2/model.safetensors"
+    file.rename(file.with_name("model.fp16.safetensors"))
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: t.half() for name, t in tensors.items()}, file.with_suffix(".new"))
+    torch.save(tensors, file.with_suffix(".bin"))
+    file.with_suffix(".new").rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    file.unlink()
+    expected = images_of(model_of(text_folders["sdxl"]), text_folders["sdxl"], 2)
+    torch.testing.assert_close(images_of(model_of(folder), folder, 2), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd3"])
@@ -316,15 +358,58 @@ def test_without_transformers_one_line_says_so(text_folders, model_of, monkeypat
         model_of(text_folders["sd"])
 
 
-def test_a_plan_keeps_nothing_and_says_what_is_needed(text_folders, model_of, tmp_path, capsys):
-    folder = text_folders["sd"]
-    model = model_of(folder, plan=True, lora_rank=2)
+def test_a_plan_keeps_nothing_and_says_what_is_needed(
+    text_folders, model_of, tmp_path, capsys, monkeypatch
+):
+    """Before anything is on the device."""
+    said = []
+
+    def embed(self):
+        said.append(capsys.readouterr().out)
+        assert next(self.vae.parameters()).device.type == "cpu"
+        return {"rows": torch.zeros(4, 8, 32), "pooled": torch.zeros(4, 16)}
+
+    monkeypatch.setattr("adaptive_neon.text.TextModel._embed", embed)
+    folder = text_folders["sdxl"]
+    model = model_of(folder, plan=True, lora_rank=2, device="meta")
     net = model.load(folder)
     assert not [*tmp_path.glob("prompts-*.safetensors")]
-    said = capsys.readouterr().out
-    assert "memory on the device: weights" in said and "drift" in said and "gradient" in said
+    assert next(model.vae.parameters()).device.type == "meta"
+
+    def gigabytes(count):
+        return f"{4 * count / 1e9:.2g} GB"
+
     moving = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    assert f"drift of what moves {8 * moving / 1e9:.2g} GB" in said
+    weights = sum(p.numel() for part in (net, model.vae) for p in part.parameters())
+    encoders = 0
+    for name in ("text_encoder", "text_encoder_2"):
+        encoders += sum(t.numel() for t in load_file(folder / name / "model.safetensors").values())
+    assert said[0].startswith(
+        f"memory on the device: text encoders {gigabytes(encoders)}, which leave it once prompts "
+        f"are embedded; then weights {gigabytes(weights)}, drift of what moves "
+        f"{gigabytes(2 * moving)}, prompts {gigabytes(4 * 77 * 32)}; a gradient through the decoder"
+    )
+    model_of(folder)
+    assert "memory" not in said[1]
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
+def test_text_encoders_leave_the_memory(text_folders, model_of, kind, monkeypatch):
+    """At once, not when Python next looks for cycles."""
+    seen, from_pretrained = [], diffusers.DiffusionPipeline.from_pretrained.__func__
+
+    def watched(cls, *args, **options):
+        pipeline = from_pretrained(cls, *args, **options)
+        seen.append(weakref.ref(pipeline.text_encoder))
+        return pipeline
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", classmethod(watched))
+    gc.disable()
+    try:
+        model_of(text_folders[kind])
+        assert len(seen) == 1 and seen[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_long_prompts_are_said(text_folders, model_of, capsys):

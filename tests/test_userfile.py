@@ -28,6 +28,12 @@ def tensors_in(path, value):
     safetensors.torch.save_file({"a": torch.full((2,), float(value))}, path)
 
 
+def script_with(path, value):
+    net = torch.nn.Module()
+    net.a = torch.nn.Buffer(torch.full((2,), float(value)))
+    torch.jit.script(net).save(path)
+
+
 # What decides the answer: body of the user's file, and the one file that changes, with its writer.
 INPUTS = {
     "the file": ("A = 1", None),
@@ -61,6 +67,14 @@ INPUTS = {
         "sys.path.insert(0, str(HERE.parent))\nfrom above.reader import A",
         "../above/cfg.json",
     ),
+    "JSON that a link in the folder leads to": (
+        f"def answer():\n    return {json_at('linked.json')}",
+        "../lib/linked.json",
+    ),
+    "JSON of the folder through a link to it": (
+        f"def answer():\n    return {json_at('../link/cfg.json')}",
+        "cfg.json",
+    ),
     "safetensors": (
         "from safetensors.torch import load_file\n"
         "def answer():\n    return load_file(HERE / 'a.safetensors')['a'].tolist()",
@@ -70,9 +84,15 @@ INPUTS = {
         "import torch\ndef answer():\n    return torch.load(HERE / 'a.pt').tolist()",
         "a.pt",
     ),
+    "TorchScript": (
+        "import torch\nNET = torch.jit.load(HERE / 'a.ts')\n"
+        "def answer():\n    return NET.a.tolist()",
+        "a.ts",
+    ),
 }
 WRITERS = {
     ".safetensors": tensors_in,
+    ".ts": script_with,
     ".pt": lambda path, value: torch.save(torch.full((2,), value), path),
     ".json": lambda path, value: path.write_text(json.dumps(value)),
     ".py": lambda path, value: path.write_text(f"A = {value}\n"),
@@ -95,10 +115,14 @@ def project(root, body, changed=None, value=1):
         "above/reader.py": HEAD + f"A = {json_at('cfg.json')}\n",
         "above/cfg.json": "1",
         "lib/far.py": "A = 1\n",
+        "lib/linked.json": "1",
     }
     for name, text in texts.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
+    for link, target in (("link", "mine"), ("mine/linked.json", "../lib/linked.json")):
+        (root / link).unlink(missing_ok=True)
+        (root / link).symlink_to(target)
     default = "" if "def answer" in body else "\ndef answer():\n    return A\n"
     (root / "mine" / "mine.py").write_text(f"{HEAD}{body}\n{default}")
     if changed is not None:
@@ -118,6 +142,7 @@ def answered(path):
     return file.call("answer"), file.identity
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 @pytest.mark.parametrize("body, changed", INPUTS.values(), ids=INPUTS.keys())
 def test_what_decides_the_answer_is_in_the_identity(tmp_path, body, changed, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
@@ -226,9 +251,9 @@ def test_the_process_keeps_its_own_modules_and_path(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "utils", own)
     path, _ = two_files(tmp_path, "import utils\ndef answer():\n    return utils.NAME")
     monkeypatch.syspath_prepend(tmp_path / "b")  # its utils is not what a file beside one means
-    before = list(sys.path)
+    before = list(sys.path), list(sys.meta_path)
     assert UserFile(path, "--judge").call("answer") == "a"
-    assert sys.modules["utils"] is own and sys.path == before
+    assert sys.modules["utils"] is own and (sys.path, sys.meta_path) == before
     assert "more" not in sys.modules and "neon_model_same" not in sys.modules
 
 
@@ -240,16 +265,17 @@ def test_the_program_itself_is_not_loaded_again(tmp_path):
     assert list(file.scope.records) == ["module "]
 
 
-def test_a_class_of_a_module_is_pickled_by_its_own_name(tmp_path):
-    (tmp_path / "nets.py").write_text(
-        "from dataclasses import dataclass\n@dataclass\nclass Box:\n    a: 'int'\n"
-    )
+def test_classes_are_pickled_by_their_own_names(tmp_path):
+    box = "from dataclasses import dataclass\n@dataclass\nclass Box:\n    a: 'int'\n"
+    (tmp_path / "nets.py").write_text(box)
     path = tmp_path / "mine.py"
     path.write_text(
-        "import pickle\ndef answer():\n    import nets\n    data = pickle.dumps(nets.Box(3))\n"
-        "    return b'nets' in data and pickle.loads(data) == nets.Box(3)\n"
+        f"import pickle\n{box}def answer():\n    import nets\n    found = []\n"
+        "    for kind in (nets.Box, Box):\n        data = pickle.dumps(kind(3))\n"
+        "        assert pickle.loads(data) == kind(3)\n        found.append(b'nets' in data)\n"
+        "    return found\n"
     )
-    assert UserFile(path, "--model").call("answer")
+    assert UserFile(path, "--model").call("answer") == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -309,18 +335,18 @@ def test_a_module_without_source_is_an_input(tmp_path):
     assert found[0] == found[1] and found[0][1] != found[2][1]
 
 
-def test_networks_that_a_module_holds_are_in_the_identity(tmp_path):
+@pytest.mark.parametrize("holder", ["decoder", "mine"], ids=["a module", "the file"])
+def test_networks_that_a_module_holds_are_in_the_identity(tmp_path, holder, monkeypatch):
+    """Not the file's name."""
+    net = "import os, torch\ntorch.manual_seed(int(os.environ['SEED']))\n"
+    net += "NET = torch.nn.Linear(2, 2)\n"
+    (tmp_path / "decoder.py").write_text(net)
     found = []
-    for seed in (0, 0, 1):
-        (tmp_path / "decoder.py").write_text(
-            "import os, torch\ntorch.manual_seed(int(os.environ['SEED']))\n"
-            "NET = torch.nn.Linear(2, 2)\n"
-        )
-        path = tmp_path / "mine.py"
-        path.write_text("import decoder\n")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("SEED", str(seed))
-            file = UserFile(path, "--model")
+    for name, seed in (("mine", 0), ("renamed", 0), ("mine", 1)):
+        path = tmp_path / f"{name}.py"
+        path.write_text("import decoder\n" if holder == "decoder" else net)
+        monkeypatch.setenv("SEED", str(seed))
+        file = UserFile(path, "--model")
         file.scope.seal()
         found.append(file.identity)
     assert found[0] == found[1] != found[2]

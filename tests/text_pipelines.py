@@ -11,12 +11,9 @@ WORDS = ["a", "thin", "bold", "slanted", "upright", "zero", "one", "two", "seven
 LENGTH = 8  # tokens of a prompt, with start and end
 
 
-def tokenizer(folder):
-    """CLIP's, whose merges make every word one token."""
-    from transformers import CLIPTokenizer
-
-    folder.mkdir(parents=True, exist_ok=True)
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+def vocabulary():
+    """CLIP's tokens and merges, for which every word is one token; start and end are the last."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + ["!"]
     merges = []
     for word in WORDS:
         parts = [*word[:-1], word[-1] + "</w>"]
@@ -26,9 +23,16 @@ def tokenizer(folder):
             parts = [parts[0] + parts[1], *parts[2:]]
     tokens = letters + [letter + "</w>" for letter in letters] + [a + b for a, b in merges]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    return tokens, [" ".join(merge) for merge in merges]
+
+
+def tokenizer(folder):
+    from transformers import CLIPTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens, merges = vocabulary()
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     end = {key: "<|endoftext|>" for key in ("unk_token", "eos_token", "pad_token")}
     files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
     made = CLIPTokenizer(*files, model_max_length=LENGTH, bos_token="<|startoftext|>", **end)
