@@ -208,6 +208,24 @@ def test_a_claim_holds_where_neither_distance_contradicts_it(shift, kernel, verd
     assert claim["better"] == (["a"] if verdict == "better" else [])
 
 
+@pytest.mark.parametrize("ratio, verdict", [(1.05, "better"), (3.0, "distances disagree")])
+def test_a_kernel_distance_contradicts_where_it_holds_among_all_questions(ratio, verdict):
+    """It is worse by this many half intervals of its own."""
+    folds = 0.01 * np.random.default_rng(3).standard_normal(FOLDS)
+    half, _ = neon.stats.jackknife(0, [folds])
+    finals = gains({"own": -9, "a": -9})
+    for found in finals.values():
+        for name, (one,) in found.items():
+            value, own = (1 + ratio * half, 0) if name == "blockwise" else (1.0, folds)
+            kernel = {"kernel": value, "kernel_folds": value + own + np.zeros(FOLDS)}
+            kernel["kernel_real_folds"] = np.ones(FOLDS)
+            found[name] = [dataclasses.replace(one, **kernel)]
+    for claim in neon.verdicts.claims_of(finals, primary="global"):
+        if (claim["model"], claim["against"]) == ("blockwise", "global"):
+            assert claim["own"]["kernel"]["verdict"] == "worse"
+            assert claim["own"]["verdict"] == claim["judges"]["a"]["verdict"] == verdict
+
+
 def test_a_verdict_without_real_images_says_what_it_does_not_know():
     finals = gains({"own": -9})
     row = claim_of(finals, "blockwise", "global")
