@@ -316,7 +316,8 @@ def test_the_headline_over_seeds():
         claim = as_claim(model, against, share, [share])
         rows.append(claim | {"primary": (model, against) == ("blockwise", "global")})
     over = neon.verdicts.claims_over_seeds([summary_with(*rows)] * 2)
-    parts = neon.verdicts.headline_over_seeds(over, over[0]["kimg"]).split("; ")
+    later = [row | {"kimg": row["kimg"] + 1, "sentence": "another snapshot"} for row in over]
+    parts = neon.verdicts.headline_over_seeds(over + later, over[0]["kimg"]).split("; ")
     assert [part.split(" in ")[0] for part in parts] == [
         "Primary claim: blockwise is better than global",
         "blockwise is better than base",
