@@ -235,15 +235,15 @@ def test_a_verdict_without_real_images_says_what_it_does_not_know():
     assert neon.verdicts.verdict_text(equal) == "no significant difference"
 
 
-def test_a_verdict_that_is_made_by_bias_is_named():
-    ours = score(20.0, corrected=30.0, real_folds=[20.0] * FOLDS)
-    theirs = score(25.0, corrected=25.0, real_folds=[25.0] * FOLDS)
+@pytest.mark.parametrize("plain, verdict", [(20.0, "better"), (24.9, "no significant difference")])
+def test_a_verdict_that_is_made_by_bias_is_named(plain, verdict):
+    ours, theirs = noisy(plain, 1), noisy(25.0, 2)
+    ours = dataclasses.replace(ours, corrected=30.0, real_folds=[plain] * FOLDS)
+    theirs = dataclasses.replace(theirs, corrected=25.0, real_folds=[25.0] * FOLDS)
     claim = claim_of({"own": {"base": [theirs], "global": [ours]}}, "global", "base")
     assert claim["own"]["verdict"] == "worse"
-    assert (
-        "without the correction of bias the verdict changes in its own features (better)"
-        in (claim["sentence"])
-    )
+    said = f"without the correction of bias the verdict changes in its own features ({verdict})"
+    assert said in claim["sentence"]
 
 
 @pytest.mark.parametrize("primary, missing", [("", False), ("global against guided", True)])
@@ -330,7 +330,7 @@ def test_the_headline_over_seeds():
 # -------------------- warnings
 
 
-def warnings(models=None, final=None, had_grid=False, dim=6, real=10_000, **options):
+def warnings(models=None, final=None, had_grid=False, dim=6, real=(10_000, 9_000), **options):
     models = {"base": 4.0, "global": 2.0} | (models or {})
     candidates = {}
     for name, value in models.items():
@@ -340,8 +340,8 @@ def warnings(models=None, final=None, had_grid=False, dim=6, real=10_000, **opti
         candidates[name] = SimpleNamespace(w=w, fd=value)
     rows = {name: {"fd": c.fd, "against_base": gain(-1.9)} for name, c in candidates.items()}
     rows |= final or {}
-    facts = SimpleNamespace(facts={"images": real})
-    judge = SimpleNamespace(features=SimpleNamespace(dim=dim), selection=facts, final=facts)
+    selection, final = (SimpleNamespace(facts={"images": images}) for images in real)
+    judge = SimpleNamespace(features=SimpleNamespace(dim=dim), selection=selection, final=final)
     c = config(".", **options)
     return neon.verdicts.warnings_of(c, candidates, rows, had_grid, judge)
 
@@ -372,6 +372,12 @@ def test_grid_of_one_value_has_no_edge():
 @pytest.mark.parametrize("dim, singular", [(99, False), (100, True), (2048, True)])
 def test_fewer_images_than_features(dim, singular):
     assert ("the covariance is singular" in "".join(warnings(dim=dim))) == singular
+
+
+@pytest.mark.parametrize("real", [(99, 50), (50, 99), (50, 60)])
+def test_fewer_real_images_than_features(real):
+    (note,) = warnings(dim=50, real=real, select_images=100)
+    assert note == "50 real images for 50 features: the covariance is singular"
 
 
 @pytest.mark.parametrize("name", ["blockwise", "searched"])
