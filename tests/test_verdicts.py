@@ -208,9 +208,13 @@ def test_a_claim_holds_where_neither_distance_contradicts_it(shift, kernel, verd
     assert claim["better"] == (["a"] if verdict == "better" else [])
 
 
-@pytest.mark.parametrize("ratio, verdict", [(1.05, "better"), (3.0, "distances disagree")])
-def test_a_kernel_distance_contradicts_where_it_holds_among_all_questions(ratio, verdict):
-    """It is worse by this many half intervals of its own."""
+@pytest.mark.parametrize(
+    "ratio, verdict, adherence",
+    [(1.05, "better", "no significant difference"), (3.0, "distances disagree", "better")],
+)
+def test_kernel_distance_and_adherence_hold_among_all_questions(ratio, verdict, adherence):
+    """They are higher by this many half intervals of their own: the first worse, the second
+    better."""
     folds = 0.01 * np.random.default_rng(3).standard_normal(FOLDS)
     half, _ = neon.stats.jackknife(0, [folds])
     finals = gains({"own": -9, "a": -9})
@@ -219,11 +223,13 @@ def test_a_kernel_distance_contradicts_where_it_holds_among_all_questions(ratio,
             value, own = (1 + ratio * half, 0) if name == "blockwise" else (1.0, folds)
             kernel = {"kernel": value, "kernel_folds": value + own + np.zeros(FOLDS)}
             kernel["kernel_real_folds"] = np.ones(FOLDS)
-            found[name] = [dataclasses.replace(one, **kernel)]
+            asked = {"alignment": value, "alignment_folds": kernel["kernel_folds"]}
+            found[name] = [dataclasses.replace(one, **kernel, **asked)]
     for claim in neon.verdicts.claims_of(finals, primary="global"):
         if (claim["model"], claim["against"]) == ("blockwise", "global"):
             assert claim["own"]["kernel"]["verdict"] == "worse"
-            assert claim["own"]["verdict"] == claim["judges"]["a"]["verdict"] == verdict
+            for gain in (claim["own"], claim["judges"]["a"]):
+                assert (gain["verdict"], gain["alignment"]["verdict"]) == (verdict, adherence)
 
 
 def test_a_verdict_without_real_images_says_what_it_does_not_know():
