@@ -4,6 +4,7 @@ import argparse
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from edm_helpers import (
@@ -385,9 +386,13 @@ def test_random_blocks_keep_their_numbers_of_layers_and_nearly_their_sizes(parti
             assert layers == want[block][0] and size == pytest.approx(want[block][1], rel=0.2)
 
 
-def test_random_blocks_differ_and_repeat(partitioned):
+def test_random_blocks_differ_and_repeat(partitioned, monkeypatch):
+    """Each has a random stream of its own."""
     merger, model = partitioned
+    streams, generator = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda k: streams.append(k) or generator(k))
     found = neon.blocks.placebo_partitions(merger, model.layer, 4)
+    assert streams == [0, 1, 2, 3]
     assert all(one != other for one, other in itertools.combinations([*found, merger.owners], 2))
     assert found[:3] == neon.blocks.placebo_partitions(merger, model.layer, 3)
 
