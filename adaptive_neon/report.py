@@ -21,18 +21,14 @@ from .verdicts import cases_text, mean_and_interval, number, verdict_text
 # -------------------- cells
 
 
-def interval(gain) -> str:
-    """A paired difference and its 95% interval."""
-    low, high = number(gain["low"], "+"), number(gain["high"], "+")
-    return f"{number(gain['difference'], '+')} [{low}, {high}]"
-
-
 def shares(gain) -> str:
-    """The same in percent of the other's distance, the unit in the table's head; where that is
-    zero or infinite, the difference itself."""
+    """A paired difference and its 95% interval in percent of the other's distance, the unit in the
+    table's head; where that is zero or infinite, the difference itself."""
+    keys = ("difference", "low", "high")
     if gain["relative_difference"] is None:
-        return f"{interval(gain)} (no %)"
-    value, low, high = (100 * gain[f"relative_{key}"] for key in ("difference", "low", "high"))
+        value, low, high = (number(gain[key], "+") for key in keys)
+        return f"{value} [{low}, {high}] (no %)"
+    value, low, high = (100 * gain[f"relative_{key}"] for key in keys)
     return spread(value, low, high, "+")
 
 
@@ -245,15 +241,12 @@ def write_tables(summary, out) -> str:
         headlines.append(f"{entry['kimg']:g} kimg: " * several + entry["headline"])
         warnings += len(entry["warnings"])
     title = f"{plain['score']}, {final_images(plain)}; lower is better"
-    rows = [in_short(row) for row in models]
+    rows = []
+    for row in models:
+        w = "of every block" if len(row["w"]) > 60 else row["w"].replace(",", "")
+        rows.append(row | {"w": w})
     text = terminal_text(title, rows, ["snapshot (kimg)"] * several + columns, headlines)
     return text + f"\n\n{warnings} warnings: see the report." * bool(warnings)
-
-
-def in_short(row) -> dict:
-    """A model's cells in the words of a terminal."""
-    w = "of every block" if len(row["w"]) > 60 else row["w"].replace(",", "")
-    return row | {"w": w}
 
 
 def final_images(summary) -> str:

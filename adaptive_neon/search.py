@@ -116,7 +116,10 @@ class GradientSearch:
     def __init__(self, scorer: Scorer, start: Start, evaluations: int, bounds, patience: int):
         self.scorer, self.start, self.bounds = scorer, scorer.merger.weights(start), bounds
         self.evaluations, self.patience = evaluations, patience
-        self.precision = gradient_precision(scorer.selection_precision)
+        self.precision = scorer.selection_precision
+        if self.precision == "fp16":
+            # It has no exponents for small derivatives: a block's gradient would change its sign.
+            self.precision = "fp32"
         self.fresh = scorer.seeds.search
         self.rank = scorer.sampler.processes.rank
         self.path = self.place()
@@ -217,11 +220,6 @@ class GradientSearch:
 
 
 SEARCHES = {"cobyqa": cobyqa, "gradient": descend}
-
-
-def gradient_precision(precision: str) -> str:
-    """fp16 has no exponents for small derivatives: a block's gradient would change its sign."""
-    return "fp32" if precision == "fp16" else precision
 
 
 def distance_and_gradient(

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import numpy as np
-import scipy.special
+import scipy.stats
 
 FOLDS = 20  # of the seeds of every score: jackknife intervals need no new samples
 
@@ -61,24 +61,24 @@ def compare(scores, others, level=0.05) -> Comparison:
     return dataclasses.replace(gain, plain=ours - theirs)
 
 
-def compare_kernels(scores, others, level=0.05) -> Comparison | None:
+def compare_kernels(scores, others) -> Comparison | None:
     """The same of kernel distances, which have no bias; None where they were not measured."""
     if any(score.kernel is None for score in [*scores, *others]):
         return None
-    return paired(scores, others, "kernel", "kernel_folds", "kernel_real_folds", level)
+    return paired(scores, others, "kernel", "kernel_folds", "kernel_real_folds")
 
 
-def compare_alignment(scores, others, level=0.05) -> Comparison | None:
+def compare_alignment(scores, others) -> Comparison | None:
     """The same of adherence, which is better where it is higher and asks no real images; None where
     it was not measured."""
     if any(score.alignment is None for score in [*scores, *others]):
         return None
-    gain = paired(scores, others, "alignment", "alignment_folds", None, level)
+    gain = paired(scores, others, "alignment", "alignment_folds", None)
     verdict = verdict_of(-gain.difference, gain.high - gain.difference)
     return dataclasses.replace(gain, verdict=verdict, real_noise=True)
 
 
-def paired(scores, others, value, folds, real_folds, level) -> Comparison:
+def paired(scores, others, value, folds, real_folds, level=0.05) -> Comparison:
     """The comparison of one kind of distance, given by the names of a score's entries."""
 
     def differences(key):

@@ -2,7 +2,9 @@
 
 import argparse
 import itertools
+import math
 
+import numpy as np
 import pytest
 import torch
 from edm_helpers import (
@@ -327,6 +329,14 @@ def test_table_of_blocks():
         assert rows[block] == want
 
 
+def test_a_block_of_zeros_that_moved_drifts_without_end():
+    base, aux = nn.Linear(2, 2), nn.Linear(2, 2)
+    for parameter in (*base.parameters(), aux.bias):
+        nn.init.zeros_(parameter)
+    rows = neon.blocks.Merger(base, aux, lambda name: name).table()
+    assert (rows["weight"]["drift"], rows["bias"]["drift"]) == (math.inf, 0)
+
+
 def test_same_networks_in_other_blocks():
     merger = neon.blocks.Merger(*toy_pair(), lambda name: name[:3])
     merger.set(BEST)
@@ -376,9 +386,13 @@ def test_random_blocks_keep_their_numbers_of_layers_and_nearly_their_sizes(parti
             assert layers == want[block][0] and size == pytest.approx(want[block][1], rel=0.2)
 
 
-def test_random_blocks_differ_and_repeat(partitioned):
+def test_random_blocks_differ_and_repeat(partitioned, monkeypatch):
+    """Each has a random stream of its own."""
     merger, model = partitioned
+    streams, generator = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda k: streams.append(k) or generator(k))
     found = neon.blocks.placebo_partitions(merger, model.layer, 4)
+    assert streams == [0, 1, 2, 3]
     assert all(one != other for one, other in itertools.combinations([*found, merger.owners], 2))
     assert found[:3] == neon.blocks.placebo_partitions(merger, model.layer, 3)
 

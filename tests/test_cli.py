@@ -12,7 +12,6 @@ from edm_helpers import (
     ToyModel,
     ToyNet,
     config,
-    lines,
     parse,
     preset,
     replace,
@@ -260,22 +259,6 @@ def test_other_ranks_remark_nothing(tmp_path, capsys, monkeypatch):
     with pytest.raises(neon.files.UserError, match="stopped here"):
         run(tmp_path, "--grid", "0,0.5,1,1.5,2", "--yes")
     assert capsys.readouterr().out == ""
-
-
-def test_base_and_aux_of_files(tmp_path):
-    """--aux is exchanged between two runs in one folder: no score of the first serves the
-    second, but the base's."""
-    base, *auxes = toy_network_files(tmp_path)
-    out, firsts = tmp_path / "out", []
-    for aux in auxes:
-        (tmp_path / "aux.safetensors").write_bytes(aux.read_bytes())
-        with pytest.MonkeyPatch.context() as patch:
-            replace(patch, "drawn", lambda *args: None)
-            run(out, *GIVEN, base, "--aux", tmp_path / "aux.safetensors")
-        (entry,) = json.loads((out / "summary.json").read_text())["snapshots"]
-        firsts.append([entry[name]["fd"] for name in ("base", "collapsed", "blockwise")])
-    assert firsts[0][0] == firsts[1][0]
-    assert firsts[0][1:] != firsts[1][1:] and len(lines(out / "grid.jsonl")) > 8 + 8
 
 
 # -------------------- the plan

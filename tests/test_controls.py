@@ -207,10 +207,6 @@ def test_models_own_controls_have_keys_of_their_own(tmp_path):
     assert len(keys) == 4
 
 
-def test_models_own_controls_can_be_left_out(tmp_path):
-    assert not tuned(tmp_path, controls=())[0]
-
-
 FILE = """
 import torch
 SHAPE, CLASSES = (1, 8, 8), 0
@@ -288,19 +284,6 @@ def test_training_on_uses_the_training_part(tmp_path):
     assert set(setup.model.means) == {-1.0}
 
 
-def test_training_on_needs_real_images(tmp_path):
-    class NoImages(neon.config.Preset):
-        def model(self, c):
-            return ToyModel()
-
-        def real_images(self, c):
-            return None
-
-    c = dataclasses.replace(toy_setup(tmp_path).c, continue_on_data=-1.0)
-    with pytest.raises(neon.files.UserError, match="--continue-on-data .* give --data"):
-        neon.stages.prepare(c, NoImages(), neon.processes.Processes("cpu"))
-
-
 def test_a_network_with_parts_of_its_own_name_is_guided():
     """A network that has a `base` itself, and one that keeps what it computed."""
 
@@ -339,8 +322,3 @@ def test_as_many_global_weights_as_anything_else_tries(tmp_path, options, blocks
     inside = sorted(value for value in values if min(c.grid) <= value <= max(c.grid))
     assert {-1.0, 0.0} <= values and len(inside) >= count
     assert inside[0] == min(c.grid) and inside[-1] == max(c.grid)
-
-
-def test_the_sweep_is_among_the_global_weights(tmp_path):
-    c = dataclasses.replace(toy_setup(tmp_path).c, grid=(0.5, 1.0), sweep=(-0.5, 3.0))
-    assert {-0.5, 3.0} <= neon.study.global_weights(c, ["enc", "mid", "dec"])

@@ -663,15 +663,21 @@ def test_blocks_and_layers_of_adm(name):
     assert tuple(found) == ADM_BLOCKS[name]
 
 
+@pytest.mark.parametrize("kind, eps", [("cifar", 1e-6), ("ncsnpp", 1e-6), ("adm", 1e-5)])
+def test_what_a_normalisation_adds_to_the_variance(kind, eps):
+    norms = [layer for layer in network(kind).modules() if isinstance(layer, nn.GroupNorm)]
+    assert {norm.eps for norm in norms} == {eps}
+
+
 @pytest.mark.parametrize("kind", ["cifar", "adm"])
 def test_label_dropout_takes_labels_in_training_alone(kind):
-    net = network(kind, label_dropout=0.5, dropout=0.0)
+    net = network(kind, label_dropout=0.2, dropout=0.0)
     labels = torch.eye(10)[:1].expand(64, -1)
     same = torch.randn(1, 3, 16, 16).expand(64, -1, -1, -1)
     rows = net.train()(same, torch.ones(64), labels)
     without = net.eval()(same[:1], torch.ones(1), 0 * labels[:1])
     dropped = (rows - without).abs().amax((1, 2, 3)) < 1e-4
-    assert 16 < int(dropped.sum()) < 48
+    assert 3 < int(dropped.sum()) < 25
     assert (net(same, torch.ones(64), labels) - without).abs().amax((1, 2, 3)).min() > 1e-3
 
 

@@ -310,6 +310,9 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     r[3], s[3], r[7], s[7] = float("inf"), float("inf"), float("nan"), -0.0
     for out in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         rows.append(neon_ext.extrapolate([r], [s], [0], [0.7], dtype=out)[0])
+ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11] * 5)
+for out in (torch.bfloat16, torch.float16):  # ties - (0 - ties), which is exact
+    rows.append(neon_ext.extrapolate([ties], [0 * ties], [0], [1.0], dtype=out)[0])
 """
 SAVE = "import sys; torch.save((neon_ext.build_config()['cpu_kernels'], rows), sys.argv[1])"
 
@@ -337,6 +340,7 @@ def test_other_kernels_of_this_cpu_agree(tmp_path, capability, kernels):
         ulp = max(torch.finfo(got.dtype).eps, torch.finfo(computed).eps)
         torch.testing.assert_close(got, want, rtol=2 * ulp, atol=4 * ulp, equal_nan=True)
         assert torch.equal(got.isnan(), want.isnan())
+        assert i < 16 or torch.equal(got, (2 * here["ties"]).to(got.dtype))
 
 
 @pytest.mark.parametrize("in_dtype", FLOATS, ids=str)

@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from edm_helpers import ToyFeatures, toy_setup
@@ -12,9 +13,15 @@ from adaptive_neon.memorisation import Memory, memory_of
 
 
 def test_share_is_that_of_points_nearest_to_a_trained_image():
-    memory = Memory(torch.tensor([[0.0], [10.0]]), torch.tensor([[4.0], [20.0]]))
-    points = torch.tensor([[1.0], [3.0], [9.0], [16.0], [11.0]])  # trained: 1, 9 and 11
-    assert memory.share(points) == pytest.approx(3 / 5)
+    """By Euclidean distance, over all points: the first thousand lie elsewhere than the last."""
+    rng = np.random.default_rng(1)
+    trained, unseen = rng.normal(size=(40, 3)), rng.normal(0.2, 1, (40, 3))
+    points = rng.normal(np.linspace(-1, 1, 2500)[:, None], 1, (2500, 3))
+    apart = []
+    for others in (trained, unseen):
+        apart.append(((points[:, None] - others) ** 2).sum(-1).min(1))
+    memory = Memory(torch.tensor(trained), torch.tensor(unseen))
+    assert memory.share(torch.tensor(points)) == pytest.approx(np.mean(apart[0] < apart[1]))
 
 
 def test_a_tie_counts_half():

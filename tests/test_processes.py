@@ -270,3 +270,11 @@ def test_threads_are_set_at_the_start(monkeypatch, threads, want):
     finally:
         torch.set_num_threads(1)
     assert (found.device, found.rank, found.world) == ("cpu", 0, 1)
+
+
+def test_threads_of_a_block_are_given_back():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), neon.processes.threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before

@@ -463,13 +463,6 @@ def test_finished_score_is_read_back_and_not_taken_again(tmp_path, monkeypatch, 
     assert again.score(dict(BEST), seeds) == score and not seen
 
 
-def test_another_score_is_taken(scorer, monkeypatch):
-    scorer.score(BEST)
-    seen = sampled(scorer, monkeypatch)
-    scorer.score(weights(1, 0.5, 1.4))
-    assert len(seen) == 100
-
-
 def test_log_without_a_folder_is_in_memory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     disk = toy_scorer(tmp_path / "disk")

@@ -166,14 +166,6 @@ def survivors(*rows, count=1000, **options):
     return [w["a"] for w in left], scorer.asked
 
 
-def test_errors_of_these_candidates():
-    """Half the 95 % interval is 2.093 standard errors at 19 degrees of freedom."""
-    scorer = Candidates({1: (1.0, 0.0), 2: (2.0, 0.3)})
-    one, other = scorer.score_all([{"a": 1}, {"a": 2}], "")
-    found = neon.stats.compare([other], [one])
-    assert found.high - found.difference == pytest.approx(2.093 * 0.3, rel=1e-3)
-
-
 @pytest.mark.parametrize(
     "ratio, candidates, stays",
     [(2.0, 2, True), (2.5, 2, False), (2.5, 10, True), (3.1, 10, True), (3.3, 10, False)],
@@ -270,10 +262,6 @@ def test_cobyqa_starts_at_a_weight_for_each_block(scorer):
 def test_cobyqa_stays_within_its_bounds_and_evaluations(by_cobyqa):
     values = np.array([numbers_of(score.w) for score in by_cobyqa[1]])
     assert values.min() >= -0.5 and values.max() <= 1.2 and 10 < len(values) <= 25
-
-
-def test_cobyqa_ends_after_its_evaluations(scorer):
-    assert len(cobyqa(scorer, 0.5, 9)) == 9
 
 
 def test_cobyqa_goes_on_after_a_divergence(scorer, monkeypatch):

@@ -93,12 +93,6 @@ def test_tables_of_judges_have_the_models_and_no_random_blocks(joint):
     assert len(heads) == 2 and all(row.startswith(f"| judge | {models}") for row in heads)
 
 
-def test_parts_of_joint_features_are_reported(joint, toy_run):
-    text = (joint / "table.md").read_text()
-    assert "Parts of the selection's features, snapshot 1:" in text
-    assert "Parts of" not in (toy_run / "table.md").read_text()
-
-
 def test_part_of_joint_features_is_measured_as_if_alone(joint, toy_run):
     """Base and collapsed network, which no selection chooses, are as far as in the other run."""
     found, alone = (json.loads((out / "summary.json").read_text()) for out in (joint, toy_run))

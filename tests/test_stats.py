@@ -179,6 +179,27 @@ def test_shares_are_of_the_other_model():
     }
 
 
+@pytest.mark.parametrize("other", [0.0, -2.0])
+def test_there_is_no_share_of_a_distance_that_is_not_positive(other):
+    """An unbiased kernel distance may lie below zero."""
+    row = neon.stats.Comparison(0.0, -1.0, 1.0, 1.0, "", other).as_json()
+    assert row["relative_difference"] == 0
+    assert math.isnan(row["relative_low"]) and math.isnan(row["relative_high"])
+
+
+def test_interval_of_one_models_mean():
+    """Over three seed sets, of the distance and of the kernel distance by its own folds."""
+    ours, theirs = pair_of_scores(0, sets=3, scale=0.2)
+    both = []
+    for one, other in zip(ours, theirs, strict=True):
+        both.append(dataclasses.replace(one, kernel=other.fd, kernel_folds=other.folds))
+    found = neon.stats.fd_interval(both), neon.stats.interval_of(both, "kernel")
+    for row, side in zip(found, (ours, theirs), strict=True):
+        middle = np.mean([score.fd for score in side])
+        half = scipy.stats.t.ppf(0.975, 57) * sum(19 * np.var(s.folds) for s in side) ** 0.5 / 3
+        assert (row["low"], row["high"]) == pytest.approx((middle - half, middle + half))
+
+
 # -------------------- both noises, without bias
 
 

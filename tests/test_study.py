@@ -79,9 +79,9 @@ def sampler_of(setup, net):
 # -------------------- what a study begins with
 
 
-def prepared(out, monkeypatch, **options):
+def prepared(out, monkeypatch, real=True, **options):
     replace(monkeypatch, "open_model", lambda *args: ToyModel())
-    own = SimpleNamespace(real_images=lambda c: real_toys())
+    own = SimpleNamespace(real_images=lambda c: real_toys() if real else None)
     return neon.stages.prepare(config(out, **options), own, CPU)
 
 
@@ -111,6 +111,11 @@ def test_papers_protocol_says_which_seeds_are_trained_on(tmp_path, monkeypatch, 
 def test_wrong_aux_shows_at_once(tmp_path, monkeypatch):
     with pytest.raises(neon.files.UserError, match="does not exist"):
         prepared(tmp_path, monkeypatch, aux=str(tmp_path / "nowhere.safetensors"))
+
+
+def test_training_on_needs_real_images(tmp_path, monkeypatch):
+    with pytest.raises(neon.files.UserError, match="--continue-on-data .* give --data"):
+        prepared(tmp_path, monkeypatch, real=False, continue_on_data=-1.0)
 
 
 def test_streams_of_drawn_images_are_among_the_first_seeds(tmp_path):

@@ -245,7 +245,8 @@ def test_random_stream_depends_on_the_training_seed(tmp_path):
 
 def test_ranks_share_a_batch_and_have_their_own_random_streams(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: None)
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    waits = []
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: waits.append(1))
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda outcome: None)
     steps, files = [], []
     for rank in range(2):
@@ -261,7 +262,8 @@ def test_ranks_share_a_batch_and_have_their_own_random_streams(tmp_path, monkeyp
         assert both.images[::2] == ours.images and both.images[1::2] == theirs.images
     streams = [step.random for rank in steps for step in rank]
     assert len(set(streams)) == len(streams)  # nor is one rank's that of the other a step later
-    assert len(files[0]) == 2 and files[1] == []  # the first rank writes
+    assert len(files[0]) == 2 and files[1] == []  # the first rank writes, the others wait for it
+    assert len(waits) == 2
 
 
 def positions(steps):
@@ -459,6 +461,26 @@ def test_resumed_training_repeats_no_step(tmp_path):
     model.loss = lambda *args: calls.append(1) or real(*args)
     train_toy(tmp_path, model)
     assert len(calls) == 80 - 20
+
+
+def test_a_snapshot_that_a_stop_kept_from_being_written_is_not_left_out(tmp_path):
+    def stopped(average, kimg):
+        raise Dying
+
+    images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1)
+    parts = WalkerModel(), Walker(), images, None, recipe(), (0.5, 1), stopped, tmp_path / "state"
+    with pytest.raises(Dying):
+        neon.train.train(*parts)
+    model, saved = walk(tmp_path, snapshots=(0.5, 1), labels=False)
+    assert [*saved] == [0.5, 1] and len(model.steps) < 50
+
+
+def test_the_first_rank_decides_whether_there_is_something_to_go_on_from(tmp_path):
+    """A rank that sees the file a moment earlier would be some steps ahead of the others."""
+    walk(tmp_path)
+    processes = neon.processes.Processes("cpu")
+    processes.decide = lambda work: False
+    assert len(walk(tmp_path, processes=processes)[0].steps) == 50
 
 
 class Kinds(nn.Module):
