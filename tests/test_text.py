@@ -429,8 +429,8 @@ def test_text_encoders_leave_the_memory(text_folders, model_of, kind, monkeypatc
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", classmethod(watched))
     gc.disable()
     try:
-        model_of(text_folders[kind])
-        assert len(seen) == 1 and seen[0]() is None
+        model = model_of(text_folders[kind])
+        assert model and len(seen) == 1 and seen[0]() is None
     finally:
         gc.enable()
 
