@@ -1,5 +1,6 @@
-"""The examples: what they share with the program, DINOv2 without its weights, tokens."""
+"""The examples: what they share with the program, DINOv2 without its weights, tokens, one step."""
 
+import copy
 import importlib.util
 import math
 from pathlib import Path
@@ -32,7 +33,7 @@ def test_latent_glyphs_train_on_what_the_preset_trains_on():
 
 def test_examples_are_found_by_installing_not_by_their_place():
     texts = [path.read_text("utf-8") for path in EXAMPLES.glob("*.py")]
-    assert len(texts) == 6
+    assert len(texts) == 7
     assert not any("sys.path" in text or "adapters" in text for text in texts)
 
 
@@ -193,6 +194,187 @@ def test_ar_blocks_follow_the_depth(ar, partition):
     owners = owners_of(model, ar.base, partition)
     order = list(dict.fromkeys(owners[name] for name in dict(ar.base.named_parameters())))
     middle = [f"block {i}" for i in range(6)]
+    want = ["enc", "mid", "dec"] if partition == "paper" else ["embeddings", *middle, "output"]
+    assert order == want
+
+
+# -------------------- one evaluation an image
+
+
+@pytest.fixture(scope="module")
+def onestep():
+    """The example, a base whose every parameter matters, and its drifted relative."""
+    example = load_adapter("onestep_glyphs")
+    nets = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        nets.append(example.create().eval().requires_grad_(False))
+    for p, q in zip(nets[1].parameters(), nets[0].parameters(), strict=True):
+        p.lerp_(q, 0.8)
+    return SimpleNamespace(example=example, base=nets[0], aux=nets[1])
+
+
+PIXELS = torch.randn(5, 1, 12, 12, generator=torch.Generator().manual_seed(2))
+
+
+def mean_velocity(net, x, t, s):
+    """From one time to another, the same for all samples."""
+    times = torch.full([2, len(x)], t, dtype=x.dtype)
+    times[1] = s
+    return net(x, times[0], times[1], LABELS)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_onestep_calls_the_network_once_a_step(onestep, steps):
+    calls = []
+    hook = onestep.base.register_forward_pre_hook(lambda *_: calls.append(True))
+    onestep.example.sample(onestep.base, PIXELS, LABELS, steps)
+    hook.remove()
+    assert len(calls) == steps
+
+
+def test_onestep_goes_from_noise_to_image(onestep):
+    found = onestep.example.sample(onestep.base, PIXELS, LABELS, 1)
+    torch.testing.assert_close(found, PIXELS + mean_velocity(onestep.base, PIXELS, 0, 1))
+
+
+def test_onestep_in_two_goes_by_way_of_the_middle(onestep):
+    found = onestep.example.sample(onestep.base, PIXELS, LABELS, 2)
+    half = PIXELS + mean_velocity(onestep.base, PIXELS, 0, 0.5) / 2
+    torch.testing.assert_close(found, half + mean_velocity(onestep.base, half, 0.5, 1) / 2)
+
+
+def test_onestep_noise_can_be_scaled(onestep):
+    found = onestep.example.sample(onestep.base, PIXELS, LABELS, 1, scale=0.8)
+    want = onestep.example.sample(onestep.base, 0.8 * PIXELS, LABELS, 1)
+    assert torch.equal(found, want)
+
+
+def test_onestep_batches_do_not_matter(onestep):
+    """A seed decides its image, whatever else is drawn beside it."""
+    model = neon.Model(onestep.example.SHAPE, onestep.example.CLASSES, onestep.example.sample)
+    whole, labels = neon.Sampler(model, onestep.base, steps=1, batch=7).images(range(7))
+    parts, same = neon.Sampler(model, onestep.base, steps=1, batch=3).images([6, 5, 4, 3, 2, 1, 0])
+    assert torch.equal(labels, same.flip(0))
+    assert int((whole.int() - parts.flip(0).int()).abs().max()) <= 1  # rounding of a grey level
+    assert len(whole.flatten(1).unique(dim=0)) == 7
+
+
+def test_onestep_can_be_guided(onestep):
+    """With one evaluation, outputs that step back are images that step back."""
+    guided = neon.controls.Guided(onestep.base, onestep.aux)
+    guided.w.fill_(0.7)
+    found, ours, theirs = [
+        onestep.example.sample(net, PIXELS, LABELS, 1)
+        for net in (guided, onestep.base, onestep.aux)
+    ]
+    torch.testing.assert_close(found, 1.7 * ours - 0.7 * theirs, rtol=1e-4, atol=1e-4)
+
+
+def drawn(seed=3):
+    """What loss() draws: noise, and times t <= s [5], some of them equal."""
+    torch.manual_seed(seed)
+    noise = torch.randn(5, 1, 12, 12)
+    instant = torch.rand(5) < 0.5
+    t, left = torch.rand(2, 5)
+    s = 1 - (1 - t**2) * left**2
+    return noise, torch.where(instant, t, t**2), torch.where(instant, t, s)
+
+
+def loss_at(example, net, x, labels, seed=3):
+    torch.manual_seed(seed)
+    return example.loss(net, x, labels)
+
+
+def at(time, noise, x):
+    """On the straight way from noise to image."""
+    return noise.lerp(x, time[:, None, None, None])
+
+
+def test_onestep_draws_instants_and_ways(onestep):
+    _, t, s = drawn()
+    assert 0 < int((s > t).sum()) < 5 and bool((s >= t).all()) and bool((s <= 1).all())
+
+
+def test_onestep_loss_is_that_of_going_a_part_by_the_velocity(onestep):
+    """Where the first tenth of the way leads by the image's own velocity, and the rest by the
+    network, in float64; at an instant, plain flow matching."""
+    found = loss_at(onestep.example, onestep.base, PIXELS, LABELS)
+    noise, t, s = [part.double() for part in drawn()]
+    net, x = copy.deepcopy(onestep.base).double(), PIXELS.double()
+
+    there = t + (s - t) / 10
+    end = at(there, noise, x)
+    end = end + (s - there)[:, None, None, None] * net(end, there, s, LABELS)
+    begin = at(t, noise, x)
+    way = (end - begin) / (s - t)[:, None, None, None]
+    left = 10 * (net(begin, t, s, LABELS) - way)
+    plain = net(begin, t, s, LABELS) - (x - noise)
+    left = torch.where((s > t)[:, None, None, None], left, plain)
+    want = left.square().flatten(1).mean(1)
+    torch.testing.assert_close(found.double(), want, rtol=1e-3, atol=1e-3)
+
+
+def test_onestep_of_a_small_part_is_a_meanflow(onestep, monkeypatch):
+    """u - (s - t) du/dt is the velocity, du/dt along the way: by differences, in float64."""
+    noise, t, s = [part.double() for part in drawn()]
+    net, x = copy.deepcopy(onestep.base).double(), PIXELS.double()
+    change = net(at(t + 1e-5, noise, x), t + 1e-5, s, LABELS)
+    change = (change - net(at(t - 1e-5, noise, x), t - 1e-5, s, LABELS)) / 2e-5
+    left = net(at(t, noise, x), t, s, LABELS) - (s - t)[:, None, None, None] * change
+    want = (left - (x - noise)).square().flatten(1).mean(1)
+
+    monkeypatch.setattr(onestep.example, "PART", 1e-3)
+    monkeypatch.setattr(torch, "randn_like", lambda _, draw=torch.randn_like: draw(PIXELS).double())
+    found = loss_at(onestep.example, net, x, LABELS)
+    torch.testing.assert_close(found, want, rtol=1e-2, atol=1e-2)
+
+
+def test_onestep_network_is_its_own_teacher(onestep):
+    """Only the mean velocity learns, not what it is to be: the derivative by the last bias."""
+    net = copy.deepcopy(onestep.base).requires_grad_()
+    loss_at(onestep.example, net, PIXELS, LABELS).sum().backward()
+
+    noise, t, s = drawn()
+    there = t + (s - t) / 10
+    rest = onestep.base(at(there, noise, PIXELS), there, s, LABELS)
+    target = 0.1 * (PIXELS - noise) + 0.9 * rest
+    left = onestep.base(at(t, noise, PIXELS), t, s, LABELS) - target
+    patches = torch.nn.functional.unfold(left, onestep.example.PATCH, stride=onestep.example.PATCH)
+    want = 2 / 0.1**2 / 144 * patches.sum((0, 2))
+    torch.testing.assert_close(net.pixels.bias.grad, want, rtol=1e-3, atol=1e-3)
+
+
+def test_onestep_loss_of_a_sample_is_its_own(onestep):
+    other = PIXELS.clone()
+    other[2] += 0.1
+    plain = loss_at(onestep.example, onestep.base, PIXELS, LABELS)
+    moved = loss_at(onestep.example, onestep.base, other, LABELS)
+    asked = loss_at(onestep.example, onestep.base, PIXELS, LABELS.new_full([5], 3))
+    assert ((plain - moved).abs() > 1e-4).tolist() == [False, False, True, False, False]
+    assert ((plain - asked).abs() > 1e-4).tolist() == (LABELS != 3).tolist()
+
+
+def test_onestep_has_200_000_to_500_000_parameters(onestep):
+    assert 200_000 < sum(p.numel() for p in onestep.base.parameters()) < 500_000
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_onestep_is_accepted_with_its_gradient(tmp_path, steps):
+    model = neon.modelfile.FileModel(EXAMPLES / "onestep_glyphs.py")
+    fields = dict(out=tmp_path, steps=steps, search="gradient", train_base=1.0, device="cpu")
+    c = neon.config.Config(**fields)
+    model.start_check(model.create(None, None, c), c, trained=False)
+    scales = [row["scale"] for row in model.controls["best noise scale"]]
+    assert min(scales) < 1 < max(scales) and 1 not in scales
+
+
+@pytest.mark.parametrize("partition", ["paper", "layers"])
+def test_onestep_blocks_follow_the_depth(onestep, partition):
+    model = neon.modelfile.FileModel(EXAMPLES / "onestep_glyphs.py")
+    owners = owners_of(model, onestep.base, partition)
+    order = list(dict.fromkeys(owners[name] for name in dict(onestep.base.named_parameters())))
+    middle = [f"block {i}" for i in range(4)]
     want = ["enc", "mid", "dec"] if partition == "paper" else ["embeddings", *middle, "output"]
     assert order == want
 

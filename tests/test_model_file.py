@@ -358,6 +358,10 @@ OTHERS = {
     "noise written over": sample_is("noise.mul_(0.5)\n    return net(noise, labels)"),
     "a compiled network": create_is("net = torch.compile(net)"),
     "embeddings whose gradients are sparse": create_is("net.label.sparse = True"),
+    "settings that are tried": (
+        "\nCONTROLS = {'gain': [{'gain': 0.5}, {'gain': 2.0}]}\n"
+        "def sample(net, noise, labels, steps, gain=1.0):\n    return gain * net(noise, labels)\n"
+    ),
     "a state that is no tensor": (
         "\nclass Net(Net):\n    def get_extra_state(self):\n        return {'version': 3}\n"
         "    def set_extra_state(self, state):\n        pass\n"
@@ -369,8 +373,10 @@ OTHERS = {
 def test_other_networks_pass_the_start_check_and_come_back(changes, tmp_path):
     model, base, c = model_and_base(write(tmp_path, changes), search="gradient")
     base = model.checked_network(base, "create")
+    random = torch.get_rng_state()
     model.start_check(base, c, trained=True)
     assert model.example.dtype == torch.uint8
+    assert model.settings == {} and torch.equal(torch.get_rng_state(), random)
     model.save(base, tmp_path / "network.safetensors", {"kimg": 1})
     again = model.load_like(base, tmp_path / "network.safetensors")
     assert neon.keys.weights_hash(again) == neon.keys.weights_hash(base)
