@@ -523,7 +523,7 @@ def first_rank() -> bool:
 def read_prompts(path: str) -> list[str]:
     """Lines of a file; a line that stands there twice is asked for twice as often."""
     with refuse(path):
-        text = Path(path).read_text("utf-8")
+        text = Path(path).read_text("utf-8-sig")  # Windows marks the beginning
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise wrong(f"{path}: no prompts, one a line is needed")

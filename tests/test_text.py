@@ -302,6 +302,11 @@ def test_prompts_are_lines(tmp_path):
     file = tmp_path / "p.txt"
     file.write_text(" a thin zero \n\na bold seven\na thin zero\n", "utf-8")
     assert read_prompts(file) == ["a thin zero", "a bold seven", "a thin zero"]
+    file.write_bytes(b"\xef\xbb\xbfa thin zero\r\na bold one\r\n")
+    assert read_prompts(file) == ["a thin zero", "a bold one"]
+    file.write_bytes("a thin zero".encode("utf-16"))
+    with pytest.raises(UserError, match="p.txt: .*utf-8"):
+        read_prompts(file)
     file.write_text(" \n")
     with pytest.raises(UserError, match="no prompts, one a line"):
         read_prompts(file)
