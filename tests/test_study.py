@@ -514,11 +514,12 @@ def test_grid_of_a_block_that_is_not_there_is_refused(tmp_path):
         ("global against base, trained on", {"continue_on_data": -1.0}),
         ("blockwise against random blocks 2", {"placebo": 2}),
         ("global against base, best top-k", {"controls": ("own",)}),
+        ("global against base, equal adherence", {"controls": ("own",)}),
     ],
 )
 def test_a_primary_claim_of_this_run(tmp_path, primary, options):
     model = ToyModel()
-    model.controls = {"best top-k": [{"top_k": 3}]}
+    model.controls = {"best top-k": [{"top_k": 3}], "guidance": [{"guidance": 2.0}]}
     c = config(tmp_path, primary=primary, **options)
     neon.study.check_primary(c, neon.study.models_of(c, BLOCKS, model))
 

@@ -252,6 +252,13 @@ def test_a_verdict_that_is_made_by_bias_is_named(plain, verdict):
     assert said in claim["sentence"]
 
 
+def test_bias_says_nothing_of_a_sampler_that_diverges():
+    finals = gains({"own": -9}) | {"a": gains({"a": -9})["a"] | {"global": [score(math.inf)]}}
+    claim = claim_of(finals, "global", "base")
+    assert claim["judges"]["a"]["verdict"] == "worse"
+    assert "correction of bias" not in claim["sentence"]
+
+
 @pytest.mark.parametrize("primary, missing", [("", False), ("global against guided", True)])
 def test_a_primary_claim_that_could_not_be_asked_is_named(primary, missing):
     claims = neon.verdicts.claims_of(gains({"own": -9}), primary)
