@@ -48,7 +48,7 @@ from adaptive_neon import files
 from adaptive_neon.command import Parser, run_command
 from adaptive_neon.extension import neon_ext
 from adaptive_neon.files import write_atomically
-from adaptive_neon.page import Page, Panel, Part, Table, options_table, write_page
+from adaptive_neon.page import Page, Panel, Part, Table, write_page
 from adaptive_neon.parts import finished
 from adaptive_neon.plots import INK, drawn, new_figure
 from adaptive_neon.processes import threads
@@ -726,7 +726,7 @@ def draw_sweeps(run: Run):
     axis.axhline(base, color=INK, linestyle=":", label="base, w = 0")
     axis.set_ylim(0, 2 * base)  # a collapsed network's would flatten the rest
     axis.set(xlabel="w, the same for all layers", ylabel="FD")
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure, f"FD against one weight for all layers; least {'; '.join(told)}"
 
 
@@ -830,14 +830,15 @@ def page_of(runs: list[Run], summary: dict) -> Page:
         figures=figures,
     )
     seeds = [one.training.seed for one in runs]
-    facts = {"machine": summary["machine"]} | summary["config"] | summary["versions"]
+    about = {"machine": summary["machine"]} | summary["config"] | summary["versions"]
+    facts = [{"what": name, "value": str(value)} for name, value in about.items()]
     return Page(
         title="the paper's toy",
         about=f"Fréchet distance (FD), lower is better; seed {', '.join(map(str, seeds))}",
         parts=[part],
         warnings=[],
         trust={"What the numbers are": [TRUST]},
-        trust_tables=[options_table(facts)],
+        trust_tables=[Table("Settings, machine and versions", facts)],
         command=summary["command"],
         links={f"seed {seed}": f"seed_{seed}/report.html" for seed in seeds if len(seeds) > 1},
     )

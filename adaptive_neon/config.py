@@ -185,7 +185,9 @@ class Config:
     ramp_kimg: float = amount(10_000.0, "the learning rate grows linearly over this")
     ema_kimg: float = amount(500.0, "half-life of the weight average")
     dropout: float = amount(0.13, "in training, of EDM's networks", high=0.99)
-    augment: float = amount(0.12, "probability of EDM's augmentations; 0: none", high=1)
+    augment: float = amount(
+        0.12, "probability of EDM's augmentations, of networks that take their labels", high=1
+    )
     lora_rank: int = count(0, "train a LoRA of this rank; 0: all weights", low=0, high=4096)
     lora_targets: str = option(
         "attention", "of the LoRA: attention's projections, or all", choices=("attention", "all")

@@ -319,7 +319,7 @@ class StartCheck:
         self.model.own_features(example)
         if self.c.search == "gradient":
             self.check_gradient()
-        if self.model.has_save and self.trained:
+        if self.model.has_save:
             self.check_save()
         return example
 

@@ -247,43 +247,42 @@ def plot_grid(rows, score):
     """Heat maps over the first and last block, one for each weight of the middle one: values in the
     cells, the least framed, equal weights outlined."""
     first, middle, last = rows[0]["w"]
-    columns = {block: sorted({row["w"][block] for row in rows}) for block in (first, middle, last)}
-    table = {}
-    for row in rows:
-        if row["fd"] is not None:
-            table[row["w"][first], row["w"][middle], row["w"][last]] = row["fd"]
-    low, high = min(table.values(), default=0), max(table.values(), default=1)
-    least = min(table, key=table.get, default=None)
+    ys, ms, xs = (sorted({row["w"][block] for row in rows}) for block in (first, middle, last))
+    finite = [row for row in rows if row["fd"] is not None]
+    values = [row["fd"] for row in finite]
+    low, high = min(values, default=0), max(values, default=1)
+    least = min(finite, key=lambda row: row["fd"], default=None)
 
-    width = 0.9 + max(1.6, 0.62 * len(columns[last]))
-    height = 1.0 + max(1.3, 0.46 * len(columns[first]))
-    count = len(columns[middle])
-    figure = new_figure(width * count + 0.8, height)
-    axes = figure.subplots(1, count, squeeze=False)[0]
-    for axis, m in zip(axes, columns[middle], strict=True):
-        cells = [[table.get((y, m, x), np.nan) for x in columns[last]] for y in columns[first]]
+    width = 0.9 + max(1.6, 0.62 * len(xs))
+    height = 1.0 + max(1.3, 0.46 * len(ys))
+    figure = new_figure(width * len(ms) + 0.8, height)
+    axes = figure.subplots(1, len(ms), squeeze=False)[0]
+    for axis, m in zip(axes, ms, strict=True):
+        cells = np.full((len(ys), len(xs)), np.nan)
+        for row in finite:
+            y, at, x = row["w"].values()
+            if at != m:
+                continue
+            i, j = ys.index(y), xs.index(x)
+            cells[i, j] = row["fd"]
+            ink = "white" if row["fd"] < (low + high) / 2 else "black"
+            if len(finite) <= MOST_CELLS:
+                text = f"{row['fd']:.4g}"
+                axis.text(j, i, text, ha="center", va="center", color=ink, fontsize=8)
+            if x == y == m:
+                frame_cell(axis, i, j, edgecolor=ink, linestyle="--", linewidth=1.2)
+            if row is least:
+                frame_cell(axis, i, j, edgecolor=ink, linewidth=3)
         image = axis.imshow(cells, vmin=low, vmax=high, cmap="cividis", aspect="auto")
         axis.set(xlabel=f"w of {label(last)}", ylabel=f"w of {label(first)}")
         axis.set(title=f"w of {label(middle)} = {m:g}")
-        axis.set_xticks(range(len(columns[last])), [f"{value:g}" for value in columns[last]])
-        axis.set_yticks(range(len(columns[first])), [f"{value:g}" for value in columns[first]])
-        for i, y in enumerate(columns[first]):
-            for j, x in enumerate(columns[last]):
-                value = table.get((y, m, x))
-                if value is None:
-                    continue
-                ink = "white" if value < (low + high) / 2 else "black"
-                if len(table) <= MOST_CELLS:
-                    axis.text(j, i, f"{value:.4g}", ha="center", va="center", color=ink, fontsize=8)
-                if x == y == m:
-                    frame_cell(axis, i, j, edgecolor=ink, linestyle="--", linewidth=1.2)
-                if (y, m, x) == least:
-                    frame_cell(axis, i, j, edgecolor=ink, linewidth=3)
+        axis.set_xticks(range(len(xs)), [f"{value:g}" for value in xs])
+        axis.set_yticks(range(len(ys)), [f"{value:g}" for value in ys])
     figure.colorbar(image, ax=list(axes), label=label(score))
     best = "none finite"
-    if least:
-        best = f"{number(table[least])} at {first} {least[0]:g}, {middle} {least[1]:g}, "
-        best += f"{last} {least[2]:g}"
+    if least is not None:
+        places = (f"{block} {value:g}" for block, value in least["w"].items())
+        best = f"{number(least['fd'])} at {', '.join(places)}"
     return figure, f"{score} of {len(rows)} points of the grid; the least: {best}"
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import scipy.stats
 
 from .stats import (
+    LEVEL,
     Comparison,
     compare,
     compare_alignment,
@@ -361,11 +362,12 @@ def mean_and_interval(shares) -> str:
     finite = [share for share in shares if share is not None and math.isfinite(share)]
     parts = []
     if finite:
-        parts.append(percent(np.mean(finite)))
+        mean = np.mean(finite)
+        parts.append(percent(mean))
     if len(finite) > 1:
         error = np.std(finite, ddof=1) / len(finite) ** 0.5
-        half = scipy.stats.t.ppf(0.975, len(finite) - 1) * error
-        parts.append(f"[{percent(np.mean(finite) - half)}, {percent(np.mean(finite) + half)}]")
+        half = scipy.stats.t.ppf(1 - LEVEL / 2, len(finite) - 1) * error
+        parts.append(f"[{percent(mean - half)}, {percent(mean + half)}]")
     if len(finite) < len(shares):
         parts.append(f"({len(shares) - len(finite)} infinite)")
     return " ".join(parts)

@@ -167,6 +167,8 @@ def test_options_are_the_presets_unless_given(tmp_path):
         (["--controls", "guided,steps"], "controls", ("guided", "steps")),
         (["--partition", "layers"], "partition", "layers"),
         (["--search-partition", "layers"], "search_partition", "layers"),
+        (["--continue-on-data"], "continue_on_data", -1.0),
+        (["--continue-on-data", "3"], "continue_on_data", 3.0),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -205,14 +205,6 @@ def test_pixels_are_bit_equal(tmp_path, spacing, prediction, clip, zero_snr):
     assert torch.equal(images / 2 + 0.5, own_call(tmp_path / "p"))
 
 
-def test_linspace_with_every_step_is_bit_equal(tmp_path):
-    """The one case of linspace in which DDIMScheduler.step goes down its own list."""
-    scheduler = ddim(num_train_timesteps=8, timestep_spacing="linspace")
-    model = DiffusersPipeline(make(tmp_path / "p", "ddim", scheduler))
-    images = images_of(model, model.load(tmp_path / "p"), steps=8)
-    assert torch.equal(images / 2 + 0.5, own_call(tmp_path / "p", steps=8))
-
-
 @pytest.mark.parametrize(
     "spacing, steps, prediction, to_one",
     [

@@ -663,6 +663,12 @@ def test_blocks_and_layers_of_adm(name):
     assert tuple(found) == ADM_BLOCKS[name]
 
 
+@pytest.mark.parametrize("kind, eps", [("cifar", 1e-6), ("ncsnpp", 1e-6), ("adm", 1e-5)])
+def test_what_a_normalisation_adds_to_the_variance(kind, eps):
+    norms = [layer for layer in network(kind).modules() if isinstance(layer, nn.GroupNorm)]
+    assert {norm.eps for norm in norms} == {eps}
+
+
 @pytest.mark.parametrize("kind", ["cifar", "adm"])
 def test_label_dropout_takes_labels_in_training_alone(kind):
     net = network(kind, label_dropout=0.2, dropout=0.0)

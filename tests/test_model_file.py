@@ -263,6 +263,11 @@ WRONG = {
         r"the gradient through sample\(\) must be its derivative",
         *GRADIENT,
     ),
+    "twice the derivative": (
+        sample_is(f"x = {NET}\n    return 2 * x - x.detach()"),
+        r"the gradient through sample\(\) must be its derivative.*got 2.00 of it",
+        *GRADIENT,
+    ),
     "written over": (
         sample_is(f"x = {NET}.exp()\n    x.mul_(x).log_()\n    return x / 2"),
         r"sample\(\) must let a gradient through.*inplace",
@@ -358,6 +363,13 @@ OTHERS = {
     "noise written over": sample_is("noise.mul_(0.5)\n    return net(noise, labels)"),
     "a compiled network": create_is("net = torch.compile(net)"),
     "embeddings whose gradients are sparse": create_is("net.label.sparse = True"),
+    "settings that are tried": (
+        "\nCONTROLS = {'gain': [{'gain': 0.5}, {'gain': 2.0}]}\n"
+        "def sample(net, noise, labels, steps, gain=1.0):\n    return gain * net(noise, labels)\n"
+    ),
+    "a save in half precision": (
+        "\ndef save(net, path):\n    torch.save(net.half().state_dict(), path)\n"
+    ),
     "a state that is no tensor": (
         "\nclass Net(Net):\n    def get_extra_state(self):\n        return {'version': 3}\n"
         "    def set_extra_state(self, state):\n        pass\n"
@@ -369,8 +381,10 @@ OTHERS = {
 def test_other_networks_pass_the_start_check_and_come_back(changes, tmp_path):
     model, base, c = model_and_base(write(tmp_path, changes), search="gradient")
     base = model.checked_network(base, "create")
+    random, weights = torch.get_rng_state(), neon.keys.weights_hash(base)
     model.start_check(base, c, trained=True)
-    assert model.example.dtype == torch.uint8
+    assert model.example.dtype == torch.uint8 and neon.keys.weights_hash(base) == weights
+    assert model.settings == {} and torch.equal(torch.get_rng_state(), random)
     model.save(base, tmp_path / "network.safetensors", {"kimg": 1})
     again = model.load_like(base, tmp_path / "network.safetensors")
     assert neon.keys.weights_hash(again) == neon.keys.weights_hash(base)
@@ -406,6 +420,12 @@ def test_a_base_trained_here_may_have_outliers(tmp_path, scale, given, trained_h
             expected = pytest.raises(neon.UserError, match=rf"images in \[-1, 1\]{why}")
         with expected:
             model.start_check(base, c, trained=True)
+
+
+def test_save_is_tried_before_a_base_is_trained(tmp_path):
+    model, base, c = model_and_base(write(tmp_path, returns("save", "None")), train_base=20.0)
+    with pytest.raises(neon.UserError, match=r"save\(net, path\) must write something"):
+        model.start_check(base, c, trained=False)
 
 
 # ---------------------------------------------------------------- keys
@@ -525,6 +545,7 @@ def test_a_run_from_base_to_report(out, tmp_path):
 def test_aux_of_ours_and_aux_that_load_reads_are_the_same(shared, tmp_path):
     model = neon.modelfile.FileModel(shared / "mine.py")
     base = model.load(shared / "base.pt")
+    assert not base.training
     aux = copy.deepcopy(base)
     for tensor in (*neon.blocks.movable_parameters(aux).values(), aux.norm.running_mean):
         tensor.data += 0.05

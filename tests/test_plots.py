@@ -240,7 +240,7 @@ def test_frames_of_the_grid():
             frames.append(
                 (axis.get_title(), round(y + 0.44), round(x + 0.44), patch.get_linestyle()[:2])
             )
-    assert frames == [("w of mid = 1", 0, 0, "so"), ("w of mid = 1", 1, 2, "--")]
+    assert sorted(frames) == [("w of mid = 1", 0, 0, "so"), ("w of mid = 1", 1, 2, "--")]
 
 
 # -------------------- judges

@@ -1043,6 +1043,7 @@ def test_page_has_what_was_measured(run, monkeypatch):
         (toy.draw_alignment, run.alignment),
     ]
     assert part.tables[0].rows == toy.table([run]) and page.command == "python toy_neon.py"
+    assert [row["value"] for row in page.trust_tables[0].rows] == ["m", "42"]
 
     rows = {"base": [0.0] * 6, "collapsed": [-1.0] * 6, "global": [0.3] * 6, "delta 0.1": W_OF[0.1]}
     assert [panel.name for panel in part.panels] == list(rows)

@@ -208,9 +208,13 @@ def test_a_claim_holds_where_neither_distance_contradicts_it(shift, kernel, verd
     assert claim["better"] == (["a"] if verdict == "better" else [])
 
 
-@pytest.mark.parametrize("ratio, verdict", [(1.05, "better"), (3.0, "distances disagree")])
-def test_a_kernel_distance_contradicts_where_it_holds_among_all_questions(ratio, verdict):
-    """It is worse by this many half intervals of its own."""
+@pytest.mark.parametrize(
+    "ratio, verdict, adherence",
+    [(1.05, "better", "no significant difference"), (3.0, "distances disagree", "better")],
+)
+def test_kernel_distance_and_adherence_hold_among_all_questions(ratio, verdict, adherence):
+    """They are higher by this many half intervals of their own: the first worse, the second
+    better."""
     folds = 0.01 * np.random.default_rng(3).standard_normal(FOLDS)
     half, _ = neon.stats.jackknife(0, [folds])
     finals = gains({"own": -9, "a": -9})
@@ -219,11 +223,13 @@ def test_a_kernel_distance_contradicts_where_it_holds_among_all_questions(ratio,
             value, own = (1 + ratio * half, 0) if name == "blockwise" else (1.0, folds)
             kernel = {"kernel": value, "kernel_folds": value + own + np.zeros(FOLDS)}
             kernel["kernel_real_folds"] = np.ones(FOLDS)
-            found[name] = [dataclasses.replace(one, **kernel)]
+            asked = {"alignment": value, "alignment_folds": kernel["kernel_folds"]}
+            found[name] = [dataclasses.replace(one, **kernel, **asked)]
     for claim in neon.verdicts.claims_of(finals, primary="global"):
         if (claim["model"], claim["against"]) == ("blockwise", "global"):
             assert claim["own"]["kernel"]["verdict"] == "worse"
-            assert claim["own"]["verdict"] == claim["judges"]["a"]["verdict"] == verdict
+            for gain in (claim["own"], claim["judges"]["a"]):
+                assert (gain["verdict"], gain["alignment"]["verdict"]) == (verdict, adherence)
 
 
 def test_a_verdict_without_real_images_says_what_it_does_not_know():
@@ -235,15 +241,22 @@ def test_a_verdict_without_real_images_says_what_it_does_not_know():
     assert neon.verdicts.verdict_text(equal) == "no significant difference"
 
 
-def test_a_verdict_that_is_made_by_bias_is_named():
-    ours = score(20.0, corrected=30.0, real_folds=[20.0] * FOLDS)
-    theirs = score(25.0, corrected=25.0, real_folds=[25.0] * FOLDS)
+@pytest.mark.parametrize("plain, verdict", [(20.0, "better"), (24.9, "no significant difference")])
+def test_a_verdict_that_is_made_by_bias_is_named(plain, verdict):
+    ours, theirs = noisy(plain, 1), noisy(25.0, 2)
+    ours = dataclasses.replace(ours, corrected=30.0, real_folds=[plain] * FOLDS)
+    theirs = dataclasses.replace(theirs, corrected=25.0, real_folds=[25.0] * FOLDS)
     claim = claim_of({"own": {"base": [theirs], "global": [ours]}}, "global", "base")
     assert claim["own"]["verdict"] == "worse"
-    assert (
-        "without the correction of bias the verdict changes in its own features (better)"
-        in (claim["sentence"])
-    )
+    said = f"without the correction of bias the verdict changes in its own features ({verdict})"
+    assert said in claim["sentence"]
+
+
+def test_bias_says_nothing_of_a_sampler_that_diverges():
+    finals = gains({"own": -9}) | {"a": gains({"a": -9})["a"] | {"global": [score(math.inf)]}}
+    claim = claim_of(finals, "global", "base")
+    assert claim["judges"]["a"]["verdict"] == "worse"
+    assert "correction of bias" not in claim["sentence"]
 
 
 @pytest.mark.parametrize("primary, missing", [("", False), ("global against guided", True)])
@@ -316,7 +329,8 @@ def test_the_headline_over_seeds():
         claim = as_claim(model, against, share, [share])
         rows.append(claim | {"primary": (model, against) == ("blockwise", "global")})
     over = neon.verdicts.claims_over_seeds([summary_with(*rows)] * 2)
-    parts = neon.verdicts.headline_over_seeds(over, over[0]["kimg"]).split("; ")
+    later = [row | {"kimg": row["kimg"] + 1, "sentence": "another snapshot"} for row in over]
+    parts = neon.verdicts.headline_over_seeds(over + later, over[0]["kimg"]).split("; ")
     assert [part.split(" in ")[0] for part in parts] == [
         "Primary claim: blockwise is better than global",
         "blockwise is better than base",
@@ -329,7 +343,7 @@ def test_the_headline_over_seeds():
 # -------------------- warnings
 
 
-def warnings(models=None, final=None, had_grid=False, dim=6, real=10_000, **options):
+def warnings(models=None, final=None, had_grid=False, dim=6, real=(10_000, 9_000), **options):
     models = {"base": 4.0, "global": 2.0} | (models or {})
     candidates = {}
     for name, value in models.items():
@@ -339,8 +353,8 @@ def warnings(models=None, final=None, had_grid=False, dim=6, real=10_000, **opti
         candidates[name] = SimpleNamespace(w=w, fd=value)
     rows = {name: {"fd": c.fd, "against_base": gain(-1.9)} for name, c in candidates.items()}
     rows |= final or {}
-    facts = SimpleNamespace(facts={"images": real})
-    judge = SimpleNamespace(features=SimpleNamespace(dim=dim), selection=facts, final=facts)
+    selection, final = (SimpleNamespace(facts={"images": images}) for images in real)
+    judge = SimpleNamespace(features=SimpleNamespace(dim=dim), selection=selection, final=final)
     c = config(".", **options)
     return neon.verdicts.warnings_of(c, candidates, rows, had_grid, judge)
 
@@ -371,6 +385,12 @@ def test_grid_of_one_value_has_no_edge():
 @pytest.mark.parametrize("dim, singular", [(99, False), (100, True), (2048, True)])
 def test_fewer_images_than_features(dim, singular):
     assert ("the covariance is singular" in "".join(warnings(dim=dim))) == singular
+
+
+@pytest.mark.parametrize("real", [(99, 50), (50, 99), (50, 60)])
+def test_fewer_real_images_than_features(real):
+    (note,) = warnings(dim=50, real=real, select_images=100)
+    assert note == "50 real images for 50 features: the covariance is singular"
 
 
 @pytest.mark.parametrize("name", ["blockwise", "searched"])
