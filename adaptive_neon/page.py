@@ -28,7 +28,7 @@ from .report import (
     seeds_headlines,
     strict,
     verdict_of,
-    weights_title,
+    weights_text,
     write_seeds_tables,
     write_tables,
 )
@@ -174,7 +174,7 @@ def part_of(entry, score, samples, budget) -> Part:
     pictures = sample_pictures(samples, budget) if samples else {}
     for name, (width, address) in pictures.items():
         final = entry["final"][name]
-        caption = f"{number(final['fd'])}, w = {weights_title(final['w'])}"
+        caption = f"{number(final['fd'])}, w = {weights_text(final['w'])}"
         panels.append(Panel(name, caption, address, width))
 
     rows = without_snapshot(model_rows(entry, score))
@@ -183,7 +183,7 @@ def part_of(entry, score, samples, budget) -> Part:
     tables += [Table(title, rows) for title, rows in judge_tables(entry)]
     if entry["grid"] and len(entry["blocks"]) != 3:
         best = sorted(entry["grid"], key=lambda row: (row["fd"] is None, row["fd"]))[:10]
-        rows = [{"w": weights_title(row["w"]), score: number(row["fd"])} for row in best]
+        rows = [{"w": weights_text(row["w"]), score: number(row["fd"])} for row in best]
         tables.append(Table(f"Best of the grid's {len(entry['grid'])} points", rows))
     return Part(
         title=f"{entry['kimg']:g} kimg",

@@ -41,17 +41,14 @@ def spread(value, low, high, sign="", digits=3) -> str:
 
 
 def weights_text(w) -> str:
-    """One number where all blocks agree, else every block's."""
+    """One number where all blocks agree, else every block's; of many blocks only how many: the
+    page draws them, summary.json has them."""
     values = set(w.values())
     if len(values) == 1:
         return f"{values.pop():g}"
+    if len(w) > 4:
+        return f"one for each of {len(w)} blocks"
     return ", ".join(f"{block} {value:.3g}" for block, value in w.items())
-
-
-def weights_title(w) -> str:
-    """The same, short enough for a picture's title."""
-    text = weights_text(w)
-    return text if len(w) <= 4 or "," not in text else f"one for each of {len(w)} blocks"
 
 
 def markdown(rows) -> str:

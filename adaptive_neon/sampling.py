@@ -267,7 +267,7 @@ class Sampler:
     def in_batches(self, work: Callable, seeds, desc: str | None = None) -> list:
         """[work(batch of seeds, size of the batches)], with all later ones where the memory is too
         small."""
-        results, self.batch = halving(work, seeds, self.batch, self.processes, desc)
+        results, self.batch = with_smaller_batches(work, seeds, self.batch, self.processes, desc)
         return results
 
     def seconds_per_image(self, precision: str = "fp32") -> tuple[float, float]:
@@ -292,7 +292,9 @@ class Sampler:
         return per_image, max(0.0, times[0] - min(times))
 
 
-def halving(work: Callable, seeds, batch: int, processes: Processes, desc: str | None = None):
+def with_smaller_batches(
+    work: Callable, seeds, batch: int, processes: Processes, desc: str | None = None
+):
     """Results of work(part, batch) over batches of seeds, on all ranks with half the batch where
     the memory is too small, and the size that fits. No result depends on it."""
     while True:

@@ -169,7 +169,7 @@ class Scorer:
         other.attach()
         return other
 
-    def precision(self, seeds: SeedSet) -> str:
+    def arithmetic(self, seeds: SeedSet) -> str:
         return self.final_precision if seeds.is_final else self.selection_precision
 
     def key(self, w: dict[str, float], seeds: SeedSet, judge: Judge | None = None) -> str:
@@ -182,7 +182,7 @@ class Scorer:
             seeds=(int(seeds.first), seeds.count),
             steps=sampler.steps,
             labels=sampler.labels,
-            precision=self.precision(seeds),
+            precision=self.arithmetic(seeds),
             device=sampler.processes.device,
             folds=FOLDS,
         )
@@ -269,7 +269,7 @@ class Scorer:
                     w=w,
                     images=seeds.count,
                     first_seed=int(seeds.first),
-                    arithmetic=self.precision(seeds),
+                    arithmetic=self.arithmetic(seeds),
                     seconds=round(time.perf_counter() - begin, 3),
                     key=keys[i],
                     judge=judge.name,
@@ -295,7 +295,7 @@ class Scorer:
             return [features.cpu() for features in found] if processes.world > 1 else found
 
         try:
-            with network_calls(net, self.precision(seeds)):
+            with network_calls(net, self.arithmetic(seeds)):
                 parts = self.sampler.in_batches(work, seeds.seeds, desc)
         except Diverged:
             return None

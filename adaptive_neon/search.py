@@ -16,7 +16,7 @@ from .extension import neon_ext
 from .files import reading, write_atomically
 from .keys import search_key
 from .processes import Diverged
-from .sampling import halving, network_calls, to_pixels
+from .sampling import network_calls, to_pixels, with_smaller_batches
 from .scores import Score, Scorer
 from .seeds import SeedSet
 from .stats import FOLDS, LEVEL, compare
@@ -287,7 +287,7 @@ def distance_and_gradient(
     try:
         with network_calls(net, precision, checkpointed=True):
             batch = max(1, sampler.batch // 2)
-            totals, _ = halving(pull_back, seeds.seeds, batch, processes)
+            totals, _ = with_smaller_batches(pull_back, seeds.seeds, batch, processes)
     finally:
         net.requires_grad_(False)
     return fd.item(), dict(zip(merger.blocks, np.sum(totals, axis=0), strict=True))

@@ -116,24 +116,14 @@ def test_a_share_of_nothing_is_a_difference():
         (weights(1.5, 1.5, 1.5), "1.5"),
         (weights(-1, -1, -1), "-1"),
         (weights(0.5, 1, 1.23456), "enc 0.5, mid 1, dec 1.23"),
+        ({"a": 0.5, "b": 1.0, "c": 0.5, "d": 0.5}, "a 0.5, b 1, c 0.5, d 0.5"),
+        ({"a": 0.5, "b": 1.0, "c": 0.5, "d": 0.5, "e": 0.5}, "one for each of 5 blocks"),
+        (dict.fromkeys("abcdefg", 0.55), "0.55"),
     ],
     ids=str,
 )
 def test_text_of_weights(w, text):
     assert neon.report.weights_text(w) == text
-
-
-@pytest.mark.parametrize(
-    "w, text",
-    [
-        ({"a": 0.5, "b": 1.0, "c": 0.5, "d": 0.5}, "a 0.5, b 1, c 0.5, d 0.5"),
-        ({"a": 0.5, "b": 1.0, "c": 0.5, "d": 0.5, "e": 0.5}, "one for each of 5 blocks"),
-        (dict.fromkeys("abcdefg", 0.55), "0.55"),
-    ],
-    ids=["few", "many", "equal"],
-)
-def test_weights_in_the_title_of_a_picture(w, text):
-    assert neon.report.weights_title(w) == text
 
 
 # -------------------- the table of one training seed

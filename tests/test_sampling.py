@@ -230,7 +230,7 @@ def test_halving_gives_the_size_that_fits(one_worker):
             raise torch.OutOfMemoryError
         return part.tolist(), batch
 
-    results, batch = neon.sampling.halving(work, np.arange(10), 16, CPU)
+    results, batch = neon.sampling.with_smaller_batches(work, np.arange(10), 16, CPU)
     assert batch == 4 and {asked for _, asked in results} == {4}
     assert [seed for part, _ in results for seed in part] == list(range(10))
 
