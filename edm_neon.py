@@ -557,8 +557,8 @@ def warp(images, G):
 
 
 def augment(images, p):
-    """images [N, C, H, W] in [-1, 1] -> augmented images, labels [N, 9]; flips: x half the time, y
-    with p."""
+    """images [N, C, H, W] in [-1, 1] -> augmented images, labels [N, 9]; flips: half
+    of all in x, whatever p is, p / 2 of all in y; then what draw_affine() draws."""
     n, device = len(images), images.device
     labels = []
     for axis, chance in ((3, p * 1e8), (2, p)):

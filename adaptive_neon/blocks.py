@@ -87,18 +87,24 @@ def placebo_partitions(merger: "Merger", layer: Callable[[str], str], count: int
     own = np.array([block for _, block in layers])
 
     # The network's own blocks would fit best, and are no placebo.
-    drawn = {tuple(own)}
+    drawn = {groups(own)}
     partitions = []
     for seed in range(count):
         assigned = draw_partition(own, size, drawn, np.random.default_rng(seed))
         if assigned is None:
             break
-        drawn.add(tuple(assigned))
+        drawn.add(groups(assigned))
         blocks = dict(zip(layers, map(str, assigned), strict=True))
         partitions.append({name: blocks[key] for name, key in layer_of_name.items()})
     if count and not partitions:
         raise UserError("--placebo: the layers of this network allow no other blocks than its own")
     return partitions
+
+
+def groups(assigned) -> frozenset:
+    """Which layers go together, whatever their block is called: blocks that change names are the
+    same networks again."""
+    return frozenset(tuple(np.flatnonzero(assigned == block)) for block in np.unique(assigned))
 
 
 def draw_partition(own, size, drawn, rng, draws: int = 200):
@@ -111,7 +117,7 @@ def draw_partition(own, size, drawn, rng, draws: int = 200):
     best, least = None, math.inf
     for _ in range(draws):
         assigned = rng.permutation(own)
-        if tuple(assigned) in drawn:
+        if groups(assigned) in drawn:
             continue
         mismatch = np.abs(log_sizes(assigned) - log_sizes(own)).max()
         if mismatch < least:

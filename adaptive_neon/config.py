@@ -170,7 +170,7 @@ class Config:
     base: str = option(
         "", "cond, uncond, ..., path or URL (.pkl of EDM or NEON, .safetensors of this program)"
     )
-    aux: str = option("", "existing self-trained network, or a folder of network-snapshot-*")
+    aux: str = option("", "self-trained network, folder of network-snapshot-*, or anyone's LoRA")
     data: str = option("", "real images: EDM dataset zip or folder")
     ref: str = option("", "npz with mu and sigma of the real features, path or URL, or cifar10")
     partition: str = option("paper", f"{PARTITIONS} or JSON file {{glob: block}}", read_partition)

@@ -1,7 +1,8 @@
 """Keys of cached results: hashes of all that decides a result, by content.
 
-One function a key, with every input in its signature. A version is raised with every change of code
-that changes the numbers; older results are then made again.
+One function a key, with every input in its signature; a score's also holds torch's version. A
+version is raised with every change of code that changes the numbers; older results are then made
+again.
 """
 
 import dataclasses

@@ -269,7 +269,7 @@ def paired_factors(tensors: dict, scales: dict, path: object) -> Lora:
     for module, a in downs.items():
         b, rank = ups[module], len(a) if a.ndim else 0
         # All of a kernel is in A.
-        if min(a.ndim, b.ndim) < 2 or b.flatten(1).shape[1] != rank:
+        if min(a.ndim, b.ndim) < 2 or not rank or b.flatten(1).shape[1] != rank:
             raise wrong(f"{path}: the factors of {module} do not fit each other")
         scale = scale_for(module, rank, scales)
         if module in alphas:

@@ -18,7 +18,7 @@ from .keys import score_key
 from .processes import Diverged
 from .sampling import Sampler, network_calls
 from .seeds import Ledger, SeedSet, seed_ledger
-from .stats import FOLDS, Comparison, compare, without_bias
+from .stats import FOLDS, LEVEL, Comparison, compare, without_bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +217,7 @@ class Scorer:
                 found[judge.name].append(score)
         return found
 
-    def compare(self, w, against, level: float = 0.05) -> dict[str, Comparison]:
+    def compare(self, w, against, level: float = LEVEL) -> dict[str, Comparison]:
         """{judge: paired comparison of two weights} on the final seeds."""
         ours, theirs = self.finals(w), self.finals(against)
         return {name: compare(ours[name], theirs[name], level) for name in ours}

@@ -19,15 +19,20 @@ from .processes import Diverged
 from .sampling import halving, network_calls, to_pixels
 from .scores import Score, Scorer
 from .seeds import SeedSet
-from .stats import FOLDS, compare
+from .stats import FOLDS, LEVEL, compare
 
 BOUNDS = (-2.0, 6.0)  # of a search, for every weight
 
 
 def choose(candidates):
     """The winner: the least distance on the selection's seeds, of several equal ones the first.
-    Nobody else takes a minimum."""
+    No other line chooses weights."""
     return min(candidates, key=lambda candidate: candidate.fd)
+
+
+def repairs(candidates):
+    """Without the collapsed network, -1 in every block, which is no candidate for a repair."""
+    return [candidate for candidate in candidates if set(candidate.w.values()) != {-1.0}]
 
 
 # -------------------- sweep and grid
@@ -56,14 +61,14 @@ def grid(
     return scorer.score_all(weights, desc)
 
 
-def race(scorer: Scorer, weights: list[dict], level: float = 0.05) -> list[dict]:
+def race(scorer: Scorer, weights: list[dict], level: float = LEVEL) -> list[dict]:
     """Candidates that a fifth of the seeds does not separate from the leader: intervals of the
     difference at level / candidates, so that the best is dropped with a probability of at most
     about `level`."""
     selection = scorer.seeds.selection
     few = selection.start(min(selection.count, max(2 * FOLDS, selection.count // 5)))
     scores = scorer.score_all(weights, "race", seeds=few)
-    leader = choose(scores)
+    leader = choose(repairs(scores))
     left = []
     for score in scores:
         if compare([score], [leader], level / len(scores)).low <= 0:

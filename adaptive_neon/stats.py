@@ -6,6 +6,7 @@ import math
 import numpy as np
 import scipy.stats
 
+LEVEL = 0.05  # of every interval and verdict; what tables call 95%
 FOLDS = 20  # of the seeds of every score: jackknife intervals need no new samples
 
 
@@ -39,7 +40,7 @@ def verdict_of(difference: float, half: float) -> str:
     return "better" if difference < 0 else "worse"
 
 
-def compare(scores, others, level=0.05) -> Comparison:
+def compare(scores, others, level=LEVEL) -> Comparison:
     """Paired difference of distances, mean over the seed sets of `scores` and `others`, and its
     interval.
 
@@ -78,7 +79,7 @@ def compare_alignment(scores, others) -> Comparison | None:
     return dataclasses.replace(gain, verdict=verdict, real_noise=True)
 
 
-def paired(scores, others, value, folds, real_folds, level=0.05) -> Comparison:
+def paired(scores, others, value, folds, real_folds, level=LEVEL) -> Comparison:
     """The comparison of one kind of distance, given by the names of a score's entries."""
 
     def differences(key):
@@ -112,7 +113,7 @@ def without_bias(fd, folds, real_folds=None) -> float:
     return float(fd - bias)
 
 
-def jackknife(mean, folds, level=0.05, real=None):
+def jackknife(mean, folds, level=LEVEL, real=None):
     """Half the interval of a mean over seed sets and the p-value of its being zero. folds
     [sets, FOLDS]: what was averaged, without each fold of the seeds; real [FOLDS]: their mean,
     without each fold of the real images."""
@@ -154,7 +155,7 @@ def interval_of(scores, key):
     return {"value": value, "low": value - half, "high": value + half}
 
 
-def holm(p_values, level=0.05):
+def holm(p_values, level=LEVEL):
     """Which hypotheses hold when all are asked at once: the chance that any is wrong stays at
     `level` (Holm 1979)."""
     held = [False] * len(p_values)

@@ -27,7 +27,7 @@ from .judges import Judge, build_judges
 from .processes import Diverged
 from .sampling import Model, Sampler, network_calls
 from .scores import Score, ScoreLog, Scorer
-from .search import SEARCHES, choose, grid, grid_size, sweep
+from .search import SEARCHES, choose, grid, grid_size, repairs, sweep
 from .stages import Setup, continued_base, self_trained, trained_base
 from .stats import compare, fd_interval
 from .verdicts import (
@@ -76,11 +76,11 @@ def experiment(setup: Setup, net: nn.Module, sampler: Sampler) -> "Results":
             sampler, merger, judges, log, setup.seeds, c.precision, c.confirm_precision, kimg
         )
 
-        # One weight for all blocks: the base is 0; the collapsed network, -1, is no candidate.
+        # One weight for all blocks: the base is 0, the collapsed network -1.
         values = global_weights(c, merger.blocks)
         swept = sweep(scorer, values)
         scored = {single_weight(score.w): score for score in swept}
-        best = choose(score for w, score in scored.items() if w != -1)
+        best = choose(repairs(swept))
         models = {
             "base": Candidate.of(scored[0], scorer),
             "collapsed": Candidate.of(scored[-1], scorer),
@@ -94,7 +94,7 @@ def experiment(setup: Setup, net: nn.Module, sampler: Sampler) -> "Results":
         gridded, found = [], []
         if grid_points(c, merger.blocks):
             gridded = grid(scorer, c.grid, c.block_grid, c.race)
-            models["blockwise"] = Candidate.of(choose(gridded), scorer)
+            models["blockwise"] = Candidate.of(choose(repairs(gridded)), scorer)
             clock.ends("grid")
         if c.search:
             searcher = scorer
@@ -103,7 +103,7 @@ def experiment(setup: Setup, net: nn.Module, sampler: Sampler) -> "Results":
                 searcher = scorer.of(merger.with_blocks(blocks))
             start = single_weight(best.w)
             found = SEARCHES[c.search](searcher, start, c.evaluations, c.bounds)
-            models["searched"] = Candidate.of(choose(found), searcher)
+            models["searched"] = Candidate.of(choose(repairs(found)), searcher)
             clock.ends("search")
 
         # The same grid over random blocks: what any further freedom would gain.
@@ -111,12 +111,12 @@ def experiment(setup: Setup, net: nn.Module, sampler: Sampler) -> "Results":
         for k, owners in enumerate(placebo_partitions(merger, model.layer, c.placebo), 1):
             name = f"random blocks {k}"
             dealt = scorer.of(merger.with_blocks(owners.__getitem__))
-            winner = choose(grid(dealt, c.grid, c.block_grid, c.race, name))
+            winner = choose(repairs(grid(dealt, c.grid, c.block_grid, c.race, name)))
             placebos[name] = Candidate.of(winner, dealt)
 
         # What a critic asks for first: more steps, more training, guidance instead of new weights.
         controls = controls_of(setup, scorer, values)
-        controls |= control_of_equal_adherence(setup, controls, choose(models.values()))
+        controls |= control_of_equal_adherence(setup, controls, models[best_of(models)])
         clock.ends("random blocks and controls")
 
         # The winners once more, on noise and real images that no selection has seen.
@@ -218,6 +218,10 @@ def check_grid(c: Config, blocks: list[str]) -> str:
             raise UserError(
                 f"--grid {block}=...: this partition has no block {block}, it has {blocks}"
             )
+    if {-1.0}.issuperset(value for block in blocks for value in c.block_grid.get(block, c.grid)):
+        raise UserError(
+            "--grid -1 holds nothing but the collapsed network: give other weights, too"
+        )
     points = grid_points(c, blocks)
     if points > MAX_POINTS and not c.yes:
         advice = "use --search gradient without --placebo, or add --yes"
@@ -370,8 +374,8 @@ def pictures_of(setup: Setup, models: dict[str, Candidate]) -> dict[str, torch.T
 
 
 def best_of(models: dict[str, Candidate]) -> str:
-    """The model with the lowest distance on the selection seeds."""
-    best = choose(models.values())
+    """The model with the lowest distance on the selection seeds, which is exported."""
+    best = choose(repairs(models.values()))
     return next(name for name, candidate in models.items() if candidate is best)
 
 

@@ -32,9 +32,10 @@ from .folders import (
     import_quiet,
     new_folder,
     pipeline_name,
+    read_config,
+    read_network,
     refuse,
     resolve,
-    variant_of,
     wrong,
 )
 from .keys import content_hash, text_key
@@ -198,6 +199,14 @@ class TextModel(DiffusersModel):
         if added != ("text_time" if self.kind == "StableDiffusionXLPipeline" else None):
             raise wrong(f"{self.folder}: addition_embed_type {added} of a {self.kind}")
         _, height, width = self.image_size
+        version = read_config(self.folder / self.denoiser).get("_diffusers_version", "1.0")
+        old = [int(part) for part in re.findall(r"\d+", version)[:2]] < [0, 9]
+        if self.kind == "StableDiffusionPipeline" and old and self.shape[1] < 64:
+            raise wrong(
+                f"{self.folder}: of files before diffusers 0.9 its pipeline takes the sample_size "
+                f"{self.shape[1]} for an error and 64 instead: write into unet/config.json what is "
+                "meant, and a later _diffusers_version"
+            )
         if height % 8 or width % 8:
             raise wrong(
                 f"{self.folder}: images of {height} x {width}, but its pipeline wants sides that "
@@ -224,7 +233,11 @@ class TextModel(DiffusersModel):
                 )
             encoders[name] = content_hash(self.folder / name)
         prompts = [self.prompts, self.held_out, self.negative]
-        self.embedded = text_key(pipeline=self.kind, prompts=prompts, settings=[VERSION, encoders])
+        settings: list[Any] = [VERSION, encoders]
+        index = json.loads((self.folder / "model_index.json").read_text("utf-8"))
+        if index.get("force_zeros_for_empty_prompt") is False:
+            settings.append("empty prompts are embedded")
+        self.embedded = text_key(pipeline=self.kind, prompts=prompts, settings=settings)
         return text_key(pipeline=super()._key(), prompts=[self.embedded], settings=[self.rescale])
 
     # ---------- prompts
@@ -261,20 +274,25 @@ class TextModel(DiffusersModel):
     @torch.no_grad()
     def _embed(self) -> dict[str, torch.Tensor]:
         """By the pipeline's own function; its text encoders leave the memory when this returns."""
+        import transformers
+
         prompts = [*self.prompts, *self.held_out, self.negative or ""]
         taken = inspect.signature(self.pipeline.__init__).parameters
         read = [name for name in self.parts if name.startswith(TEXT)]
         absent = [name for name in (*PARTS, "image_encoder") if name in taken and name not in read]
-        variants = [variant_of(self.folder / name) for name in read if "encoder" in name]
+        encoders = {}
+        for name in read:
+            if name.startswith("text_encoder"):
+                network = getattr(transformers, self.parts[name])
+                encoders[name] = read_network(network, self.folder / name, exactly=False)
         options: dict[str, Any] = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         if self.flows():
             options |= {"prompt_2": None, "prompt_3": None}
         with torch.random.fork_rng(devices=[]), refuse(f"{self.folder}: its text encoders"):
             pipeline = self.pipeline.from_pretrained(
                 self.folder,
-                variant=next(filter(None, variants), None),
-                dtype=torch.float32,
                 local_files_only=True,
+                **encoders,
                 **dict.fromkeys(absent),
             ).to(self.device)
             # Without a third encoder it asks its transformer how wide zeros must be.
@@ -505,7 +523,7 @@ def first_rank() -> bool:
 def read_prompts(path: str) -> list[str]:
     """Lines of a file; a line that stands there twice is asked for twice as often."""
     with refuse(path):
-        text = Path(path).read_text("utf-8")
+        text = Path(path).read_text("utf-8-sig")  # Windows marks the beginning
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise wrong(f"{path}: no prompts, one a line is needed")

@@ -9,6 +9,7 @@ import numpy as np
 import scipy.stats
 
 from .stats import (
+    LEVEL,
     Comparison,
     compare,
     compare_alignment,
@@ -365,7 +366,7 @@ def mean_and_interval(shares) -> str:
         parts.append(percent(mean))
     if len(finite) > 1:
         error = np.std(finite, ddof=1) / len(finite) ** 0.5
-        half = scipy.stats.t.ppf(0.975, len(finite) - 1) * error
+        half = scipy.stats.t.ppf(1 - LEVEL / 2, len(finite) - 1) * error
         parts.append(f"[{percent(mean - half)}, {percent(mean + half)}]")
     if len(finite) < len(shares):
         parts.append(f"({len(shares) - len(finite)} infinite)")

@@ -186,7 +186,7 @@ DENOISER = {
         "time_embedding_dim": None,
         "time_embedding_type": "positional",
         "timestep_post_act": None,
-        "transformer_layers_per_block": [1, 2, 3],
+        "transformer_layers_per_block": [1, 1, 2],
         "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
         "upcast_attention": None,
         "use_linear_projection": True,
@@ -365,7 +365,8 @@ def write_weights(place, stem, net, variant="", shards=1, half=False, names=None
     for name, tensor in net.state_dict().items():
         for new, old in (names or {}).items():
             name = name.replace(new, old)
-        tensors[name] = tensor.half() if half else tensor.clone()
+        whole = not half or not tensor.is_floating_point()
+        tensors[name] = tensor.clone() if whole else tensor.half()
     dot = f".{variant}" if variant else ""
     if shards == 1:
         safetensors.torch.save_file(
@@ -381,6 +382,19 @@ def write_weights(place, stem, net, variant="", shards=1, half=False, names=None
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
     write(place / f"{stem}.safetensors.index{dot}.json", index)
+
+
+class First:
+    """A text encoder in the names of the first programs, with a buffer that is none any more."""
+
+    def __init__(self, net):
+        self.tensors = {"text_model.embeddings.position_ids": torch.arange(LENGTH)[None]}
+        for name, tensor in net.state_dict().items():
+            top = name.startswith(("text_model.", "text_projection."))
+            self.tensors[name if top else f"text_model.{name}"] = tensor
+
+    def state_dict(self):
+        return self.tensors
 
 
 # Attention of the first autoencoders had other names, which are still in those files.
@@ -415,7 +429,7 @@ def published(kind, folder):
             write_weights(folder / part, "model", net, shards=2, half=True)
             write_t5_tokenizer(folder / "tokenizer_3")
             continue
-        write_weights(folder / part, "model", net, **how)
+        write_weights(folder / part, "model", First(net), **how)
         pad = "<|endoftext|>" if part == "text_encoder" and kind != "sd21" else "!"
         write_tokenizer(folder / part.replace("text_encoder", "tokenizer"), pad)
     beside(kind, folder)

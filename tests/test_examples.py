@@ -244,6 +244,21 @@ def test_onestep_in_two_goes_by_way_of_the_middle(onestep):
     torch.testing.assert_close(found, half + mean_velocity(onestep.base, half, 0.5, 1) / 2)
 
 
+def test_onestep_last_layer_gives_the_image(onestep):
+    """No noise is left where it knows of none."""
+    net = copy.deepcopy(onestep.base)
+    net.pixels.weight.zero_()
+    images = onestep.example.sample(net, PIXELS, LABELS, 1)
+    want = net.pixels.bias.view(4, 4).tile(3, 3).expand(5, 1, 12, 12)
+    torch.testing.assert_close(images, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("one, other", [((0, 1), (0, 0.8)), ((0, 0.8), (0.2, 1))])
+def test_onestep_velocity_depends_on_both_times(onestep, one, other):
+    apart = mean_velocity(onestep.base, PIXELS, *one) - mean_velocity(onestep.base, PIXELS, *other)
+    assert float(apart.abs().max()) > 1e-2
+
+
 def test_onestep_noise_can_be_scaled(onestep):
     found = onestep.example.sample(onestep.base, PIXELS, LABELS, 1, scale=0.8)
     want = onestep.example.sample(onestep.base, 0.8 * PIXELS, LABELS, 1)
@@ -369,14 +384,20 @@ def test_onestep_is_accepted_with_its_gradient(tmp_path, steps):
     assert min(scales) < 1 < max(scales) and 1 not in scales
 
 
-@pytest.mark.parametrize("partition", ["paper", "layers"])
-def test_onestep_blocks_follow_the_depth(onestep, partition):
+@pytest.mark.parametrize(
+    "partition, want",
+    [
+        ("paper", ["enc", "enc", "mid", "mid", "dec", "dec"]),
+        ("layers", ["embeddings", "block 0", "block 1", "block 2", "block 3", "output"]),
+    ],
+)
+def test_onestep_blocks_follow_the_depth(onestep, partition, want):
     model = neon.modelfile.FileModel(EXAMPLES / "onestep_glyphs.py")
-    owners = owners_of(model, onestep.base, partition)
-    order = list(dict.fromkeys(owners[name] for name in dict(onestep.base.named_parameters())))
-    middle = [f"block {i}" for i in range(4)]
-    want = ["enc", "mid", "dec"] if partition == "paper" else ["embeddings", *middle, "output"]
-    assert order == want
+    places = {"patch": 0, "position": 0, "time": 0, "label": 0, "norm": 5, "pixels": 5}
+    for name, owner in owners_of(model, onestep.base, partition).items():
+        part, _, rest = name.partition(".")
+        place = 1 + int(rest[0]) if part == "blocks" else places[part]
+        assert owner == want[place], name
 
 
 # -------------------- text

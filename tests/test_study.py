@@ -826,14 +826,23 @@ def bowl(w, *_):
     return 1.0 + sum((w[block] - BEST[block]) ** 2 for block in BLOCKS)
 
 
-def test_collapsed_network_is_no_candidate(prescribed):
-    """Not even when it is the best, and the grid and the sweep hold it."""
+@pytest.mark.parametrize("race", [False, True])
+def test_collapsed_network_is_no_candidate(prescribed, race):
+    """Not even when it is the best, and the grid, the race and the sweep hold it."""
 
     def fd(w, *_):
-        return 0.0 if w["enc"] == -1 else 1.0 + abs(w["enc"])
+        return 0.0 if set(w.values()) == {-1.0} else 1.0 + abs(w["enc"])
 
-    entry, _ = prescribed(fd, grid=(-1.0, 0.0, 1.0), sweep=(-1.0, 0.5, 2.0))
+    entry, _ = prescribed(fd, grid=(-1.0, 0.0, 1.0), sweep=(-1.0, 0.5, 2.0), race=race, placebo=1)
     assert entry["global"]["w_global"] == 0 and entry["collapsed"]["fd"] == 0
+    assert entry["blockwise"]["fd"] == 1 and entry["placebo"][0]["fd"] == 1
+
+
+def test_grid_of_the_collapsed_network_alone_is_refused(tmp_path):
+    c = config(tmp_path, grid=(-1.0,), block_grid={"mid": (-1.0, 0.5)})
+    assert neon.study.check_grid(c, BLOCKS) == ""
+    with pytest.raises(neon.files.UserError, match="holds nothing but the collapsed network"):
+        neon.study.check_grid(dataclasses.replace(c, block_grid={}), BLOCKS)
 
 
 def test_weights_between_base_and_collapsed_are_candidates(prescribed):

@@ -122,6 +122,7 @@ SCHEDULES = {
 def test_stable_diffusion(tmp_path, model_of, schedule, steps, options):
     kind, changes = SCHEDULES[schedule]
     folder = tiny.sd(tmp_path / "p", tiny.scheduler(kind, **changes))
+    edit(folder / SCHEDULER, **changes)  # what the pipeline has corrected as it was made
     model = model_of(folder, **options)
     theirs = {"negative_prompt": None if "negative" not in options else [options["negative"]] * 3}
     if "rescale" in options:
@@ -301,6 +302,11 @@ def test_prompts_are_lines(tmp_path):
     file = tmp_path / "p.txt"
     file.write_text(" a thin zero \n\na bold seven\na thin zero\n", "utf-8")
     assert read_prompts(file) == ["a thin zero", "a bold seven", "a thin zero"]
+    file.write_bytes(b"\xef\xbb\xbfa thin zero\r\na bold one\r\n")
+    assert read_prompts(file) == ["a thin zero", "a bold one"]
+    file.write_bytes("a thin zero".encode("utf-16"))
+    with pytest.raises(UserError, match="p.txt: .*utf-8"):
+        read_prompts(file)
     file.write_text(" \n")
     with pytest.raises(UserError, match="no prompts, one a line"):
         read_prompts(file)
@@ -334,6 +340,28 @@ def test_final_seeds_ask_for_what_was_held_out(text_folders, model_of):
     ours = images_of(model, folder, 3, labels=(4,))
     other = model_of(folder, prompts=held_out)
     torch.testing.assert_close(ours, images_of(other, folder, 3, labels=(1,)), rtol=0, atol=1e-5)
+
+
+def test_embeddings_of_empty_prompts_are_not_those_of_none(text_folders, model_of, tmp_path):
+    """By the index alone, in the same --out."""
+    folder = shutil.copytree(text_folders["sdxl"], tmp_path / "copy")
+    zeros = model_of(folder)
+    edit(folder / INDEX, force_zeros_for_empty_prompt=False)
+    other = model_of(folder)
+    assert zeros.rows[-1].abs().max() == 0 < other.rows[-1].abs().max()
+    assert zeros.identity != other.identity
+
+
+def test_half_of_a_text_encoder_is_one_line(text_folders, model_of, tmp_path):
+    """Transformers would draw the rest at random."""
+    folder = shutil.copytree(text_folders["sd"], tmp_path / "copy")
+    file = folder / "text_encoder/model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.fc1.weight"))
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="layers.1.mlp.fc1.weight is missing in the weights"):
+        model_of(folder)
 
 
 def test_embeddings_are_kept_by_content(text_folders, model_of, tmp_path, monkeypatch):
@@ -406,8 +434,8 @@ def test_text_encoders_leave_the_memory(text_folders, model_of, kind, monkeypatc
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", classmethod(watched))
     gc.disable()
     try:
-        model_of(text_folders[kind])
-        assert len(seen) == 1 and seen[0]() is None
+        model = model_of(text_folders[kind])
+        assert model and len(seen) == 1 and seen[0]() is None
     finally:
         gc.enable()
 
@@ -528,6 +556,12 @@ SCHEDULER = "scheduler/scheduler_config.json"
         ("sd", UNET, {"in_channels": 9}, "9 channels into 4"),
         ("sd", UNET, {"time_cond_proj_dim": 8}, "time_cond_proj_dim 8"),
         ("sd", UNET, {"sample_size": 6}, "divided by 8"),
+        (
+            "sd",
+            UNET,
+            {"_diffusers_version": "0.6.0"},
+            "takes the sample_size 8 for an error and 64",
+        ),
         (
             "sdxl",
             INDEX,
