@@ -140,16 +140,14 @@ def test_a_state_holds_what_learns_and_training_goes_on(pair, tmp_path):
     average = dict(whole.average.named_parameters())
     for name, parameter in whole.net.named_parameters():
         assert (parameter is average[name]) == (".lora_" not in name), name
-    for _ in range(4):
-        whole.step(x, labels)
     for _ in range(2):
-        first.step(x, labels)
+        whole.step(x, labels)
+    first.step(x, labels)
     first.save(tmp_path / "state.safetensors")
     assert all(".lora_" in name for name in first.tensors())
     second = training()
     second.resume(tmp_path / "state.safetensors")
-    for _ in range(2):
-        second.step(x, labels)
+    second.step(x, labels)
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, second.tensors()[name]), name
     assert any(".lora_B" in name and t.abs().max() > 0 for name, t in whole.tensors().items())
@@ -611,7 +609,7 @@ def test_the_file_is_the_merged_network(text_folders, pair, tmp_path, kind, targ
     torch.testing.assert_close(outputs(model, net), half, rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
 def test_a_file_of_all_modules_comes_out_as_it_went_in(text_folders, model_of, tmp_path, kind):  # noqa: F811
     """Also of those outside the blocks, whose names are exceptions."""
     folder = text_folders[kind]
