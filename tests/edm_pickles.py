@@ -308,6 +308,10 @@ HOSTILE = {
         DAMAGED,
     ),
     "a storage in a zip archive": (tensor_pickle(storage=b"PK\3\4" + b"\0" * 100), ""),
+    "a storage of a big-endian machine": (
+        tensor_pickle(storage=BLOB.replace(b"little_endianq\2\x88", b"little_endianq\2\x89")),
+        "not in the old format of torch.save, little-endian",
+    ),
     "a storage with more behind it": (tensor_pickle(storage=BLOB + b"\0"), DAMAGED),
     "a storage that is cut off": (tensor_pickle(storage=BLOB[:-1]), DAMAGED),
     "a storage with another count": (

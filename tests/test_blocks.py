@@ -279,6 +279,16 @@ def test_a_spectrally_normalised_weight_keeps_the_norm_one(mixed, w):
         assert float(torch.linalg.matrix_norm(weight.detach(), 2)) == pytest.approx(1, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "normalised", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm]
+)
+def test_a_network_that_is_one_spectrally_normalised_layer(normalised):
+    base, aux = (normalised(nn.Linear(4, 4)).eval() for _ in range(2))
+    net = neon.blocks.Merger(base, aux, lambda name: "all").set(2.0)
+    net(torch.zeros(1, 4))
+    assert float(torch.linalg.matrix_norm(net.weight.detach(), 2)) == pytest.approx(1, rel=1e-4)
+
+
 def test_the_rule_is_told_where_the_networks_differ_in_it(mixed):
     assert "buffers and frozen parameters differ" in mixed[2].rule()
     base, aux = ToyNet(), ToyNet()

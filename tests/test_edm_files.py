@@ -111,9 +111,10 @@ def test_double_precision_is_rounded(tmp_path):
     assert same(edm.load_network(tmp_path / "net.pkl"), network())
 
 
-def test_half_precision_is_widened(tmp_path):
-    (tmp_path / "net.pkl").write_bytes(snapshot(network().half()))
-    assert same(edm.load_network(tmp_path / "net.pkl"), network().half().float())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_widened(tmp_path, dtype):
+    (tmp_path / "net.pkl").write_bytes(snapshot(network().to(dtype)))
+    assert same(edm.load_network(tmp_path / "net.pkl"), network().to(dtype).float())
 
 
 def test_strides_are_kept_and_where_a_storage_begins(tmp_path):

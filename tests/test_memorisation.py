@@ -38,10 +38,12 @@ def test_copies_of_training_images_are_found_and_fresh_ones_are_not():
     assert memory.share(real[600:]) == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.parametrize("trained, unseen", [(7, 12), (12, 7)])
-def test_as_many_of_either_kind(trained, unseen):
+@pytest.mark.parametrize(
+    "trained, unseen, count", [(7, 12, 7), (12, 7, 7), (10_001, 10_002, 10_000)]
+)
+def test_as_many_of_either_kind(trained, unseen, count):
     memory = memory_of(torch.rand(trained, 2), torch.rand(unseen, 2))
-    assert len(memory.trained) == len(memory.unseen) == 7
+    assert len(memory.trained) == len(memory.unseen) == count
 
 
 @pytest.mark.parametrize("changed", ["trained", "unseen"])

@@ -272,6 +272,25 @@ def test_threads_are_set_at_the_start(monkeypatch, threads, want):
     assert (found.device, found.rank, found.world) == ("cpu", 0, 1)
 
 
+@pytest.mark.parametrize("where, backend", [("cuda", "nccl"), ("cpu", "gloo")])
+def test_a_rank_takes_the_gpu_of_its_place_on_its_machine(monkeypatch, where, backend):
+    """Rank 9 of 16 is the second of the second machine; the others may wait for hours."""
+    found = []
+    ranks = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}
+    for name, value in (TORCHRUN | ranks).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    monkeypatch.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda name, timeout: found.append((name, timeout.total_seconds() > 20_000)),
+    )
+    processes = neon.processes.start_processes(where)
+    assert found == [*([1] if where == "cuda" else []), (backend, True)]
+    assert (processes.device, processes.rank, processes.world) == (where, 9, 16)
+
+
 def test_threads_of_a_block_are_given_back():
     before = torch.get_num_threads()
     with pytest.raises(KeyError), neon.processes.threads(before + 1):

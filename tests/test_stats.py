@@ -200,6 +200,11 @@ def test_interval_of_one_models_mean():
         assert (row["low"], row["high"]) == pytest.approx((middle - half, middle + half))
 
 
+def test_interval_of_a_model_that_diverges_is_no_interval():
+    found = neon.stats.fd_interval([score(math.inf), score(3.0)])
+    assert found == {"low": math.inf, "high": math.inf}
+
+
 # -------------------- both noises, without bias
 
 

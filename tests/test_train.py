@@ -395,6 +395,21 @@ def test_encoder_runs_once_for_all_images(tmp_path):
     assert Encoder.calls == 40 and sorted(steps[0].images + steps[1].images)[0] == 0.5
 
 
+def test_time_of_training_on_an_image(monkeypatch):
+    """The shorter of two steps of two images, in the precision of the training."""
+    clock, seen = iter([0.0, 9.0, 10.0, 12.0]), []
+
+    class Timed(ToyModel):
+        def loss(self, net, x, labels):
+            seen.append((len(x), torch.backends.cuda.matmul.allow_tf32))
+            return super().loss(net, x, labels)
+
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    c = neon.config.Config(device="cpu", precision="fp32", train_precision="tf32")
+    assert neon.train.time_training(c, Timed(), ToyNet()) == 1.0
+    assert seen == [(2, True)] * 2
+
+
 class Dying(Exception):
     pass
 
