@@ -31,6 +31,7 @@ import argparse
 import functools
 import itertools
 import platform
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -905,7 +906,7 @@ def study(argv: list[str]) -> None:
     threads_used = torch.get_num_threads()
     seconds = time.perf_counter() - begin
     summary = {
-        "command": " ".join(["python toy_neon.py", *argv]),
+        "command": shlex.join(["python", "toy_neon.py", *argv]),
         "config": vars(runs[0].scorer.scoring) | vars(runs[0].training) | levels,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads_used} threads",
         "versions": {

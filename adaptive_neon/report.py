@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 import textwrap
 import time
@@ -392,7 +393,7 @@ def summarise(c, argv, results, setup, seconds, processes, begin):
     if "diffusers" in sys.modules:
         versions["diffusers"] = getattr(sys.modules["diffusers"], "__version__", "unknown")
     return {
-        "command": " ".join(["python edm_neon.py", *argv]),
+        "command": shlex.join(["python", "edm_neon.py", *argv]),
         "config": dataclasses.asdict(c),
         "score": judge.features.score,
         "judges": [judge.name for judge in judges if not judge.is_part],

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import shlex
 import time
 
 import numpy as np
@@ -455,7 +456,7 @@ def summarise_seeds(c, argv, summaries, begin) -> dict:
     over = claims_over_seeds(summaries)
     same = ("score", "judges", "reference", "machine", "threads", "world", "neon_ext", "versions")
     return {
-        "command": " ".join(["python edm_neon.py", *argv]),
+        "command": shlex.join(["python", "edm_neon.py", *argv]),
         "config": dataclasses.asdict(c),
         **{key: first[key] for key in same},
         "kimg": [entry["kimg"] for entry in first["snapshots"]],

@@ -270,8 +270,9 @@ def summarised(out, real=True, argv=(), entries=(), **options):
 
 
 def test_summary_of_a_run(tmp_path):
-    found = summarised(tmp_path, argv=["--seed", "1"], final_repeats=2)
-    assert found["command"] == "python edm_neon.py --seed 1"
+    argv = ["--primary", "global against base"]
+    found = summarised(tmp_path, argv=argv, final_repeats=2)
+    assert found["command"] == "python edm_neon.py --primary 'global against base'"
     assert found["first_seeds"] == {"final": [50_000]}
     assert [floor["images"] for floor in found["floors"]] == [100, 120]
     assert found["reference"]["images"] == 400 and found["world"] == 1
