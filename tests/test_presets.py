@@ -70,6 +70,8 @@ RECOMMENDED = {
         **{"dropout": 0.1, "augment": 0.0},
     },
 }
+# Both networks are small, and digits are neither turned nor mirrored.
+GLYPHS = {"steps": 18, "s_churn": 0.0, "dropout": 0.0, "augment": 0.0, "ema_kimg": 0.5}
 
 
 @pytest.mark.parametrize("preset", RECOMMENDED)
@@ -77,6 +79,12 @@ def test_presets_have_what_edm_recommends(tmp_path, preset):
     c = parse(["--preset", preset, "--out", str(tmp_path)])
     assert {name: getattr(c, name) for name in RECOMMENDED[preset]} == RECOMMENDED[preset]
     assert c.base == next(iter(edm.PRESETS[preset].bases.values()))
+
+
+@pytest.mark.parametrize("preset", ["glyphs", "glyphs16"])
+def test_presets_of_glyphs_train_without_augmentation(tmp_path, preset):
+    c = parse(["--preset", preset, "--out", str(tmp_path)])
+    assert {name: getattr(c, name) for name in GLYPHS} == GLYPHS
 
 
 @pytest.mark.parametrize(

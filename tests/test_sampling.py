@@ -224,7 +224,7 @@ def test_one_image_that_does_not_fit_is_an_error(one_worker):
         toy_sampler(4, model=Counting(0)).images(range(4))
 
 
-def test_halving_gives_the_size_that_fits(one_worker):
+def test_batches_become_smaller_until_they_fit(one_worker, capsys):
     def work(part, batch):
         if batch > 4:
             raise torch.OutOfMemoryError
@@ -233,6 +233,11 @@ def test_halving_gives_the_size_that_fits(one_worker):
     results, batch = neon.sampling.with_smaller_batches(work, np.arange(10), 16, CPU)
     assert batch == 4 and {asked for _, asked in results} == {4}
     assert [seed for part, _ in results for seed in part] == list(range(10))
+    said = capsys.readouterr().err
+    assert [line[-2:].strip() for line in said.splitlines() if "out of memory" in line] == [
+        "8",
+        "4",
+    ]
 
 
 # -------------------- the time it takes

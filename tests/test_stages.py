@@ -234,3 +234,27 @@ def test_killed_run_ends_with_the_same_scores(killed, toy_run, name):
 
     ours, theirs = (lines(out / name) for out in (killed[0], toy_run))
     assert sorted(ours, key=row_name) == sorted(theirs, key=row_name)
+
+
+# -------------------- what --base names
+
+
+@pytest.mark.parametrize(
+    "name, is_one",
+    [
+        ("google/ddpm-cifar10-32", True),
+        ("runs/base.pt", False),
+        ("network.pkl", False),
+        ("a/folder/of/mine", False),
+        ("", False),
+    ],
+)
+def test_names_that_are_a_pipeline_on_the_hub(name, is_one):
+    """None of them is on the disk."""
+    assert neon.folders.is_pipeline(name) is is_one
+
+
+def test_a_folder_is_a_pipeline_by_its_index(tmp_path):
+    assert not neon.folders.is_pipeline(str(tmp_path))
+    (tmp_path / "model_index.json").write_text("{}")
+    assert neon.folders.is_pipeline(str(tmp_path))
