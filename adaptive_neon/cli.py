@@ -37,7 +37,7 @@ from .study import (
     models_of,
 )
 from .text import asked_of_text
-from .train import time_training
+from .train import SHARE, time_training
 from .verdicts import summarise_seeds
 
 MAX_HOURS = 2.0  # on a CPU, without --yes
@@ -259,7 +259,10 @@ def parse(argv: list[str], presets: Mapping[str, Preset], doc: str) -> Config:
             given["grid"] = values
 
     preset = presets[given.get("preset", Config.preset)]
-    defaults = {"out": Path(f"runs/{preset.name}"), **preset.defaults}
+    name = preset.name
+    if given.get("model") and "preset" not in given:
+        name = Path(given["model"]).stem
+    defaults = {"out": Path(f"runs/{name}"), **preset.defaults}
     if given.get("protocol") == "paper":
         defaults |= {"labels": "random", "select_images": 2000}
     c = Config(**{**defaults, **given})
@@ -278,6 +281,10 @@ def parse(argv: list[str], presets: Mapping[str, Preset], doc: str) -> Config:
         if given.get("s_churn"):
             raise UserError("--s-churn is for EDM's networks: leave it out")
         c = dataclasses.replace(c, s_churn=0.0)  # of the preset
+
+        # NEON's are made for EDM's networks; others would hardly move in a short self-training.
+        for name in {"ramp_kimg", "ema_kimg"} - {*given, *preset.defaults}:
+            c = dataclasses.replace(c, **{name: min(c.snapshot) / SHARE})
 
     if c.device == "cpu" and c.precision == "tf32":
         c = dataclasses.replace(c, precision="fp32")

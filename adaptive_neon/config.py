@@ -182,8 +182,13 @@ class Config:
     synthetic: int = count(6000, "images in the synthetic set", low=2 * FOLDS)
     batch: int = count(64, "training batch")
     lr: float = amount(1e-4, "self-training learning rate")
-    ramp_kimg: float = amount(10_000.0, "the learning rate grows linearly over this")
-    ema_kimg: float = amount(500.0, "half-life of the weight average")
+    ramp_kimg: float = amount(
+        10_000.0,
+        "the learning rate grows linearly over this; of other networks than EDM's: --snapshot / 20",
+    )
+    ema_kimg: float = amount(
+        500.0, "half-life of the weight average; of other networks than EDM's: --snapshot / 20"
+    )
     dropout: float = amount(0.13, "in training, of EDM's networks", high=0.99)
     augment: float = amount(
         0.12, "probability of EDM's augmentations, of networks that take their labels", high=1

@@ -238,7 +238,10 @@ def fetch(source, what, sha256_start="", check=None):
     with reading(f"there is no place to keep {what}"):
         target = cache_path(source)
     shown = printable(source, 300)
-    advice = f"check the address, or put the file at {target}; --preset glyphs needs no download"
+    advice = (
+        f"check the address, or put the file at {target}; --preset glyphs needs no download, nor "
+        "does --model FILE.py with features(images)"
+    )
     with reading(f"cannot download {what} from {shown}: {advice}"):
         if not target.exists():  # a cache that is complete may be read-only
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -378,6 +378,12 @@ class StartCheck:
         if self.c.train_base and not self.c.base:
             got += f": undertrained (--train-base {self.c.train_base:g}), or too few --steps?"
             limit = math.inf
+        if images.min() >= 0:
+            self.model.notes = [
+                *self.model.notes,
+                "four images of the base have no value below 0, the middle grey: sample() must "
+                "give [-1, 1], in which black is -1",
+            ]
         outside = float((images.abs() > 1.1).float().mean())
         self.expect(outside <= 0.5 and images.abs().max() <= limit, "range", got)
 

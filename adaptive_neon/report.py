@@ -234,17 +234,19 @@ def write_tables(summary, out) -> str:
     several = len(plain["snapshots"]) > 1
     final = f"final {plain['score'].split(' (')[0]}"
     columns = ["model", "w", final, "against base, % (95%)", "verdict"]
-    headlines, warnings = [], 0
+    headlines, warnings = [], []
     for entry in plain["snapshots"]:
         headlines.append(f"{entry['kimg']:g} kimg: " * several + entry["headline"])
-        warnings += len(entry["warnings"])
+        warnings += entry["warnings"]
     title = f"{plain['score']}, {final_images(plain)}; lower is better"
     rows = []
     for row in models:
         w = "of every block" if len(row["w"]) > 60 else row["w"].replace(",", "")
         rows.append(row | {"w": w})
     text = terminal_text(title, rows, ["snapshot (kimg)"] * several + columns, headlines)
-    return text + f"\n\n{warnings} warnings: see the report." * bool(warnings)
+    if len(warnings) == 1:
+        return text + "\n\n" + textwrap.fill(f"Warning: {warnings[0]}", WIDTH)
+    return text + f"\n\n{len(warnings)} warnings: see the report." * bool(warnings)
 
 
 def final_images(summary) -> str:

@@ -18,7 +18,7 @@ from .processes import Processes
 from .sampling import Model, Sampler
 from .seeds import Ledger, seed_ledger
 from .text import open_pipeline
-from .train import Recipe, train
+from .train import SHARE, Recipe, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +175,8 @@ def base_recipe(c: Config) -> Recipe:
         name="base",
         batch=c.batch,
         lr=c.base_lr,
-        ramp_kimg=c.train_base / 20,
-        ema_kimg=c.train_base / 20,
+        ramp_kimg=c.train_base / SHARE,
+        ema_kimg=c.train_base / SHARE,
         seed=c.seed,
         ramp_ratio=0.05,
         precision=c.train_precision,

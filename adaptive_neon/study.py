@@ -32,12 +32,14 @@ from .stages import Setup, continued_base, self_trained, trained_base
 from .stats import compare, fd_interval
 from .verdicts import (
     claims_of,
+    edge_warnings,
     final_comparison,
     headline,
     pairs_of,
     primary_pair,
     primary_warnings,
     strongest_control,
+    training_warnings,
     warnings_of,
 )
 
@@ -332,7 +334,9 @@ def entry_of(c: Config, scorer: Scorer, tried, models, controls, placebos, final
         where[judge.name] = judge.facts | {"score": judge.features.score, "final": compared}
     claims = claims_of({name: finals[name] for name in finals if name not in parts}, c.primary)
 
-    warnings = warnings_of(c, models, final, bool(tried["grid"]), scorer.judge)
+    warnings = training_warnings(entry["blocks"], final)
+    warnings += edge_warnings(c, models, [single_weight(score.w) for score in tried["sweep"]])
+    warnings += warnings_of(c, models, final, bool(tried["grid"]), scorer.judge)
     warnings += scorer.sampler.model.notes
     if len(placebos) < c.placebo:
         allowed = f"the layers allow only {len(placebos)} other blocks"

@@ -308,6 +308,41 @@ def sentence_case(text: str) -> str:
 
 
 # -------------------- warnings
+LITTLE = 5e-4  # of the norm of a block: what moves less, rounding and luck can hide
+
+
+def training_warnings(blocks, final) -> list[str]:
+    """Where a step back has little to undo. blocks: Merger.table(); final: final_comparison()."""
+    notes = []
+    most = max(row["drift"] for row in blocks.values())
+    if most < LITTLE:
+        notes.append(
+            f"self-training has hardly moved the network, no block by more than {most:.1g} of its "
+            "norm: try a longer --snapshot, a larger --lr, a shorter --ramp-kimg and --ema-kimg"
+        )
+    if final["collapsed"]["against_base"]["high"] < 0:
+        notes.append(
+            "the self-trained network is better than the base: self-training has done no harm that "
+            "a step back could undo"
+        )
+    return notes
+
+
+def edge_warnings(c, models, values) -> list[str]:
+    """Where more extreme weights might be better still. values: the global weights tried."""
+    notes = []
+    tried = sorted(value for value in values if value != -1)
+    (w,) = set(models["global"].w.values())
+    if w and len(tried) > 1 and w in (tried[0], tried[-1]):
+        notes.append(f"global: w = {w:g} lies on the edge of all that were tried: widen --sweep")
+    if "searched" in models:
+        found = list(models["searched"].w.values())
+        outside = sum(value in c.bounds for value in found)
+        if outside:
+            notes.append(f"searched: {outside} of {len(found)} weights lie on --bounds")
+    return notes
+
+
 def warnings_of(c, models, final, had_grid, judge) -> list[str]:
     """What a careful reader would want to know. models: {name: Candidate}; final:
     final_comparison() in the judge that decided."""

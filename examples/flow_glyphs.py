@@ -76,8 +76,9 @@ def load(path):
 
 
 def sample(net, noise, labels, steps):
-    """noise [N, *SHAPE], labels [N] -> images [N, C, H, W] in [-1, 1]. No torch.no_grad(): the
-    gradient search differentiates through it."""
+    """noise [N, *SHAPE], labels [N] (None if CLASSES is 0) -> images [N, C, H, W] in [-1, 1]. No
+    torch.no_grad(): the gradient search differentiates through it. It calls the network itself,
+    not its parts: so half precision and the guided control can take its place."""
     x = noise
     for i in range(steps):
         t = torch.full([len(x)], i / steps, device=x.device)
@@ -117,6 +118,7 @@ def layer(name):
 
 
 # Also optional:
+#   CONTROLS          {row: settings of sample()}, what a critic would try: see ar_glyphs.py
 #   encode(images)    uint8 [N, C, H, W] -> what loss() trains on, as through a VAE
 #   features(images)  uint8-valued [N, C, H, W] -> [N, D], instead of the preset's feature network
 #   save(net, path)   how the repaired network is written, instead of a .safetensors file

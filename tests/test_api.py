@@ -44,9 +44,9 @@ def my_loss(net, x, labels):
 def example(tmp_path_factory):
     """What the example leaves behind, and its folder; a fifth of its images and lengths."""
     (code,) = re.findall(r"```python\n(import torch\n.*?)```", README.read_text("utf-8"), re.DOTALL)
-    assert "6000" in code and "kimg=100" in code and "seed_ledger(1000, 3000)" in code
+    assert "6000" in code and "kimg=20" in code and "seed_ledger(1000, 3000)" in code
     code = code.replace("(3, 32, 32)", "(3, 6, 6)").replace("6000", "200")
-    code = code.replace("kimg=100", "kimg=2").replace("(1000, 3000)", "(100, 120)")
+    code = code.replace("kimg=20", "kimg=0.4").replace("(1000, 3000)", "(100, 120)")
     code = code.replace("evaluations=20", "evaluations=3").replace("0, 2, 21", "0, 2, 5")
 
     folder = tmp_path_factory.mktemp("example")

@@ -400,6 +400,14 @@ def test_block_is_asked(tmp_path):
     assert owners["body.weight"] == "in" and owners["gain"] == "out"
 
 
+@pytest.mark.parametrize("code, said", [("torch.sigmoid(out)", True), ("out", False)])
+def test_images_that_are_never_dark_are_noted(tmp_path, code, said):
+    path = write(tmp_path, sample_is(f"out = net(noise, labels)\n    return {code}"))
+    model, base, c = model_and_base(path)
+    model.start_check(base, c, trained=True)
+    assert ("no value below 0" in " ".join(model.notes)) == said
+
+
 @pytest.mark.parametrize(
     "scale, given, trained_here",
     [("torch.tensor([50.0] + 7 * [1.0])", False, True), ("1", True, True), ("500", False, False)],

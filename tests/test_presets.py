@@ -1,6 +1,7 @@
 """EDM's published files under the presets' names: tiny ones of the right kind, served from here."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,6 +103,29 @@ def test_addresses_name_what_they_hold(preset, base):
         ending = "Neon_EDM_FFHQ.pkl" if data == "ffhq" else f"{labels[base]}_CIFAR10.pkl"
     assert found.bases[base].endswith(ending)
     assert found.statistics.endswith(f"edm/fid-refs/{data}-{size}x{size}.npz")
+
+
+@pytest.mark.parametrize(
+    "argv, ramp, average",
+    [
+        ([], 10_000, 500),  # NEON's, for EDM's networks
+        (["--model", "mine.py", "--snapshot", "300,100"], 5, 5),
+        (["--model", "mine.py", "--snapshot", "100", "--ramp-kimg", "7"], 7, 5),
+        (["--model", "mine.py", "--preset", "glyphs"], 0, 0.5),  # the preset's
+        (["--base", "google/ddpm-cifar10-32", "--snapshot", "40"], 2, 2),
+    ],
+    ids=["EDM", "model", "given", "preset", "pipeline"],
+)
+def test_ramp_and_average_fit_the_length(tmp_path, argv, ramp, average):
+    c = parse([*argv, "--out", str(tmp_path)])
+    assert (c.ramp_kimg, c.ema_kimg) == (ramp, average)
+
+
+def test_results_of_a_model_have_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse(["--model", "folder/mine.py"]).out == Path("runs/mine")
+    assert parse(["--model", "mine.py", "--preset", "glyphs"]).out == Path("runs/glyphs")
+    assert parse([]).out == Path("runs/cifar10")
 
 
 def test_stochastic_sampling_of_a_preset_is_not_forced_upon_a_model(tmp_path):

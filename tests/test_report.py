@@ -403,7 +403,12 @@ def test_the_terminal_gets_a_table_and_sentences(tmp_path):
             assert row[column] in line
     sentence = claim_in(entry, "searched", "global")["sentence"]
     assert f"{sentence[1:]}." in " ".join(lines[7:])
-    assert lines[-1] == "1 warnings: see the report."
+    assert lines[-1] == "Warning: mind the 5"
+
+
+def test_several_warnings_are_counted(tmp_path):
+    entry = entry_of() | {"warnings": ["one", "two"]}
+    assert terminal(summary_of(snapshots=[entry]), tmp_path)[-1] == "2 warnings: see the report."
 
 
 def test_the_headline_of_a_summary_comes_first(tmp_path):

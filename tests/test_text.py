@@ -415,7 +415,7 @@ def test_a_plan_keeps_nothing_and_says_what_is_needed(
     assert said[0].startswith(
         f"memory on the device: text encoders {gigabytes(encoders)}, which leave it once prompts "
         f"are embedded; then weights {gigabytes(weights)}, drift of what moves "
-        f"{gigabytes(2 * moving)}, prompts {gigabytes(4 * 77 * 32)}; a gradient through the decoder "
+        f"{gigabytes(2 * moving)}, prompts {gigabytes(4 * 77 * 32)}; a gradient through "
     )
     _, height, width = model.image_size
     share = model.vae.config.block_out_channels[0] / 128

@@ -629,13 +629,13 @@ def test_self_training_is_train_with_this_recipe(tmp_path):
         neon.self_train(WalkerModel(), Walker(), images, **changed)
 
 
-def test_self_training_has_the_papers_defaults(monkeypatch):
+def test_self_training_has_defaults_for_its_length(monkeypatch):
     seen = []
     monkeypatch.setattr(neon.train, "train", lambda *args, **named: seen.append((args, named)))
     images = torch.zeros(40, 1, 1, 1, dtype=torch.uint8)
     neon.self_train(WalkerModel(), Walker(), images, kimg=500)
     ((args, named),) = seen
-    assert args[4] == neon.train.Recipe("self-training", 64, 1e-4, 10_000, 500, 0)
+    assert args[4] == neon.train.Recipe("self-training", 64, 1e-4, 25, 25, 0)
     assert args[5] == [500] and named == {"state_path": None}
 
 

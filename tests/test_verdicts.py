@@ -378,6 +378,48 @@ def test_weight_on_the_edge_of_its_grid(w, edges):
     assert notes == [f"{edge} lies on the edge of the grid" for edge in edges]
 
 
+@pytest.mark.parametrize(
+    "w, note",
+    [
+        (2.0, ["global: w = 2 lies on the edge of all that were tried: widen --sweep"]),
+        (-0.5, ["global: w = -0.5 lies on the edge of all that were tried: widen --sweep"]),
+        (1.0, []),
+        (0.0, []),
+    ],
+)
+def test_global_weight_on_the_edge_of_what_was_tried(w, note):
+    """The collapsed network is no weight that was tried, and the base is an end of its own."""
+    models = {"global": SimpleNamespace(w=weights(w, w, w))}
+    values = [-1.0, 0.0, w, 1.0] if w else [-1.0, 0.0, 1.0]
+    values += [1.5] if w == 1 else []
+    assert neon.verdicts.edge_warnings(config("."), models, values) == note
+
+
+def test_searched_weights_on_the_bounds():
+    models = {"global": SimpleNamespace(w=weights(1, 1, 1))}
+    models["searched"] = SimpleNamespace(w={"a": 6.0, "b": 1.0, "c": -2.0, "d": 5.9})
+    notes = neon.verdicts.edge_warnings(config("."), models, [-1.0, 0.0, 1.0, 2.0])
+    assert notes == ["searched: 2 of 4 weights lie on --bounds"]
+
+
+@pytest.mark.parametrize(
+    "drifts, collapsed, notes",
+    [
+        ((4e-4, 1e-5), +1.0, ["hardly moved the network, no block by more than 0.0004 of its"]),
+        ((1e-5, 6e-4), +1.0, []),
+        ((0.1, 0.2), -1.0, ["the self-trained network is better than the base"]),
+        ((0.1, 0.2), -0.1, []),  # its interval holds 0
+    ],
+)
+def test_self_training_that_leaves_little_to_undo(drifts, collapsed, notes):
+    blocks = {str(k): {"drift": drift} for k, drift in enumerate(drifts)}
+    found = neon.verdicts.training_warnings(
+        blocks, {"collapsed": {"against_base": gain(collapsed)}}
+    )
+    assert len(found) == len(notes)
+    assert all(note in one for note, one in zip(notes, found, strict=True))
+
+
 def test_grid_of_one_value_has_no_edge():
     assert warnings({"blockwise": weights(1, 1, 1)}, had_grid=True, grid=(1.0,)) == []
 
