@@ -845,6 +845,13 @@ def test_grid_of_the_collapsed_network_alone_is_refused(tmp_path):
         neon.study.check_grid(dataclasses.replace(c, block_grid={}), BLOCKS)
 
 
+def test_warnings_of_training_and_edges_stand_in_the_entry(prescribed, monkeypatch):
+    monkeypatch.setattr(neon.verdicts, "LITTLE", math.inf)
+    entry, _ = prescribed(lambda w, *_: 5.0 - w["enc"], sweep=(1.0, 3.0))
+    said = " ".join(entry["warnings"])
+    assert "hardly moved the network" in said and "w = 3 lies on the edge of all" in said
+
+
 def test_weights_between_base_and_collapsed_are_candidates(prescribed):
     entry, _ = prescribed(lambda w, *_: 2.0 + w["enc"], grid=(0.0, 1.0), sweep=(-0.5, 0.5))
     assert entry["global"]["w_global"] == -0.5
