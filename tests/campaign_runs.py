@@ -22,6 +22,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from adaptive_neon.files import load_state
+
 ROOT = Path(__file__).resolve().parents[1]
 EDM = (
     *("--preset", "glyphs", "--train-base", "2", "--snapshot", "1", "--grid", "0.5,1.0"),
@@ -52,8 +54,13 @@ def results(folder):
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.suffix in (".safetensors", ".zip", ".csv"):
+        if path.suffix in (".zip", ".csv"):
             found[name] = path.read_bytes()
+        elif path.suffix == ".safetensors":
+            # A part of the toy holds its seconds beside its tensors.
+            tensors, facts = load_state(path)
+            values = {key: tensor.numpy().tobytes() for key, tensor in tensors.items()}
+            found[name] = values, without_times(facts)
         elif path.suffix == ".json":
             found[name] = without_times(json.loads(path.read_text()))
         elif path.suffix == ".jsonl":
