@@ -1,5 +1,6 @@
 """The configuration: every field is an option."""
 
+import abc
 import argparse
 import dataclasses
 import json
@@ -20,7 +21,7 @@ from .seeds import FINAL_SEED
 from .stats import FOLDS
 
 
-class Preset:
+class Preset(abc.ABC):
     """Data, features and defaults that belong together."""
 
     name = ""
@@ -32,21 +33,21 @@ class Preset:
     statistics = ""  # address of the real data's, without --data and --ref
     origin = ""  # of these statistics, in words
 
+    @abc.abstractmethod
     def model(self, c: "Config") -> Model:
         """The built-in model."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def untrained(self) -> nn.Module:
         """A network of the size that --base names, before it is downloaded."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def real_images(self, c: "Config") -> RealData | None:
         """In three parts; None without --data."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def features(self, c: "Config"):
         """The feature network that decides."""
-        raise NotImplementedError
 
     def judges(self, c: "Config") -> dict[str, Callable]:
         """{name: function that gives the features} of the judges that only this preset has."""

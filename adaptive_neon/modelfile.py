@@ -1,5 +1,6 @@
 """A model of one's own: --model FILE.py, and what it must promise."""
 
+import abc
 import concurrent.futures
 import json
 import math
@@ -22,7 +23,7 @@ from .sampling import Model, draw_noise, network_calls, to_pixels
 from .userfile import UserFile, where_in
 
 
-class UserModel(Model):
+class UserModel(Model, abc.ABC):
     """What models of users have in common: sound networks, snapshots in .safetensors, and a start
     check."""
 
@@ -31,9 +32,9 @@ class UserModel(Model):
     why_not = ""  # there is no gradient for --search gradient
     example: torch.Tensor  # four images, uint8 [4, C, H, W], once the start check has made them
 
+    @abc.abstractmethod
     def read(self, path: Path) -> nn.Module:
         """A network in the form that the model's users know."""
-        raise NotImplementedError
 
     def load(self, path: Path) -> nn.Module:
         return self.read(path)

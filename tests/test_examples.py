@@ -66,13 +66,9 @@ def test_dinov2_network_with_random_weights():
     assert found.shape == (2, 24) and images.grad.abs().sum() > 0
 
 
-# -------------------- tokens, one after the other
-
-
-@pytest.fixture(scope="module")
-def ar():
-    """The example, a base whose every parameter matters, and its drifted relative."""
-    example = load_adapter("ar_glyphs")
+def drifted(name):
+    """An example, a base whose every parameter matters, and its drifted relative."""
+    example = load_adapter(name)
     nets = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -80,6 +76,14 @@ def ar():
     for p, q in zip(nets[1].parameters(), nets[0].parameters(), strict=True):
         p.lerp_(q, 0.8)
     return SimpleNamespace(example=example, base=nets[0], aux=nets[1])
+
+
+# -------------------- tokens, one after the other
+
+
+@pytest.fixture(scope="module")
+def ar():
+    return drifted("ar_glyphs")
 
 
 NOISE = torch.randn(5, 36, generator=torch.Generator().manual_seed(0))
@@ -207,15 +211,7 @@ def test_ar_blocks_follow_the_depth(ar, partition):
 
 @pytest.fixture(scope="module")
 def onestep():
-    """The example, a base whose every parameter matters, and its drifted relative."""
-    example = load_adapter("onestep_glyphs")
-    nets = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        nets.append(example.create().eval().requires_grad_(False))
-    for p, q in zip(nets[1].parameters(), nets[0].parameters(), strict=True):
-        p.lerp_(q, 0.8)
-    return SimpleNamespace(example=example, base=nets[0], aux=nets[1])
+    return drifted("onestep_glyphs")
 
 
 PIXELS = torch.randn(5, 1, 12, 12, generator=torch.Generator().manual_seed(2))
