@@ -339,11 +339,11 @@ def check_written(path: Path, base: nn.Module, merged: nn.Module, pipeline: Any)
     """That a LoRA file, as diffusers loads it beside the base, is the merged network: every module
     of the file comes back, and every weight is that of the merged network."""
     net: Any = copied(base).cpu()
-    state, *alphas = [pipeline.lora_state_dict(str(path))]
+    state, alphas = pipeline.lora_state_dict(str(path)), None
     if isinstance(state, tuple):
-        state, *alphas = state
+        state, alphas = state[:2]
     if hasattr(pipeline, "load_lora_into_unet"):
-        pipeline.load_lora_into_unet(state, alphas[0], net)
+        pipeline.load_lora_into_unet(state, alphas, net)
     else:
         pipeline.load_lora_into_transformer(state, net)
     loaded = sum(name.endswith(".lora_A") for name, _ in net.named_modules())

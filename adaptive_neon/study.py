@@ -220,7 +220,7 @@ def check_grid(c: Config, blocks: list[str]) -> str:
             raise UserError(
                 f"--grid {block}=...: this partition has no block {block}, it has {blocks}"
             )
-    if {-1.0}.issuperset(value for block in blocks for value in c.block_grid.get(block, c.grid)):
+    if all(set(c.grid_of(block)) == {-1.0} for block in blocks):
         raise UserError(
             "--grid -1 holds nothing but the collapsed network: give other weights, too"
         )

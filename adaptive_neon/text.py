@@ -346,7 +346,8 @@ class TextModel(DiffusersModel):
         lora = self._read_lora(source, net)
         self.notes = [*self.notes, *lora.notes]
         if first_rank():
-            print(*lora.notes, sep="\n", end="\n" * bool(lora.notes))
+            for note in lora.notes:
+                print(note)
         return lora.parameters()
 
     def _read_lora(self, path: Path, net: nn.Module) -> Lora:

@@ -226,7 +226,8 @@ def primary_warnings(claims, primary: str) -> list[str]:
     """A control that was to be made can be missing in the end: the guided network, say."""
     if any(claim["primary"] for claim in claims):
         return []
-    return [f"the primary claim{f' {primary}' if primary else ''} could not be asked"]
+    claim = f"the primary claim {primary}".strip()
+    return [f"{claim} could not be asked"]
 
 
 # -------------------- the summing-up
